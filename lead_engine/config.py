@@ -1,0 +1,374 @@
+"""Every option of the engine, as frozen dataclasses that refuse bad values when they are built.
+
+The command line (`cli.py`) is generated from these classes: a field `batch.capacity` is the flag `--batch.capacity`, and its
+docstring is the flag's help. A YAML file given with `--config` has the same nesting; flags override it.
+This module imports nothing of the engine but its error type.
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from lead_engine.errors import UserError
+
+Method = Literal["lead", "random", "full"]
+LossChange = Literal["inner", "paper", "none"]
+Bandit = Literal["exp3", "exp3s", "uniform", "none"]
+Precision = Literal["auto", "bf16", "fp32"]
+Placement = Literal["auto", "device", "pinned", "mmap"]
+Attention = Literal["auto", "flash", "varlen", "segment", "mask"]
+
+
+def require(condition: bool, flag: str, value: object, rule: str) -> None:
+    """Raise UserError "FLAG VALUE: must be RULE" unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{flag} {value}: must be {rule}")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How samples are packed. An optimizer step is `micro_batches` x `capacity` token places, however many ranks share it."""
+
+    capacity: int = 4096
+    """Token places in one packed micro-batch; also the longest sample that can be trained."""
+    micro_batches: int = 1
+    """Micro-batches in one optimizer step, over all ranks; a multiple of the number of ranks."""
+    slots: int = 0
+    """Most samples in one micro-batch; 0 means capacity / 32."""
+
+    def __post_init__(self) -> None:
+        require(self.capacity >= 16, "--batch.capacity", self.capacity, "at least 16")
+        require(self.micro_batches >= 1, "--batch.micro-batches", self.micro_batches, "at least 1")
+        require(self.slots >= 0, "--batch.slots", self.slots, "0 (automatic) or more")
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots or max(1, self.capacity // 32)
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """LEAD's options (arXiv 2505.07437); `random` and `full` read only `round_steps`."""
+
+    loss_change: LossChange = "inner"
+    """How the effect of a step on its own samples is estimated: gradient inner product at the last hidden state, the paper's, or not at all."""
+    inner_form: Literal["sketch", "exact"] = "sketch"
+    """The inner product through random projections (q x q numbers a sample), or exact (keeps [T, H] twice)."""
+    sketch_dim: int = 64
+    """q, the width of the random projections."""
+    calibrate_every: int = 8
+    """Optimizer steps between two measurements of the step's true first-order loss change."""
+    smoothing: float = 0.1
+    """b of U <- (1 - b) (loss + change) + b U."""
+    bandit: Bandit = "exp3"
+    """Who draws the round's cluster; `none` treats the pool as one cluster."""
+    gamma: float = 0.1
+    """Exploration share of EXP3."""
+    exp3s_alpha: float = 0.01
+    """Share of weight that EXP3.S spreads over all clusters each round."""
+    use_tasks: bool = True
+    """Give every task a quota in proportion to its eligible samples."""
+    max_visits: int = 4
+    """How often one sample may be trained."""
+    round_steps: int = 4
+    """S, optimizer steps trained on one bandit decision."""
+
+    def __post_init__(self) -> None:
+        require(self.sketch_dim >= 1, "--selection.sketch-dim", self.sketch_dim, "at least 1")
+        require(self.calibrate_every >= 1, "--selection.calibrate-every", self.calibrate_every, "at least 1")
+        require(0 <= self.smoothing < 1, "--selection.smoothing", self.smoothing, "in [0, 1)")
+        require(0 < self.gamma <= 1, "--selection.gamma", self.gamma, "in (0, 1]")
+        require(0 <= self.exp3s_alpha < 1, "--selection.exp3s-alpha", self.exp3s_alpha, "in [0, 1)")
+        require(self.max_visits >= 1, "--selection.max-visits", self.max_visits, "at least 1")
+        require(self.round_steps >= 1, "--selection.round-steps", self.round_steps, "at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and decay over the token budget."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decay rates."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this."""
+    warmup: float = 0.05
+    """Share of the token budget over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it falls afterwards."""
+    final_lr: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "--optimizer.lr", self.lr, "above 0")
+        require(self.weight_decay >= 0, "--optimizer.weight-decay", self.weight_decay, "0 or more")
+        require(all(0 <= b < 1 for b in self.betas), "--optimizer.betas", self.betas, "two numbers in [0, 1)")
+        require(self.max_grad_norm > 0, "--optimizer.max-grad-norm", self.max_grad_norm, "above 0")
+        require(0 <= self.warmup < 1, "--optimizer.warmup", self.warmup, "in [0, 1)")
+        require(0 <= self.final_lr <= 1, "--optimizer.final-lr", self.final_lr, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (peft); rank 0 trains all weights."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 means full fine-tuning."""
+    alpha: float = 16.0
+    """Adapter output is scaled by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "--lora.rank", self.rank, "0 (full fine-tuning) or more")
+        require(self.alpha > 0, "--lora.alpha", self.alpha, "above 0")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and in which precision things run."""
+
+    precision: Precision = "auto"
+    """Compute precision; auto is bf16 where the hardware multiplies it natively, else fp32. Master weights are fp32."""
+    attention: Attention = "auto"
+    """Attention over packed samples; auto takes the fastest that this machine has."""
+    placement: Placement = "auto"
+    """Where the pool's tokens lie: on the training device, in pinned host memory, or on disk."""
+    head_chunk_mib: int = 64
+    """Most memory for one chunk of logits."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+
+    def __post_init__(self) -> None:
+        require(self.head_chunk_mib >= 1, "--runtime.head-chunk-mib", self.head_chunk_mib, "at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model on the samples that a method selects from a prepared pool."""
+
+    pool: Path
+    """Folder written by `lead-engine prepare`."""
+    model: str
+    """Hub name, model folder, or scratch:tiny|small|100m."""
+    out: Path
+    """Run folder to write."""
+    method: Method = "lead"
+    """Who chooses the samples."""
+    budget: float = 0.025
+    """Tokens to train, as a share of the pool's tokens; `full` ignores it and takes the whole pool `epochs` times."""
+    epochs: int = 1
+    """Passes over the pool; for `full` only."""
+    seed: int = 0
+    """Seed of everything random."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint in `out`."""
+    checkpoint_every: int = 0
+    """Rounds between two checkpoints; 0 writes none before the end."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        require(0 < self.budget, "--budget", self.budget, "above 0")
+        require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
+        require(self.checkpoint_every >= 0, "--checkpoint-every", self.checkpoint_every, "0 or more")
+        require(self.keep_checkpoints >= 1, "--keep-checkpoints", self.keep_checkpoints, "at least 1")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train a small base model on plain text, in the same loop."""
+
+    text: tuple[Path, ...]
+    """Plain-text files; a blank line or a line break ends a paragraph."""
+    out: Path
+    """Run folder; the model lies in OUT/model."""
+    model: str = "scratch:tiny"
+    """scratch:NAME, a hub name or a folder."""
+    vocab_size: int = 4096
+    """Size of the byte-level BPE vocabulary trained for scratch:NAME."""
+    block: int = 512
+    """Tokens in one training sample."""
+    epochs: int = 1
+    """Passes over the text."""
+    seed: int = 0
+    """Seed of everything random."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint."""
+    checkpoint_every: int = 0
+    """Rounds between two checkpoints; 0 writes none before the end."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3, weight_decay=0.1))
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 300, "--vocab-size", self.vocab_size, "at least 300 (256 bytes and the special tokens)")
+        require(16 <= self.block <= self.batch.capacity, "--block", self.block, "between 16 and --batch.capacity")
+        require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn instruction files into a prepared pool: tokens, difficulty, initial utility, clusters, tasks."""
+
+    pool: tuple[str, ...]
+    """JSON, JSONL or Parquet files, or hub data set names."""
+    model: str
+    """Hub name, model folder, or scratch:NAME."""
+    out: Path
+    """Folder to write."""
+    max_length: int = 1024
+    """Longest sample in tokens; longer ones are cut, and counted."""
+    clusters: int = 7
+    """K, difficulty clusters."""
+    tasks: int = 0
+    """Topic clusters by k-means where records name no `dataset`; 0 takes the `dataset` field, or one task without it."""
+    warmup_share: float = 0.01
+    """Share of the pool's tokens on which a copy of the model is trained briefly before difficulty is measured."""
+    vocab_size: int = 4096
+    """Size of the vocabulary trained for scratch:NAME."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used (each is named and counted) instead of refusing the pool."""
+    seed: int = 0
+    """Seed of the warm-up and of k-means."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        require(8 <= self.max_length <= self.batch.capacity, "--max-length", self.max_length, "between 8 and --batch.capacity")
+        require(self.clusters >= 1, "--clusters", self.clusters, "at least 1")
+        require(self.tasks >= 0, "--tasks", self.tasks, "0 or more")
+        require(0 <= self.warmup_share < 1, "--warmup-share", self.warmup_share, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss per task, and exact match with --generate."""
+
+    model: str
+    """Run folder, model folder, or hub name."""
+    data: tuple[str, ...]
+    """Held-out files, in any form that `prepare` reads."""
+    out: Path | None = None
+    """Folder for eval.json and per-sample results; by default, RUN/eval for a run folder, else only printed."""
+    generate: int = 0
+    """Samples per task for which an answer is generated and compared; 0 generates none."""
+    max_new_tokens: int = 128
+    """Longest generated answer."""
+    max_length: int = 1024
+    """Longest sample in tokens."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used instead of refusing the file."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        require(8 <= self.max_length <= self.batch.capacity, "--max-length", self.max_length, "between 8 and --batch.capacity")
+        require(self.generate >= 0, "--generate", self.generate, "0 or more")
+        require(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "at least 1")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Plots and one stand-alone HTML page from run folders."""
+
+    runs: tuple[Path, ...]
+    """Run folders."""
+    out: Path
+    """Folder to write."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge a LoRA adapter into its base; writes a model folder in Hugging Face format."""
+
+    run: Path
+    """Run folder with an adapter."""
+    out: Path
+    """Model folder to write."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A comparison: methods x budgets x seeds on one prepared pool (the YAML of `compare`)."""
+
+    pool: Path
+    """Folder written by `prepare`."""
+    model: str
+    """The base that every run starts from."""
+    heldout: tuple[str, ...]
+    """Held-out files."""
+    methods: tuple[Method, ...] = ("lead", "random", "full")
+    budgets: tuple[float, ...] = (0.025,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ranks: int = 1
+    """torchrun processes per run."""
+    generate: int = 0
+    """Samples per task for exact match."""
+    epochs: int = 1
+    """Passes over the pool for `full`, which stands beside the others as the reference that costs 100 %."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        require(len(self.methods) >= 1, "methods", self.methods, "at least one method")
+        require(len(set(self.seeds)) == len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed, each once")
+        require(all(0 < b <= 1 for b in self.budgets), "budgets", self.budgets, "shares in (0, 1]")
+        require(self.ranks >= 1, "ranks", self.ranks, "at least 1")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train several methods at equal token budget over several seeds, with paired intervals."""
+
+    config: Path
+    """YAML with the fields of a study (see docs)."""
+    out: Path
+    """Folder to write; runs that are already complete there are kept."""
+
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain YAML/JSON types (paths as strings, tuples as lists)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Path):
+            return str(value)
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(config)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError naming file and line if it is not one."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give a YAML file that can be read") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else "not UTF-8 text"
+        raise UserError(f"--config {path}: {where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected a mapping of options, found {type(values).__name__}")
+    return values
