@@ -343,6 +343,22 @@ class CompareConfig:
     """Folder to write; runs that are already complete there are kept."""
 
 
+@dataclass(frozen=True)
+class MakePoolConfig:
+    """Write a procedural pool to try the engine on: pool.jsonl, heldout.jsonl and text.txt to pre-train on."""
+
+    out: Path
+    """Folder to write."""
+    samples: int = 4000
+    """Records in pool.jsonl."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 100, "--samples", self.samples, "at least 100")
+        require(self.seed >= 0, "--seed", self.seed, "0 or more")
+
+
 T = TypeVar("T")
 
 

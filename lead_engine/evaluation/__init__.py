@@ -1,0 +1,1 @@
+"""Held-out evaluation of a model, and comparison of selection methods with paired confidence intervals."""

@@ -1,0 +1,254 @@
+"""Held-out loss of a model, per task and overall, and exact match of generated answers.
+
+*overall* is the mean loss over all held-out response tokens; *macro* is the mean over tasks of each task's token mean, so that
+large tasks with long answers do not decide alone.
+"""
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from lead_engine import console
+from lead_engine.config import EvalConfig
+from lead_engine.errors import UserError
+from lead_engine.evaluation.exact_match import compare, summarise
+from lead_engine.evaluation.generate import Question, choose_questions, generate_answers
+from lead_engine.evaluation.outputs import ANSWERS, RESULT, SAMPLES, comparable_options
+from lead_engine.files import write_text
+from lead_engine.model.load import find_model, load_for_inference, load_hf
+from lead_engine.model.packed import PackedLM
+from lead_engine.model.scoring import score_store
+from lead_engine.pool.problems import Problems
+from lead_engine.pool.records import Record, read_records
+from lead_engine.pool.store import TokenStore
+from lead_engine.pool.template import encode
+
+UNNAMED_TASK = "unnamed"
+"""Task of records without `dataset`."""
+
+
+@dataclass
+class Scored:
+    """The held-out samples that could be scored, in the order of the files."""
+
+    records: list[Record] = field(default_factory=list)
+    nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # [n] mean over the sample's response tokens
+    tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [n] response tokens
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task_of(record) for record in self.records]
+
+
+def run(config: EvalConfig) -> None:
+    """The command `eval`: evaluate, and print the result."""
+    result = evaluate(config)
+    show(result)
+    folder = output_folder(config)
+    if folder is not None:
+        console.say(f"written: {folder / RESULT}, {folder / SAMPLES}")
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Score (and with `config.generate`, let answer) the held-out records.
+
+    Returns what stands in eval.json: {"loss": {"overall", "macro", "tasks": {name: {"loss", "samples", "tokens"}}},
+    "exact_match": None or `exact_match.summarise`'s result with "prompts_too_long", "problems": counts by kind,
+    "options": the options}. Where `output_folder` names one, eval.json, samples.parquet (id, dataset, nll, tokens) and, with
+    generation, answers.jsonl are written there; eval.json last, so that its presence says that all is there.
+    Raises UserError for models and files that cannot be read, and where the loss is not finite.
+    """
+    folder = find_model(config.model)
+    records, problems = read_records(config.data, skip_bad=config.skip_bad)
+    model, tokenizer = load_for_inference(folder, config.runtime, config.max_length)
+    scored = _score(model, tokenizer, records, config, problems)
+    del model
+    gc.collect()  # the model is generated with is another object; two of them may not fit
+    answers = _answer(folder, tokenizer, scored.records, config) if config.generate else None
+    result = {
+        "loss": summarise_loss(scored.nll, scored.tokens, scored.tasks),
+        "exact_match": None if answers is None else answers.summary(),
+        "problems": problems.counts(),
+        "options": comparable_options(config),
+    }
+    out = output_folder(config)
+    if out is not None:
+        _write(out, result, scored, answers)
+    return result
+
+
+def task_of(record: Record) -> str:
+    """The name under which a record's results are counted: its data set."""
+    return record.dataset or UNNAMED_TASK
+
+
+def output_folder(config: EvalConfig) -> Path | None:
+    """--out; else RUN/eval if --model is a run folder; else none."""
+    if config.out is not None:
+        return config.out
+    model = Path(config.model)
+    return model / "eval" if find_model(config.model) == model / "model" else None
+
+
+def summarise_loss(nll: NDArray[np.float64], tokens: NDArray[np.int64], tasks: Sequence[str]) -> dict[str, Any]:
+    """Token-weighted mean loss overall and per task, and the tasks' plain mean ("macro").
+
+    nll [n]: mean loss of each sample; tokens [n]: the response tokens it is the mean of, each at least 1.
+    """
+    names = np.asarray(tasks)
+    by_task = {}
+    for name in sorted(set(tasks)):
+        here = names == name
+        loss = float(np.average(nll[here], weights=tokens[here]))
+        by_task[name] = {"loss": loss, "samples": int(here.sum()), "tokens": int(tokens[here].sum())}
+    return {
+        "overall": float(np.average(nll, weights=tokens)),
+        "macro": float(np.mean([task["loss"] for task in by_task.values()])),
+        "tasks": by_task,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result as tables."""
+    loss, match = result["loss"], result["exact_match"]
+    shares = match["tasks"] if match else {}
+    columns = ["task", "samples", "tokens", "loss"] + (["whole answer", "final answer"] if match else [])
+    rows: list[list[object]] = [
+        [name, task["samples"], task["tokens"], task["loss"], *(_percent(shares.get(name)) if match else ())]
+        for name, task in loss["tasks"].items()
+    ]
+    samples, tokens = (sum(task[key] for task in loss["tasks"].values()) for key in ("samples", "tokens"))
+    rows.append(["overall", samples, tokens, loss["overall"], *(_percent(match["overall"]) if match else ())])
+    rows.append(["macro", None, None, loss["macro"], *((None, None) if match else ())])
+    console.table("Held-out loss (nats per response token)" + (" and exact match" if match else ""), columns, rows)
+    for kind, count in result["problems"].items():
+        console.say(f"{count} held-out records: {kind}")
+    if match and match["prompts_too_long"]:
+        console.say(f"{match['prompts_too_long']} held-out records were not answered: their prompt is too long")
+
+
+def format_share(share: dict[str, float | None] | None) -> str | None:
+    """"41.2 % [35.0, 47.7]" of a Wilson interval; None of none."""
+    if share is None or share["mean"] is None:
+        return None
+    return f"{100 * share['mean']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+
+
+def _percent(shares: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    return (format_share(shares["whole"]), format_share(shares["final"])) if shares else (None, None)
+
+
+# --- loss ---------------------------------------------------------------------------------------------------------------
+
+
+def _score(
+    model: PackedLM, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig, problems: Problems
+) -> Scored:
+    scored = Scored()
+    with tempfile.TemporaryDirectory(prefix="lead-eval-") as folder:
+
+        def samples() -> Iterator[tuple[list[int], list[bool]]]:
+            for sample in encode(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad):
+                scored.records.append(sample.record)
+                yield sample.ids, sample.response
+
+        TokenStore.write(Path(folder) / "store", samples())
+        if not scored.records:
+            raise UserError(
+                f"--data {' '.join(config.data)}: no answer is left within --max-length {config.max_length}; raise it"
+            )
+        device = next(model.parameters()).device
+        with TokenStore.open(Path(folder) / "store", config.runtime.placement, device) as store:
+            nll, rows = score_store(model, store, batch=config.batch, description="held-out loss")
+        scored.nll, scored.tokens = nll.double().numpy(), rows.numpy()
+    bad = np.flatnonzero(~np.isfinite(scored.nll))
+    if bad.size:
+        record = scored.records[bad[0]]
+        raise UserError(
+            f"--model {config.model}: the loss is not finite on {bad.size} of {len(scored.records)} held-out records "
+            f"(first: {record.file}:{record.line}); the model has diverged, or needs --runtime.precision fp32"
+        )
+    return scored
+
+
+# --- generation ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answers:
+    """Generated answers to some of the held-out records."""
+
+    questions: list[Question]
+    texts: list[str]
+    too_long: int
+
+    def __post_init__(self) -> None:
+        self.matches = [compare(text, q.reference) for q, text in zip(self.questions, self.texts, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        tasks = [task_of(question.record) for question in self.questions]
+        return summarise(zip(tasks, self.matches, strict=True)) | {"prompts_too_long": self.too_long}
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        for question, text, match in zip(self.questions, self.texts, self.matches, strict=True):
+            yield {
+                "id": question.record.id,
+                "dataset": task_of(question.record),
+                "reference": question.reference,
+                "generated": text,
+                "whole": match.whole,
+                "final": match.final,
+            }
+
+
+def _answer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig
+) -> Answers:
+    model = load_hf(folder)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = min(config.max_length, (room or torch.iinfo(torch.int64).max) - config.max_new_tokens)
+    if longest < 1:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: the model's context is {room} tokens; lower it")
+    questions, too_long = choose_questions(records, tokenizer, per_task=config.generate, longest=longest, task_of=task_of)
+    prompts = [question.prompt for question in questions]
+    places = config.batch.capacity * config.batch.micro_batches
+    texts = generate_answers(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, places=places)
+    return Answers(questions, texts, too_long)
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, result: dict[str, Any], scored: Scored, answers: Answers | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)  # it vouches for the other files, which are about to change
+    table = pa.table(
+        {
+            "id": [record.id for record in scored.records],
+            "dataset": scored.tasks,
+            "nll": pa.array(scored.nll, pa.float64()),
+            "tokens": pa.array(scored.tokens, pa.int64()),
+        }
+    )
+    building = folder / f"{SAMPLES}.writing"
+    pq.write_table(table, building)
+    os.replace(building, folder / SAMPLES)
+    if answers is None:
+        (folder / ANSWERS).unlink(missing_ok=True)
+    else:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers.lines())
+        write_text(folder / ANSWERS, text)
+    write_text(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,118 @@
+"""Greedy answers to held-out prompts, by plain transformers generation."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lead_engine import console
+from lead_engine.pool.records import Message, Record
+from lead_engine.pool.template import answer_spans, render
+
+
+class Question(NamedTuple):
+    """A record's last answer, to be generated: the prompt's tokens, and the answer that the record gives."""
+
+    record: Record
+    prompt: list[int]
+    reference: str
+
+
+def choose_questions(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    per_task: int,
+    longest: int,
+    task_of: Callable[[Record], str],
+) -> tuple[list[Question], int]:
+    """Up to `per_task` records of every task whose prompt has at most `longest` tokens, and how many were passed over for that.
+
+    Which ones depends on the records' ids alone (the smallest SHA-256), so that every model answers the same questions whatever
+    the order of the file; a model with a longer tokenisation may pass over more.
+    """
+    chosen: list[Question] = []
+    taken: dict[str, int] = {}
+    too_long = 0
+    for record in sorted(records, key=lambda r: hashlib.sha256(r.id.encode()).digest()):
+        task = task_of(record)
+        if taken.get(task, 0) == per_task:
+            continue
+        turns = [message._asdict() for message in record.messages[:-1]]  # a record ends with an answer
+        prompt = tokenizer(render(tokenizer, turns, prompt=True), add_special_tokens=False, verbose=False)["input_ids"]
+        if len(prompt) > longest:
+            too_long += 1
+            continue
+        taken[task] = taken.get(task, 0) + 1
+        chosen.append(Question(record, prompt, record.messages[-1].content))
+    return chosen, too_long
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's eos, and what the chat template writes at the end of an answer.
+
+    The two differ in base models that were given a chat template: eos ends a document there, not a turn.
+    """
+    text, spans = answer_spans(tokenizer, [Message("user", "a"), Message("assistant", "b")])
+    last = tokenizer(text[: spans[-1][1]], add_special_tokens=False)["input_ids"][-1]
+    ends = {tokenizer.eos_token_id}
+    if last in tokenizer.added_tokens_decoder:  # else the template ends answers with plain text, which may also stand in one
+        ends.add(last)
+    return sorted(ends - {None})
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    places: int,
+) -> list[str]:
+    """The model's greedy continuation of every prompt, without special tokens, in the prompts' order.
+
+    Prompts of similar length are padded on the left into batches of at most `places` tokens (one prompt at least). The generation
+    settings that a model folder may carry (sampling, repetition penalties) are not used.
+    """
+    ends = stop_tokens(tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=padding
+    )
+    model.generation_config = settings
+    answers = [""] * len(prompts)
+    with console.progress(len(prompts), "answers") as bar:
+        for batch in batches_by_length([len(prompt) for prompt in prompts], max_new_tokens, places):
+            longest = max(len(prompts[i]) for i in batch)
+            ids = torch.full((len(batch), longest), padding, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(batch):
+                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, longest - len(prompts[i]) :] = 1
+            output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings)
+            for i, new in zip(batch, output[:, longest:].tolist(), strict=True):
+                answers[i] = tokenizer.decode(_until(new, ends), skip_special_tokens=True).strip()
+            bar.advance(len(batch))
+    return answers
+
+
+def batches_by_length(lengths: Sequence[int], extra: int, places: int) -> list[list[int]]:
+    """Indices in batches, longest prompts first, so that (longest + extra) x size stays within `places` (or size is 1)."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if room == 0:
+            room = max(1, places // (lengths[i] + extra))
+            batches.append([])
+        batches[-1].append(i)
+        room -= 1
+    return batches
+
+
+def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """`tokens` up to the first that ends an answer; what follows is padding."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -1,0 +1,207 @@
+"""A study as a list of runs: what each is called, where it lies, and which command lines make it."""
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lead_engine.config import EvalConfig, Method, StudyConfig, TrainConfig, read_yaml, to_dict
+from lead_engine.errors import UserError
+from lead_engine.evaluation.outputs import RESULT, comparable_options
+from lead_engine.files import read_json
+
+COMPLETE = "summary.json"
+"""What `train` writes last."""
+WHERE_IT_RUNS = ("out", "resume", "runtime", "checkpoint_every", "keep_checkpoints")
+"""Options of `train` that leave the result what it is."""
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One training run of a study. `budget` is a share of the pool's tokens; None for `full`, whose cost is the whole pool."""
+
+    method: Method
+    budget: float | None
+    seed: int
+    folder: Path
+    train: TrainConfig
+    evaluate: EvalConfig
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(self.name + ".log")
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder.with_name(self.name + ".yaml")
+
+    @property
+    def trained(self) -> bool:
+        return (self.folder / COMPLETE).exists()
+
+    @property
+    def started(self) -> bool:
+        return (self.folder / "config.yaml").exists()
+
+    @property
+    def evaluated(self) -> bool:
+        return is_evaluated(self.evaluate)
+
+
+def plan_runs(study: StudyConfig, out: Path) -> list[StudyRun]:
+    """Every run of the study; all methods of one seed stand together, so that pairs are complete early.
+
+    Raises UserError where two runs would share a folder.
+    """
+    runs = []
+    for seed in study.seeds:
+        for method in study.methods:
+            budgets = (None,) if method == "full" else study.budgets
+            runs += [_make_run(study, out, method, budget, seed) for budget in budgets]
+    names = [run.name for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"methods, budgets: {', '.join(twice)} would be run twice; name every method and budget once")
+    return runs
+
+
+def budget_name(budget: float | None, epochs: int = 1) -> str:
+    """0.025 -> "2.5pct"; `full`'s None -> "100pct" for each epoch."""
+    return f"{100 * (epochs if budget is None else budget):g}pct"
+
+
+def _make_run(study: StudyConfig, out: Path, method: Method, budget: float | None, seed: int) -> StudyRun:
+    folder = out / "runs" / f"{method}-{budget_name(budget, study.epochs)}-s{seed}"
+    train = TrainConfig(
+        pool=study.pool,
+        model=study.model,
+        out=folder,
+        method=method,
+        budget=float(study.epochs) if budget is None else budget,
+        epochs=study.epochs if method == "full" else 1,
+        seed=seed,
+        batch=study.batch,
+        selection=study.selection,
+        optimizer=study.optimizer,
+        lora=study.lora,
+        runtime=study.runtime,
+    )
+    return StudyRun(method, budget, seed, folder, train, eval_config(study, str(folder), folder / "eval"))
+
+
+def eval_config(study: StudyConfig, model: str, out: Path) -> EvalConfig:
+    """How every model of the study is evaluated: at the length that the pool was prepared with."""
+    return EvalConfig(
+        model=model,
+        data=study.heldout,
+        out=out,
+        generate=study.generate,
+        max_length=pool_max_length(study.pool),
+        batch=study.batch,
+        runtime=study.runtime,
+    )
+
+
+def base_config(study: StudyConfig, out: Path) -> EvalConfig | None:
+    """Evaluation of the untrained base; None for a scratch model that only the runs themselves make."""
+    model = study.model
+    if model.startswith("scratch:"):
+        if not (study.pool / "model").is_dir():
+            return None
+        model = str(study.pool / "model")
+    return eval_config(study, model, out / "base")
+
+
+def pool_max_length(pool: Path) -> int:
+    """--max-length that the pool was prepared with. UserError if the folder is no prepared pool."""
+    summary = pool / "summary.json"
+    if not summary.exists():
+        raise UserError(f"pool {pool}: not a prepared pool (no summary.json in it); make one with `lead-engine prepare`")
+    length = read_json(summary).get("max_length")
+    if not isinstance(length, int):
+        raise UserError(f"{summary}: no max_length in it; prepare the pool again")
+    return length
+
+
+# --- what is there already ----------------------------------------------------------------------------------------------
+
+
+def check_unchanged(run: StudyRun) -> None:
+    """UserError if the run's folder holds a run of other options: the comparison would mix two studies."""
+    if not run.started:
+        return
+    path = run.folder / "config.yaml"
+    before, now = _flat(read_yaml(path)), _flat(to_dict(run.train))
+    for key in now:
+        if key.partition(".")[0] not in WHERE_IT_RUNS and before.get(key) != now[key]:
+            raise UserError(
+                f"{path}: this run was made with {key} = {before.get(key)}, the study now says {now[key]}; "
+                "give another --out, or delete the run's folder"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"batch": {"capacity": 1}} -> {"batch.capacity": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def is_evaluated(config: EvalConfig) -> bool:
+    """Whether the result is there and was made with the same held-out files and options."""
+    assert config.out is not None
+    path = config.out / RESULT
+    return path.exists() and read_json(path).get("options") == comparable_options(config)
+
+
+# --- command lines ------------------------------------------------------------------------------------------------------
+
+
+def train_command(run: StudyRun, ranks: int) -> list[str]:
+    """The command line that trains the run, or goes on with what is half done; its options are in `run.config_file`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    resume = ["--resume"] if run.started else []
+    return [sys.executable, *launcher, "-m", "lead_engine", "train", "--config", str(run.config_file), *resume]
+
+
+def config_text(config: TrainConfig) -> str:
+    """The YAML for `train --config`."""
+    values = to_dict(config)
+    del values["resume"]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def eval_command(config: EvalConfig) -> list[str]:
+    """The command line of an evaluation."""
+    assert config.out is not None
+    flags: dict[str, Any] = {
+        "--out": config.out,
+        "--generate": config.generate,
+        "--max-new-tokens": config.max_new_tokens,
+        "--max-length": config.max_length,
+        "--batch.capacity": config.batch.capacity,
+        "--batch.micro-batches": config.batch.micro_batches,
+        "--batch.slots": config.batch.slots,
+        "--runtime.precision": config.runtime.precision,
+        "--runtime.attention": config.runtime.attention,
+        "--runtime.placement": config.runtime.placement,
+        "--runtime.head-chunk-mib": config.runtime.head_chunk_mib,
+    }
+    words = [str(word) for flag, value in flags.items() for word in (flag, value)]
+    return [sys.executable, "-m", "lead_engine", "eval", "--model", config.model, "--data", *config.data, *words]
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment without what a launcher may have put there for it; children start afresh."""
+    launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher and not name.startswith("TORCHELASTIC")}
+    return kept | {"PYTHONUNBUFFERED": "1"}

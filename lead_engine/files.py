@@ -1,0 +1,56 @@
+"""Files that appear whole or not at all, and reading back what the engine wrote."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lead_engine.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file: beside its place, then renamed."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file: beside its place, then renamed."""
+    building = path.with_name(path.name + ".writing")
+    building.write_bytes(data)
+    os.replace(building, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. UserError naming the file if it cannot be read or holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # also UnicodeDecodeError
+        raise UserError(f"{path}: damaged ({error}); delete it and make it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged (expected an object, found {type(value).__name__}); delete it and make it again")
+    return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a JSON Lines file; a last line that was cut off while it was written does not count.
+
+    UserError naming file and line for any other line that is no object.
+    """
+    lines = path.read_bytes().split(b"\n")
+    objects = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no line break after it
+                break
+            raise UserError(f"{path}:{number}: damaged ({error})") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number}: expected an object, found {type(value).__name__}")
+        objects.append(value)
+    return objects

@@ -1,0 +1,91 @@
+"""LoRA adapters in peft's format: put into a model, initialised, named."""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lead_engine.config import LoraConfig
+from lead_engine.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(name: str) -> bool:
+    return "lora_" in name
+
+
+def stored_name(name: str) -> str:
+    """Name of an adapter tensor in peft's file, from its Hugging Face parameter name."""
+    return "base_model.model." + name.replace(".default.", ".")
+
+
+def new_config(lora: LoraConfig, base: Path) -> PeftLoraConfig:
+    """Adapters on every linear layer of the blocks (not on the LM head)."""
+    return PeftLoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=str(base)
+    )
+
+
+def read_config(folder: Path) -> PeftLoraConfig:
+    """The adapter's config. Raises UserError for adapters other than plain LoRA."""
+    config = PeftLoraConfig.from_pretrained(folder)
+    if config.peft_type != "LORA" or config.use_dora or config.modules_to_save:
+        raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are read (no DoRA, no modules_to_save)")
+    return config
+
+
+def base_of(folder: Path) -> str:
+    """Where an adapter's base model lies. Raises UserError if its config does not say."""
+    base = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder / CONFIG}: names no base_model_name_or_path; write the base model's folder there")
+    return base
+
+
+def inject(model: PreTrainedModel, config: PeftLoraConfig) -> None:
+    """Put adapters into `model` in place; all other parameters are frozen. `model.peft_config` keeps the config."""
+    if config.target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+        config.target_modules = leaves
+    inject_adapter_in_model(config, model)
+    model.peft_config = {"default": config}
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, *, skip: bool) -> None:
+    """New adapters: A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685), so that training starts at the base model.
+
+    Every rank draws the whole A from a generator of its own and keeps its shard: the same weights on any number of ranks.
+    skip: the adapter's weights were loaded; freeze as usual, draw nothing.
+    """
+    adapters = [(name, parameter) for name, parameter in model.named_parameters() if is_adapter(name)]
+    for place, (name, parameter) in enumerate(adapters):
+        if skip:
+            continue
+        if "lora_B" in name:
+            parameter.zero_()
+            continue
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+        bound = 1 / math.sqrt(parameter.shape[1])  # what kaiming_uniform_(a=sqrt(5)) comes to
+        whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+        if isinstance(parameter, DTensor):
+            rows = _local_rows(parameter)
+            parameter.to_local().copy_(whole[rows])
+        else:
+            parameter.copy_(whole)
+
+
+def _local_rows(parameter: DTensor) -> slice:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return slice(offset[0], offset[0] + shape[0])

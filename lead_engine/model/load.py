@@ -1,0 +1,126 @@
+"""From a name to a model: hub names, folders, run folders and `scratch:NAME` all become a Hugging Face folder first."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lead_engine.config import LoraConfig, RuntimeConfig
+from lead_engine.errors import UserError
+from lead_engine.model import adapter, weights
+from lead_engine.model.attention import NAME, choose_attention
+from lead_engine.model.packed import PackedLM
+from lead_engine.model.parallelize import parallelize
+from lead_engine.model.precision import choose_precision
+
+
+def find_model(model: str, flag: str = "--model") -> Path:
+    """The Hugging Face folder behind a folder, a run folder (its `model/`), or a hub name.
+
+    Raises UserError if there is no such model.
+    """
+    path = Path(model)
+    for folder in (path / "model", path):
+        if (folder / "config.json").exists() or (folder / adapter.CONFIG).exists():
+            return folder
+    if path.exists() or model.startswith((".", "/")) or model.count("/") > 1:
+        raise UserError(f"{flag} {model}: neither it nor its model/ holds a config.json; give a model folder, a finished run or a hub name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub client raises a dozen types; to the user they are one: not to be had
+        raise UserError(f"{flag} {model}: no such folder, and not found on the hub ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder. Raises UserError if there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {folder}: no tokenizer that can be read ({str(error).splitlines()[0]})") from None
+
+
+def build_model(
+    folder: Path,
+    *,
+    device: torch.device,
+    runtime: RuntimeConfig,
+    max_length: int,
+    mesh: DeviceMesh | None = None,
+    lora: LoraConfig | None = None,
+    trainable: bool = True,
+    seed: int = 0,
+) -> PackedLM:
+    """A PackedLM with the weights of a Hugging Face folder (an adapter folder: base and adapter).
+
+    With a mesh it is sharded (FSDP2) and every rank reads only its slices; without one it is whole. Parameters are fp32 where they are
+    trained, else in the compute dtype. max_length: longest sample in tokens. seed: of new adapter weights.
+    Raises UserError for models whose layout is not supported and for files that cannot be read.
+    """
+    adapter_folder = folder if (folder / adapter.CONFIG).exists() else None
+    base = find_model(adapter.base_of(adapter_folder)) if adapter_folder else folder
+    dtype = choose_precision(runtime.precision, device)
+    kind = choose_attention(runtime.attention, device, dtype)
+    config = load_config(base)
+    with init_empty_weights(include_buffers=False):  # parameters on the meta device, rotary tables real
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
+        if adapter_folder:
+            adapter.inject(hf, adapter.read_config(adapter_folder))
+        elif lora is not None and lora.rank:
+            adapter.inject(hf, adapter.new_config(lora, base))
+    hf.tie_weights()  # the move to the meta device parted shared parameters
+    if runtime.gradient_checkpointing and trainable:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=runtime.head_chunk_mib << 20)
+    if mesh is not None:
+        parallelize(model, mesh, dtype)
+    weights.materialise(model, device, torch.float32 if trainable else dtype)
+    weights.load(model, base, adapter_folder)
+    adapter.initialise(model, seed, skip=adapter_folder is not None)
+    model.train(trainable)
+    return model.requires_grad_(False) if not trainable else model
+
+
+def load_for_inference(folder: Path, runtime: RuntimeConfig, max_length: int) -> tuple[PackedLM, PreTrainedTokenizerBase]:
+    """An unsharded model in the compute dtype for scoring, and its tokenizer."""
+    model = build_model(folder, device=default_device(), runtime=runtime, max_length=max_length, trainable=False)
+    return model, load_tokenizer(folder)
+
+
+def load_hf(folder: Path) -> PreTrainedModel:
+    """The plain transformers model (adapter merged in), for generation; fp32 on the CPU, bf16 on a GPU."""
+    device = default_device()
+    dtype = choose_precision("auto", device) if device.type == "cuda" else torch.float32
+    if not (folder / adapter.CONFIG).exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(find_model(adapter.base_of(folder)), dtype=dtype)
+    return PeftModel.from_pretrained(base, folder).merge_and_unload().to(device).eval()
+
+
+def load_config(folder: Path):
+    """The transformers config of a folder. Raises UserError naming the file if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / 'config.json'}: not a transformers model config ({str(error).splitlines()[0]})") from None
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trained) parameters, a shared one counted once; global sizes where they are sharded."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)

@@ -1,0 +1,28 @@
+"""`lead-engine merge`: an adapter into its base."""
+from __future__ import annotations
+
+import os
+import shutil
+
+from lead_engine.config import MergeConfig
+from lead_engine.console import say
+from lead_engine.errors import UserError
+from lead_engine.model import adapter
+from lead_engine.model.load import find_model, load_config, load_hf, load_tokenizer
+
+
+def run(config: MergeConfig) -> None:
+    """Write OUT as a plain Hugging Face model. Raises UserError if RUN holds no adapter or OUT exists."""
+    folder = find_model(str(config.run), "RUN")
+    if not (folder / adapter.CONFIG).exists():
+        raise UserError(f"{folder}: holds no adapter ({adapter.CONFIG}); a fully fine-tuned model needs no merging")
+    if config.out.exists():
+        raise UserError(f"--out {config.out}: exists already; name a new folder")
+    base = find_model(adapter.base_of(folder))
+    model = load_hf(folder).to(load_config(base).dtype)
+    building = config.out.with_name(config.out.name + ".writing")
+    shutil.rmtree(building, ignore_errors=True)
+    model.save_pretrained(building)
+    load_tokenizer(folder).save_pretrained(building)
+    os.replace(building, config.out)
+    say(f"merged {folder} into {base}: {config.out}")

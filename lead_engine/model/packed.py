@@ -1,0 +1,132 @@
+"""A Hugging Face causal language model whose forward takes a packed micro-batch and returns the loss, a sample at a time.
+
+The final norm and the LM head become one module whose forward *is* the loss, applied to the rows that predict a response token
+and to no others. Under FSDP it is a unit of its own, so the head's weight is an ordinary unsharded tensor while the loss op reads
+it (taking `full_tensor()` of a sharded weight instead gives a wrong gradient under mixed precision).
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lead_engine.errors import UserError
+from lead_engine.model.attention import Packing
+from lead_kernels import HeadLoss, PackedBatch, linear_cross_entropy
+
+
+class LossHead(nn.Module):
+    """Final norm, LM head and cross-entropy.
+
+    keep_gradient: keep the normed rows and, after the backward pass, the loss gradient there (for the exact inner product).
+    """
+
+    def __init__(self, norm: nn.Module, projection: nn.Linear, *, softcap: float | None, logit_scale: float, chunk_bytes: int):
+        super().__init__()
+        self.norm, self.projection = norm, projection
+        self.softcap, self.logit_scale, self.chunk_bytes = softcap, logit_scale, chunk_bytes
+        self.keep_gradient = False
+        self.hidden_RH: Tensor | None = None
+        self.hidden_grad_RH: Tensor | None = None
+
+    def forward(
+        self, hidden_TH: Tensor, batch: PackedBatch, token_weight: Tensor | float | None, signature: tuple[Tensor, Tensor] | None
+    ) -> HeadLoss:
+        hidden_RH = self.norm(hidden_TH.index_select(0, batch.rows))
+        if self.keep_gradient and hidden_RH.requires_grad:
+            self.hidden_RH, self.hidden_grad_RH = hidden_RH.detach(), None
+            hidden_RH.register_hook(self._keep)
+        return linear_cross_entropy(
+            hidden_RH,
+            self.projection.weight,
+            batch.targets,
+            sample_ids=batch.row_slots,
+            num_samples=batch.sample_ids.shape[0],
+            token_weight=token_weight,
+            signature=signature,
+            bias=self.projection.bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+    def _keep(self, gradient: Tensor) -> None:
+        self.hidden_grad_RH = gradient.detach()
+
+
+class PackedLM(nn.Module):
+    """decoder (embedding and blocks of a transformers model) followed by a LossHead.
+
+    Parameter names are `decoder.*`, `head.norm.*` and `head.projection.*`; `checkpoint_names` maps them to Hugging Face's.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, attention: str, max_length: int, chunk_bytes: int):
+        super().__init__()
+        decoder, projection = model.get_decoder(), model.get_output_embeddings()
+        for owner, name in ((decoder, "norm"), (decoder, "layers"), (decoder, "embed_tokens")):
+            if not hasattr(owner, name):
+                raise UserError(f"--model: a {model.config.model_type} model has no decoder.{name}; Llama-like decoders are supported")
+        if not isinstance(projection, nn.Linear):
+            raise UserError(f"--model: the LM head of a {model.config.model_type} model is a {type(projection).__name__}, not a linear layer")
+        self.config, self.generation_config = model.config, model.generation_config
+        self.peft_config = getattr(model, "peft_config", {}).get("default")
+        self.decoder_name = model.base_model_prefix
+        self.attention, self.max_length = attention, max_length
+        norm, decoder.norm = decoder.norm, nn.Identity()
+        self.decoder = decoder
+        text = model.config.get_text_config()
+        self.head = LossHead(
+            norm,
+            projection,
+            softcap=getattr(text, "final_logit_softcapping", None),
+            logit_scale=getattr(text, "logit_scale", None) or 1.0 / getattr(text, "logits_scaling", 1.0),
+            chunk_bytes=chunk_bytes,
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def tied(self) -> bool:
+        return self.head.projection.weight is self.decoder.embed_tokens.weight
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last block's output, before the final norm: [T, H]."""
+        packing = Packing(batch.cu_seqlens, self.max_length, self.attention)
+        output = self.decoder(
+            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, return_dict=True, packing=packing
+        )
+        return output.last_hidden_state[0]
+
+    def forward(
+        self, batch: PackedBatch, *, token_weight: Tensor | float | None = None, signature: tuple[Tensor, Tensor] | None = None
+    ) -> HeadLoss:
+        """Loss of one micro-batch; see `lead_kernels.linear_cross_entropy` for the result (its T is the batch's R rows here)."""
+        return self.head(self.hidden(batch), batch, token_weight, signature)
+
+    def checkpoint_names(self) -> dict[str, str]:
+        """Parameter name -> name in a Hugging Face checkpoint; adapters' own parameters keep a name with `lora_` in it."""
+        return {name: self._checkpoint_name(name) for name, _ in self.named_parameters(remove_duplicate=False)}
+
+    def _checkpoint_name(self, name: str) -> str:
+        for ours, theirs in (
+            ("decoder.", f"{self.decoder_name}."),
+            ("head.norm.", f"{self.decoder_name}.norm."),
+            ("head.projection.", "lm_head."),
+        ):
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours).replace(".base_layer.", ".")
+        raise AssertionError(name)
+
+
+@torch.no_grad()
+def mean_hidden(model: PackedLM, batch: PackedBatch) -> Tensor:
+    """Mean last-block output over each sample's tokens: fp32 [B, H], 0 for empty slots."""
+    hidden_TH = model.hidden(batch).float()
+    slots = batch.sample_ids.shape[0]
+    place = torch.arange(hidden_TH.shape[0], device=hidden_TH.device, dtype=batch.cu_seqlens.dtype)
+    segment = torch.searchsorted(batch.cu_seqlens, place, right=True) - 1
+    sums = hidden_TH.new_zeros(slots + 1, hidden_TH.shape[1]).index_add_(0, segment.clamp(max=slots), hidden_TH)
+    lengths = batch.cu_seqlens.diff()[:slots].clamp(min=1)
+    return sums[:slots] / lengths[:, None]

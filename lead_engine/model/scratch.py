@@ -1,0 +1,52 @@
+"""Small models that need no download: `scratch:tiny`, `scratch:small`, `scratch:100m`.
+
+Llama architecture (transformers' own classes), so that everything that works on them works on Llama checkpoints.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from lead_engine.errors import UserError
+
+PREFIX = "scratch:"
+SHAPES = {
+    # name: hidden, intermediate, layers, heads, key-value heads, tied embedding
+    "tiny": (128, 352, 4, 4, 4, True),
+    "small": (256, 704, 8, 8, 4, False),
+    "100m": (768, 2048, 12, 12, 4, False),
+}
+
+
+def is_scratch(model: str) -> bool:
+    return model.startswith(PREFIX)
+
+
+def make_scratch(model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_length: int = 4096) -> None:
+    """Write a randomly initialised model and its tokenizer to `folder` in Hugging Face format.
+
+    Raises UserError for an unknown name.
+    """
+    name = model.removeprefix(PREFIX)
+    if name not in SHAPES:
+        raise UserError(f"--model {model}: unknown; known: {', '.join(PREFIX + known for known in SHAPES)}")
+    hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,  # a multiple of 64 keeps the head's matrix products aligned
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

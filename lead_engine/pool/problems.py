@@ -1,0 +1,78 @@
+"""What is wrong with a pool's records, each with file and line; refused, counted or written out."""
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from lead_engine.errors import UserError
+
+COUNTED_ONLY = ("truncated", "response_truncated_away")
+"""Kinds that depend on --max-length and refuse nothing."""
+SHOWN = 5
+
+
+class Problem(NamedTuple):
+    """`kind` of problem with the record at `file`, `line` (the record's number where the file has no lines)."""
+
+    kind: str
+    file: str
+    line: int
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{place(self.file, self.line)}: {self.detail}"
+
+
+def place(file: str, line: int) -> str:
+    """How a record is named to the user: pool.jsonl:17, but "pool.json: record 17" where records are not lines."""
+    return f"{file}:{line}" if file.lower().endswith(".jsonl") else f"{file}: record {line}"
+
+
+class Problems:
+    """Problems in the order found.
+
+    Kinds: bad_utf8, broken_line (not JSON), not_a_record (no object, or none of the three forms), wrong_type, unknown_role,
+    no_response (no assistant turn, or an empty one), duplicate_id, template_refused; and, never an error, truncated (the sample is
+    used, cut at --max-length) and response_truncated_away (nothing of an answer is left before the cut: the sample is left out).
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[Problem] = []
+
+    def add(self, kind: str, file: str, line: int, detail: str) -> None:
+        self.entries.append(Problem(kind, file, line, detail))
+
+    def counts(self) -> dict[str, int]:
+        """Number of problems by kind, the most frequent first."""
+        return dict(Counter(p.kind for p in self.entries).most_common())
+
+    def refuse(self) -> None:
+        """Raise UserError naming up to 5 problems of each kind, unless all are of the kinds that are only counted."""
+        bad = [p for p in self.entries if p.kind not in COUNTED_ONLY]
+        if not bad:
+            return
+        lines = [f"{len(bad)} record(s) cannot be used:"]
+        for kind, count in Counter(p.kind for p in bad).most_common():
+            shown = [p for p in bad if p.kind == kind][:SHOWN]
+            lines += [f"  {p.kind}: {p}" for p in shown]
+            if count > len(shown):
+                lines.append(f"  {kind}: and {count - len(shown)} more")
+        raise UserError("\n".join(lines) + "\nMend them, or leave them out with --skip-bad.")
+
+    def write(self, path: Path | str) -> None:
+        """One JSON line a problem: kind, file, line, detail. The file appears complete or not at all."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            for problem in self.entries:
+                file.write(json.dumps(problem._asdict(), ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind} {count}" for kind, count in self.counts().items())

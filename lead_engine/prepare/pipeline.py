@@ -1,0 +1,169 @@
+"""The stages of `lead-engine prepare`, in order; each is skipped if an earlier run finished it."""
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from lead_engine.config import PrepareConfig, TrainConfig, to_dict
+from lead_engine.console import say, table
+from lead_engine.errors import UserError
+from lead_engine.model.load import build_model, find_model, load_tokenizer
+from lead_engine.model.scoring import embed_store
+from lead_engine.model.scratch import is_scratch
+from lead_engine.pool.state import PoolState
+from lead_engine.pool.store import TokenStore
+from lead_engine.pool.tokenizer import generation_prompt_ids
+from lead_engine.prepare import stages
+from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name, tasks_by_topic
+from lead_engine.prepare.tokenise import tokenise, write_answers
+from lead_engine.training.distributed import Ranks, process_group
+from lead_engine.training.run_folder import write_text
+from lead_engine.training.train import train
+
+
+def run(config: PrepareConfig) -> None:
+    """Write config.out; see the README for its files. Raises UserError for everything that the user can mend."""
+    with process_group() as ranks:
+        if not _begin(config, ranks):
+            say(f"{config.out}: already prepared with these options")
+            return
+        if ranks.first and not (config.out / "problems.jsonl").exists():
+            tokenise(config)
+            write_text(config.out / "prepare.json", _fingerprint(config))
+        ranks.barrier()
+        _score(config, ranks)
+
+
+def _begin(config: PrepareConfig, ranks: Ranks) -> bool:
+    """Whether there is anything to do. Raises UserError if OUT was prepared with other options."""
+    marker = config.out / "prepare.json"
+    same = not marker.exists() or json.loads(marker.read_text()) == json.loads(_fingerprint(config))
+    done = (config.out / "summary.json").exists()
+    ranks.barrier()  # every rank has looked before the first writes
+    if not same:
+        raise UserError(f"--out {config.out}: was prepared with other options (see {marker}); name another folder, or delete it")
+    if config.out.exists() and not marker.exists() and any(config.out.iterdir()) and not (config.out / "store").exists():
+        raise UserError(f"--out {config.out}: exists and is no prepared pool; name another folder")
+    return not done
+
+
+def _fingerprint(config: PrepareConfig) -> str:
+    options = to_dict(config)
+    return json.dumps({name: options[name] for name in options if name not in ("out", "runtime")}, indent=1)
+
+
+def _score(config: PrepareConfig, ranks: Ranks) -> None:
+    out, work = config.out, config.out / "stages"
+    store = TokenStore.open(out / "store", config.runtime.placement, ranks.device)
+    base = out / "model" if is_scratch(config.model) else find_model(config.model)
+    prompt = generation_prompt_ids(load_tokenizer(base))
+    options = {"device": ranks.device, "runtime": config.runtime, "max_length": config.batch.capacity, "trainable": False}
+
+    model = build_model(base, **options)
+    utility = stages.score(model, store, work / "base", ranks, config.batch, "1/4 loss under the base model")
+    task, names = _tasks(config, model, store)
+    warm = _warm_up(config, base, ranks)
+    model = build_model(warm, **options) if warm != base else model
+    given = utility if warm == base else stages.score(model, store, work / "given", ranks, config.batch, "3/4 loss given the instruction")
+    if ranks.first and not (work / "answers" / "meta.json").exists():
+        write_answers(store, work / "answers", prompt)
+    ranks.barrier()
+    answers = TokenStore.open(work / "answers", config.runtime.placement, ranks.device)
+    alone = stages.score(model, answers, work / "alone", ranks, config.batch, "4/4 loss of the answer alone")
+
+    if ranks.first:
+        ratio = difficulty(given, alone)
+        dropped = ratio >= 1
+        if bool(dropped.all()):
+            raise UserError(f"--model {config.model}: no instruction lowers its answer's loss, so nothing is left to select; the base is too weak")
+        cluster, centers = cluster_by_difficulty(ratio, dropped, config.clusters, config.seed)
+        state = PoolState(utility, ratio, cluster, task, dropped, names, config.clusters)
+        state.save(out)
+        _summarise(config, store, state, centers)
+        shutil.rmtree(work)
+    ranks.barrier()
+
+
+def _tasks(config: PrepareConfig, model, store: TokenStore) -> tuple[Tensor, list[str]]:
+    datasets = pq.read_table(config.out / "records.parquet", columns=["dataset"]).column("dataset").to_pylist()
+    if any(datasets) or not config.tasks:
+        return tasks_by_name(datasets)
+    means = embed_store(model, store, batch=config.batch, description="mean hidden states, for topics")
+    return tasks_by_topic(means, config.tasks, config.seed)
+
+
+def _warm_up(config: PrepareConfig, base: Path, ranks: Ranks) -> Path:
+    """A copy of the base trained briefly on random samples: difficulty is measured under it, so that a base that has never seen
+    the chat template is not judged by that alone."""
+    if config.warmup_share == 0:
+        return base
+    folder = config.out / "stages" / "warm-up"
+    batch = replace(config.batch, micro_batches=-(-config.batch.micro_batches // ranks.size) * ranks.size)
+    say("2/4 warm-up training")
+    train(
+        TrainConfig(
+            pool=config.out,
+            model=str(base),
+            out=folder,
+            method="random",
+            budget=config.warmup_share,
+            seed=config.seed,
+            resume=True,
+            batch=batch,
+            optimizer=config.optimizer,
+            runtime=config.runtime,
+        ),
+        ranks,
+    )
+    return folder / "model"
+
+
+def _summarise(config: PrepareConfig, store: TokenStore, state: PoolState, centers: list[float]) -> None:
+    """summary.json, which marks the folder as prepared, and the same as tables."""
+    lengths = store.lengths.cpu()
+    kept = ~state.dropped
+    problems = [json.loads(line)["kind"] for line in (config.out / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
+    clusters = [
+        {
+            "cluster": k,
+            "samples": int((kept & (state.cluster == k)).sum()),
+            "tokens": int(lengths[kept & (state.cluster == k)].sum()),
+            "mean_difficulty": centers[k],
+            "mean_utility": float(state.utility[kept & (state.cluster == k)].mean()),
+        }
+        for k in range(state.num_clusters)
+    ]
+    tasks = [
+        {
+            "task": name,
+            "samples": int((state.task == i).sum()),
+            "tokens": int(lengths[state.task == i].sum()),
+            "dropped": int((state.dropped & (state.task == i)).sum()),
+            "mean_difficulty": float(state.difficulty[state.task == i].mean()),
+        }
+        for i, name in enumerate(state.task_names)
+    ]
+    summary = {
+        "samples": store.num_samples,
+        "tokens": store.num_tokens,
+        "response_tokens": int(store.response_rows.sum()),
+        "dropped_misaligned": int(state.dropped.sum()),
+        "problems": {kind: problems.count(kind) for kind in sorted(set(problems))},
+        "clusters": clusters,
+        "tasks": tasks,
+    }
+    say(f"{store.num_samples:,} samples, {store.num_tokens:,} tokens ({summary['response_tokens']:,} of answers)")
+    say(f"dropped as misaligned (the instruction does not lower the answer's loss): {summary['dropped_misaligned']:,}")
+    for kind, count in summary["problems"].items():
+        say(f"{kind}: {count:,}, named in {config.out / 'problems.jsonl'}")
+    table("Difficulty clusters, easiest first", list(clusters[0]), [list(row.values()) for row in clusters])
+    table("Tasks", list(tasks[0]), [list(row.values()) for row in tasks])
+    write_text(config.out / "summary.json", json.dumps(summary, indent=1))
+    say(f"prepared: {config.out}")
+
+

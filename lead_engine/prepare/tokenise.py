@@ -1,0 +1,85 @@
+"""First stage: records to a token store."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from lead_engine.config import PrepareConfig
+from lead_engine.console import progress, say, warn
+from lead_engine.errors import UserError
+from lead_engine.model.load import find_model, load_tokenizer
+from lead_engine.model.scratch import is_scratch, make_scratch
+from lead_engine.pool.problems import Problems
+from lead_engine.pool.records import Record, read_records
+from lead_engine.pool.store import TokenStore
+from lead_engine.pool.template import encode
+from lead_engine.pool.tokenizer import train_tokenizer
+
+TOKENIZER_RECORDS = 20_000
+"""Records from which a scratch model's vocabulary is learned."""
+
+
+def tokenise(config: PrepareConfig) -> None:
+    """Write store/, records.parquet, tokenizer/, problems.jsonl and, for scratch models, model/ into config.out.
+
+    The folder is created only once the pool has been read and accepted.
+    Raises UserError for records that cannot be used (unless --skip-bad), and for models without a usable tokenizer.
+    """
+    say(f"reading {', '.join(config.pool)}")
+    records, problems = read_records(config.pool, skip_bad=config.skip_bad)
+    out = config.out
+    if is_scratch(config.model):
+        texts = (message.content for record in records[:TOKENIZER_RECORDS] for message in record.messages)
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        out.mkdir(parents=True, exist_ok=True)
+        make_scratch(config.model, tokenizer, out / "model", config.seed)
+    else:
+        tokenizer = load_tokenizer(find_model(config.model))
+    rows: dict[str, list] = {name: [] for name in ("id", "dataset", "file", "line", "tokens", "response_tokens", "truncated")}
+    out.mkdir(parents=True, exist_ok=True)
+    TokenStore.write(out / "store", _samples(records, tokenizer, config, problems, rows))
+    if not rows["id"]:
+        raise UserError(f"--max-length {config.max_length}: no sample has an answer within it; raise it")
+    tokenizer.save_pretrained(out / "tokenizer")
+    pq.write_table(pa.table(rows), out / "records.parquet.writing")
+    (out / "records.parquet.writing").replace(out / "records.parquet")
+    problems.write(out / "problems.jsonl")
+    if problems.counts():
+        warn(f"{problems}; each is named in {out / 'problems.jsonl'}")
+
+
+def _samples(
+    records: list[Record], tokenizer: PreTrainedTokenizerBase, config: PrepareConfig, problems: Problems, rows: dict[str, list]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Tokens and response masks; fills `rows`, the columns of records.parquet, on the way."""
+    with progress(len(records), "tokenising records") as bar:
+        for sample in encode(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad):
+            record = sample.record
+            values = (record.id, record.dataset, record.file, record.line, len(sample.ids), sum(sample.response), sample.truncated)
+            for column, value in zip(rows.values(), values, strict=True):
+                column.append(value)
+            yield sample.ids, sample.response
+            bar.advance()
+
+
+def write_answers(store: TokenStore, folder: Path, prompt: list[int]) -> None:
+    """A store of the answers without their instructions: `prompt` (the template's request for an answer), then the response tokens.
+
+    Every response token is predicted in both stores (the first token of a sample, which nothing predicts, is never a response token that
+    counts), so the two mean losses are over the same tokens.
+    """
+    tokens, response, offsets = (x.cpu().numpy() for x in (store.tokens, store.response, store.offsets))
+
+    def samples() -> Iterator[tuple[list[int], list[bool]]]:
+        for start, end in itertools.pairwise(offsets.tolist()):
+            mask = response[start:end].copy()
+            mask[0] = False
+            answer = tokens[start:end][mask].tolist()
+            yield prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+    TokenStore.write(folder, samples())

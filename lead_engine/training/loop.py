@@ -1,0 +1,175 @@
+"""The training loop: rounds of selection, and the optimizer steps on what was selected.
+
+    per round:  the bandit draws a cluster, the selector plans S steps of packed micro-batches      (device)
+                the plan's header - token and row counts - is read                                  (the round's one host read)
+    per step:   micro-batches -> loss and backward; clip; AdamW
+                what the step did to its own samples is estimated from the loss op's by-products
+                all ranks' sample statistics are gathered; U and visits are updated                 (device)
+    round's end: reward, bandit update                                                              (device)
+
+Nothing between two headers waits for the device. Metrics of a round leave it by a copy that is read with the next header.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lead_engine.config import OptimizerConfig
+from lead_engine.model.packed import PackedLM
+from lead_engine.pool.store import TokenStore
+from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.selector import Layout, Plan, RoundStats, Selector
+from lead_engine.training.checkpoint import Progress
+from lead_engine.training.optimizer import clip_gradients, inner_product, learning_rate
+from lead_kernels import PackedBatch
+
+ROW_QUANTUM = 128
+"""Row counts are rounded up to a multiple of this, so that the head sees few different shapes."""
+
+
+class Header(NamedTuple):
+    """A plan's sizes on the host."""
+
+    tokens: list[int]
+    """Tokens of each step; 0 marks a step that the budget or the pool left empty."""
+    rows: list[list[int]]
+    """Rows (response tokens) of each step's micro-batches, rounded up."""
+
+
+class StepStats(NamedTuple):
+    """0-d fp32 tensors on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    mean_change: Tensor
+    first_order: Tensor
+
+
+@dataclass
+class Round:
+    """A round whose steps were launched. Tensors are on the device, and are best read after the next round's header."""
+
+    plan: Plan
+    header: Header
+    steps: list[StepStats]
+    rates: list[float]
+    stats: RoundStats
+    dummy: int
+    """The id that marks an empty slot: N."""
+    before: Progress
+    after: Progress
+
+
+@dataclass
+class Engine:
+    """Everything that a step touches. A group of one rank may pass distributed=False (no process group is needed then)."""
+
+    model: PackedLM
+    optimizer: torch.optim.Optimizer
+    selector: Selector
+    change: LossChange
+    store: TokenStore
+    layout: Layout
+    options: OptimizerConfig
+    rank: int = 0
+    world: int = 1
+    distributed: bool = True
+
+    def __post_init__(self) -> None:
+        self.accumulation = self.layout.micro_batches // self.world
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def rounds(self, progress: Progress, budget_tokens: int) -> Iterator[Round]:
+        """Train until the budget is spent or no sample is left; yields every round after its last step was launched."""
+        while progress.tokens < budget_tokens:
+            started = time.perf_counter()
+            plan = self.selector.plan(progress.round, budget_tokens - progress.tokens)
+            header = read_header(plan)
+            if sum(header.tokens) == 0:
+                return
+            if self.store.placement != "device":
+                self.store.prefetch(self._local(plan, header))
+            steps, rates, tokens = [], [], progress.tokens
+            for step, step_tokens in enumerate(header.tokens):
+                if step_tokens == 0:
+                    continue
+                rates.append(learning_rate(self.options, tokens / budget_tokens))
+                steps.append(self.train_step(plan, header, step, progress.step + len(steps), rates[-1]))
+                tokens += step_tokens
+            stats = self.selector.finish_round(plan)
+            self.change.finish_round(plan.cluster)
+            before, seconds = progress, time.perf_counter() - started
+            progress = Progress(before.round + 1, before.step + len(steps), tokens, before.seconds + seconds)
+            yield Round(plan, header, steps, rates, stats, self.selector.num_samples, before, progress)
+
+    def train_step(self, plan: Plan, header: Header, step: int, global_step: int, rate: float) -> StepStats:
+        """One optimizer step on step `step` of the plan."""
+        # One denominator for the whole step: its response tokens over all ranks and micro-batches. Every rank has the whole plan.
+        token_weight = 1.0 / plan.rows[step].sum().float()
+        losses = []
+        for place in range(self.accumulation):
+            batch = self._batch(plan, header, step, place)
+            self._reduce_gradients(place == self.accumulation - 1)
+            head = self.model(batch, token_weight=token_weight, signature=self.change.signature)
+            head.loss.backward()
+            rows = self.model.head
+            self.change.collect(head, head.sample_tokens * token_weight, rows.hidden_RH, rows.hidden_grad_RH, batch.row_slots)
+            losses.append(head.sample_nll)
+
+        norm, factor = clip_gradients(self.trained, self.options.max_grad_norm)
+        measured = self.change.wants_first_order(global_step)
+        before = inner_product(self.trained) if measured else None
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        # <G, dtheta>: gradients were scaled by `factor`, the batch loss's own were not.
+        first_order = self._all_reduce((inner_product(self.trained) - before) / factor).float() if measured else None
+        self.optimizer.zero_grad(set_to_none=True)
+
+        change = self.change.estimate(plan.cluster, rate, self._all_reduce, first_order)
+        loss, change = self._gather(torch.stack([torch.stack(losses), change]))
+        ids = plan.sample_ids[step]
+        self.selector.observe(ids, loss, change)
+        share = self.selector.rows[ids] * token_weight
+        none = norm.new_full((), torch.nan)
+        return StepStats((share * loss).sum(), norm, (share * change).sum(), none if first_order is None else first_order)
+
+    def _batch(self, plan: Plan, header: Header, step: int, place: int) -> PackedBatch:
+        micro = self.rank * self.accumulation + place
+        return self.store.batch(plan.sample_ids[step, micro], capacity=self.layout.capacity, num_rows=header.rows[step][micro])
+
+    def _local(self, plan: Plan, header: Header) -> Tensor:
+        """This rank's micro-batches of the plan, in the order of training, on the host: int64 [n, B]."""
+        ids = plan.sample_ids.cpu()  # only for pools kept on the host: their gathering needs the ids there
+        low = self.rank * self.accumulation
+        used = [step for step, tokens in enumerate(header.tokens) if tokens]
+        return ids[used, low : low + self.accumulation].flatten(0, 1)
+
+    def _reduce_gradients(self, last: bool) -> None:
+        if self.distributed:
+            self.model.set_requires_gradient_sync(last)
+
+    def _all_reduce(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def _gather(self, local: Tensor) -> Tensor:
+        """[n, A, B] of every rank -> [n, M, B], ranks in order."""
+        if self.world == 1:
+            return local
+        everyone = local.new_empty(self.world, *local.shape)
+        dist.all_gather_into_tensor(everyone.view(-1), local.contiguous().view(-1))
+        return everyone.transpose(0, 1).reshape(local.shape[0], -1, local.shape[-1])
+
+
+def read_header(plan: Plan) -> Header:
+    """The round's one wait for the device: S x M x 2 integers."""
+    tokens, rows = torch.stack([plan.tokens, plan.rows]).cpu().tolist()
+    return Header([sum(step) for step in tokens], [[-(-max(n, 1) // ROW_QUANTUM) * ROW_QUANTUM for n in step] for step in rows])

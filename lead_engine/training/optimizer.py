@@ -1,0 +1,75 @@
+"""AdamW, its schedule, clipping, and the step's true first-order effect on the loss."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lead_engine.config import OptimizerConfig
+
+_CHUNK = 1 << 22
+"""Numbers multiplied at a time by `inner_product`: bounds its scratch memory to 16 MiB whatever the parameter's size."""
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters; weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimizerConfig, progress: float) -> float:
+    """Learning rate after a share `progress` in [0, 1] of the token budget: linear warm-up, then decay to final_lr * lr.
+
+    Warm-up starts at a tenth of the peak: the very first step trains too.
+    """
+    if progress < config.warmup:
+        return config.lr * (0.1 + 0.9 * progress / config.warmup)
+    left = 1 - min(1.0, (progress - config.warmup) / (1 - config.warmup))
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
+    return config.lr * (config.final_lr + (1 - config.final_lr) * shape) if config.schedule != "constant" else config.lr
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Scale gradients in place to a global norm of at most max_norm: (norm before, factor applied), 0-d tensors.
+
+    Stops the run with an error, on the device's own clock, if the norm is not finite.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters], foreach=True)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    # The norm is the same on every rank, so all of them stop at the same step; no host read is needed to find out.
+    torch._assert_async(torch.isfinite(norm), NOT_FINITE)
+    clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+NOT_FINITE = "the gradient is not finite: lower --optimizer.lr, or look for broken samples in problems.jsonl"
+
+
+@torch.no_grad()
+def inner_product(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """<gradient, parameter> over this rank's shards: 0-d float64.
+
+    The change of a parameter under a step is the difference of two of these, so no copy of the parameters is needed. Sums are float64:
+    the two differ in about the fifth digit only, and fp32 sums over millions of terms would lose it. Products stay fp32, whose rounding errors
+    (6e-8 each, independent) average out far below the difference.
+    """
+    total = None
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        gradient, value = (x.to_local() if isinstance(x, DTensor) else x for x in (parameter.grad, parameter))
+        for g, v in zip(gradient.flatten().split(_CHUNK), value.flatten().split(_CHUNK), strict=True):
+            part = torch.sum(g * v, dtype=torch.float64)
+            total = part if total is None else total + part
+    assert total is not None, "no gradient anywhere"
+    return total

@@ -1,0 +1,216 @@
+"""`lead-engine train`: from a prepared pool and a base model to a run folder."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from lead_engine.config import TrainConfig
+from lead_engine.console import progress as progress_bar
+from lead_engine.console import say, table
+from lead_engine.errors import UserError
+from lead_engine.model.load import build_model, count_parameters, find_model, load_tokenizer
+from lead_engine.model.precision import choose_precision
+from lead_engine.model.save import save_model
+from lead_engine.model.scratch import is_scratch, make_scratch
+from lead_engine.pool.state import PoolState
+from lead_engine.pool.store import TokenStore
+from lead_engine.selection.loss_change import make_loss_change
+from lead_engine.selection.selector import Layout, Selector
+from lead_engine.training.checkpoint import Checkpoints, Progress
+from lead_engine.training.distributed import Ranks, process_group
+from lead_engine.training.loop import Engine, Round
+from lead_engine.training.optimizer import NOT_FINITE, make_optimizer
+from lead_engine.training.records import round_line, step_lines
+from lead_engine.training.run_folder import COMPLETE, RunFolder, write_text
+
+
+def run(config: TrainConfig) -> None:
+    """Train and write the run folder. Raises UserError for everything that the user can mend."""
+    with process_group() as ranks:
+        train(config, ranks)
+
+
+def train(config: TrainConfig, ranks: Ranks) -> None:
+    """The same inside a process group that exists already."""
+    if (config.out / COMPLETE).exists() and config.resume:
+        say(f"{config.out}: already complete")
+        return
+    _check(config, ranks)
+    folder = RunFolder(config, writes=ranks.first)
+    try:
+        _train(config, ranks, folder)
+    except RuntimeError as error:
+        if NOT_FINITE in str(error):
+            raise UserError(f"{config.out}: {NOT_FINITE}") from None
+        raise
+    finally:
+        folder.close()
+
+
+def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder) -> None:
+    store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
+    state = _pool_state(config, store)
+    base = _base(config, ranks)
+    tokenizer = load_tokenizer(base)
+    longest = int(store.lengths.max())
+    model = build_model(
+        base, device=ranks.device, mesh=ranks.mesh, runtime=config.runtime, max_length=longest, lora=config.lora, seed=config.seed
+    )
+    _check_vocabulary(config, model, store)
+    optimizer = make_optimizer(model, config.optimizer)
+    layout = Layout(config.selection.round_steps, config.batch.micro_batches, config.batch.num_slots, config.batch.capacity)
+    selector = Selector(
+        state, store.lengths, store.response_rows, method=config.method, config=config.selection, layout=layout, seed=config.seed, device=ranks.device
+    )
+    selection = config.selection if config.method == "lead" else _without_change(config)
+    change = make_loss_change(selection, model.hidden_size, selector.num_arms, ranks.device, config.seed)
+    model.head.keep_gradient = change.wants_hidden
+    engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size)
+
+    checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
+    parts = {"selector": selector, "loss_change": change}
+    start = checkpoints.load(model, optimizer, parts) if config.resume else Progress()
+    budget = config.epochs * store.num_tokens if config.method == "full" else round(config.budget * store.num_tokens)
+    _announce(config, ranks, model, store, state, base, budget)
+    ranks.barrier()
+    folder.open(start.step, start.round)
+    names = _sample_names(config.pool)
+    done, waiting = start, None
+    with progress_bar(budget, f"{config.method}, training tokens") as bar:
+        bar.advance(start.tokens)
+        for finished in engine.rounds(start, budget):
+            # The round before this one has long left the device: reading it now waits for nothing that is not done.
+            _record(waiting, folder, config, state, names, bar)
+            done, waiting = finished.after, finished
+            if config.checkpoint_every and done.round % config.checkpoint_every == 0:
+                _record(waiting, folder, config, state, names, bar)
+                waiting = None
+                checkpoints.save(model, optimizer, parts, done)
+        _record(waiting, folder, config, state, names, bar)
+    checkpoints.finish()
+    if done.tokens < budget:
+        say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {config.selection.max_visits})")
+    save_model(model, tokenizer, config.out / "model", base=base, rank=ranks.rank)
+    if ranks.first:
+        _finish(config, ranks, store, state, selector, done)
+
+
+def _record(finished: Round | None, folder: RunFolder, config: TrainConfig, state: PoolState, names: list[str], bar) -> None:
+    """Write a finished round's metrics."""
+    if finished is None:
+        return
+    lines = step_lines(finished)
+    for line in lines:
+        folder.step(line)
+    folder.round(round_line(finished, config.method, state, names))
+    bar.advance(finished.after.tokens - finished.before.tokens, loss=lines[-1]["loss"], round=finished.before.round)
+
+
+def _check(config: TrainConfig, ranks: Ranks) -> None:
+    if config.batch.micro_batches % ranks.size:
+        raise UserError(f"--batch.micro-batches {config.batch.micro_batches}: must be a multiple of the {ranks.size} ranks")
+    if not (config.pool / "store").is_dir():
+        raise UserError(f"--pool {config.pool}: not a prepared pool (no store/ in it); make one with `lead-engine prepare`")
+
+
+def _pool_state(config: TrainConfig, store: TokenStore) -> PoolState:
+    """The pool's difficulty and utility; `random` and `full` need none."""
+    if config.method == "lead" or PoolState.exists(config.pool):
+        return PoolState.load(config.pool, store.num_samples)
+    return PoolState.unscored(store.num_samples)
+
+
+def _base(config: TrainConfig, ranks: Ranks) -> Path:
+    """The folder of the base model; a scratch model is the pool's own, or made here."""
+    if not is_scratch(config.model):
+        return find_model(config.model)
+    folder = config.pool / "model"
+    if not folder.exists():
+        folder = config.out / "init"
+        if ranks.first and not (folder / "config.json").exists():
+            make_scratch(config.model, load_tokenizer(config.pool / "tokenizer"), folder, config.seed)
+        ranks.barrier()
+    return folder
+
+
+def _without_change(config: TrainConfig):
+    """`random` and `full` select without an estimate of the loss change, so none is made."""
+    return replace(config.selection, loss_change="none")
+
+
+def _check_vocabulary(config: TrainConfig, model, store: TokenStore) -> None:
+    rows = model.config.get_text_config().vocab_size
+    if store.max_token_id >= rows:
+        raise UserError(
+            f"--model {config.model}: {rows} tokens in its vocabulary, but --pool {config.pool} holds token {store.max_token_id}: "
+            "prepare the pool with this model's tokenizer"
+        )
+
+
+def _announce(config: TrainConfig, ranks: Ranks, model, store: TokenStore, state: PoolState, base: Path, budget: int) -> None:
+    whole, trained = count_parameters(model)
+    dtype = choose_precision(config.runtime.precision, ranks.device)
+    step = config.batch.capacity * config.batch.micro_batches
+    table(
+        f"{config.method} on {config.pool}",
+        ["what", "chosen"],
+        [
+            ["model", f"{base}: {whole:,} parameters, {trained:,} trained" + (f" (LoRA rank {config.lora.rank})" if trained < whole else "")],
+            ["pool", f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {state.num_clusters} clusters, {len(state.task_names)} tasks"],
+            ["budget", f"{budget:,} tokens, about {-(-budget // step):,} steps of {step:,} token places"],
+            ["ranks", f"{ranks.size} x {ranks.device.type}, {config.batch.micro_batches // ranks.size} micro-batches a rank and step"],
+            ["compute", f"{str(dtype).removeprefix('torch.')} (fp32 master weights), attention: {model.attention}, tokens on: {store.placement}"],
+            ["loss change", _describe_change(config)],
+        ],
+    )
+
+
+def _describe_change(config: TrainConfig) -> str:
+    options = config.selection
+    if config.method != "lead":
+        return "not needed"
+    form = {"inner": f"inner ({options.inner_form}, q = {options.sketch_dim})", "paper": f"paper ({options.inner_form})", "none": "none"}
+    return f"{form[options.loss_change]}; bandit {options.bandit}; b = {options.smoothing}; at most {options.max_visits} visits"
+
+
+def _sample_names(pool: Path) -> list[str]:
+    return pq.read_table(pool / "records.parquet", columns=["id"]).column("id").to_pylist()
+
+
+def _finish(config: TrainConfig, ranks: Ranks, store: TokenStore, state: PoolState, selector: Selector, done) -> None:
+    """Utility, visits and the summary; the summary comes last and marks the run complete."""
+    visits = selector.visits[:-1].cpu().numpy()
+    arrays = {
+        "initial": state.utility.numpy(),
+        "final": selector.utility[:-1].cpu().numpy(),
+        "visits": visits,
+        "cluster": state.cluster.numpy(),
+        "task": state.task.numpy(),
+    }
+    building = config.out / "utility.writing.npz"
+    np.savez(building, **arrays)
+    building.replace(config.out / "utility.npz")
+    summary = {
+        "method": config.method,
+        "seed": config.seed,
+        "budget": config.budget if config.method != "full" else float(config.epochs),
+        "tokens_trained": done.tokens,
+        "samples_trained": int(visits.sum()),
+        "distinct_samples": int((visits > 0).sum()),
+        "steps": done.step,
+        "rounds": done.round,
+        "seconds": done.seconds,
+        "pool_tokens": store.num_tokens,
+        "pool_samples": store.num_samples,
+        "task_names": state.task_names,
+        "world_size": ranks.size,
+        "torch": torch.__version__,
+        "progress": asdict(done),
+    }
+    write_text(config.out / COMPLETE, json.dumps(summary, indent=1))
+    say(f"{done.tokens:,} tokens in {done.step} steps, {done.seconds:.1f} s; model: {config.out / 'model'}")

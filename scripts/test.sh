@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The whole test suite in the repository's environment. Arguments go to pytest: scripts/test.sh tests/cli -k help
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$LEAD_ENGINE_ROOT"
+
+# One thread a process: the tests' matrices are small, and the distributed ones bring processes of their own.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec python -m pytest -q --durations=10 "$@"

@@ -1,0 +1,82 @@
+"""Small pools and a way to put a selector on a device that does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lead_engine.config import Method, SelectionConfig
+from lead_engine.pool.state import PoolState
+from lead_engine.selection.selector import Layout, Selector
+
+SelectorFactory = Callable[..., Selector]
+
+
+@pytest.fixture
+def make_state() -> Callable[..., PoolState]:
+    """A random pool's state; clusters and tasks of uneven size, every fifth sample dropped."""
+
+    def make(samples: int, *, clusters: int = 4, tasks: int = 3, seed: int = 0) -> PoolState:
+        generator = torch.Generator().manual_seed(seed)
+        skewed = torch.rand(samples, generator=generator) ** 2
+        return PoolState(
+            utility=torch.rand(samples, generator=generator) * 4,
+            difficulty=torch.rand(samples, generator=generator),
+            cluster=(torch.rand(samples, generator=generator) * clusters).long(),
+            task=(skewed * tasks).long(),
+            dropped=torch.rand(samples, generator=generator) < 0.2,
+            task_names=[f"task{t}" for t in range(tasks)],
+            num_clusters=clusters,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_lengths() -> Callable[..., Tensor]:
+    """Random lengths from 2 to `longest`."""
+
+    def make(samples: int, longest: int, seed: int = 0) -> Tensor:
+        return torch.randint(2, longest + 1, (samples,), generator=torch.Generator().manual_seed(1000 + seed))
+
+    return make
+
+
+@pytest.fixture
+def make_selector(make_state, make_lengths) -> SelectorFactory:
+    """A selector on a random pool; keyword arguments of Layout and SelectionConfig are taken apart by name."""
+
+    def make(samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options) -> Selector:
+        shape = {"steps": 2, "micro_batches": 2, "slots": 4, "capacity": 40}
+        layout = Layout(**{name: options.pop(name, default) for name, default in shape.items()})
+        longest = options.pop("longest", min(20, layout.capacity))
+        pool_options = {name: options.pop(name) for name in ("clusters", "tasks") if name in options}
+        state = state or make_state(samples, seed=seed, **pool_options)
+        lengths = make_lengths(state.num_samples, longest, seed)
+        rows = (lengths // 2).clamp(min=1)
+        config = SelectionConfig(**options)
+        return Selector(state, lengths, rows, method=method, config=config, layout=layout, seed=seed, device="cpu")
+
+    return make
+
+
+@pytest.fixture
+def to_fake_cuda() -> Callable[[object], None]:
+    """Replace, in place, every tensor that an object of lead_engine.selection holds by a fake one on `cuda`.
+
+    To be called under FakeTensorMode. (Construction reads the pool's lengths, so it happens before, on the CPU.)
+    """
+
+    def convert(thing: object) -> None:
+        for name, value in vars(thing).items():
+            if isinstance(value, Tensor):
+                setattr(thing, name, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
+            elif isinstance(value, torch.device):
+                setattr(thing, name, torch.device("cuda"))
+            elif type(value).__module__.startswith("lead_engine.selection") and hasattr(value, "__dict__"):
+                convert(value)
+
+    return convert

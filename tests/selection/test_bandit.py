@@ -1,0 +1,76 @@
+"""The bandit and the scale of its rewards."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lead_engine.config import SelectionConfig
+from lead_engine.selection.bandit import Bandit, RewardScale
+
+YES = torch.tensor(True)
+
+
+def test_rewards_are_scaled_by_the_range_seen_so_far():
+    scale = RewardScale(torch.device("cpu"))
+    seen = [0.5, 0.5, 0.25, 1.25, 0.75, -0.75]
+    want = [0.0, 0.0, -1.0, 1.0, 0.0, -1.0]
+    assert [float(scale.scale(torch.tensor(r), YES)) for r in seen] == want
+
+
+def test_an_empty_round_is_no_reward():
+    scale, other = RewardScale(torch.device("cpu")), RewardScale(torch.device("cpu"))
+    for reward in (1.0, 3.0, 2.5):
+        assert float(scale.scale(torch.tensor(99.0), ~YES)) == 0
+        assert torch.equal(scale.scale(torch.tensor(reward), YES), other.scale(torch.tensor(reward), YES))
+
+
+@pytest.mark.parametrize("kind", ["exp3", "exp3s"])
+def test_long_run_equals_the_published_algorithm(kind):
+    """500 rounds of Auer et al. with their own weights, in float64; arm 3 pays most, and half-way arm 1 does."""
+    config = SelectionConfig(bandit=kind, gamma=0.2, exp3s_alpha=0.02)
+    arms, rng = 5, np.random.default_rng(0)
+    bandit, weights = Bandit(config, arms, torch.device("cpu")), np.ones(arms)
+    everything, worst = torch.ones(arms, dtype=torch.bool), 0.0
+    pulls = np.zeros((2, arms))
+    for t in range(500):
+        uniform = float(np.float32(rng.random()))
+        arm, probabilities = bandit.draw(everything, torch.tensor(uniform))
+        p = 0.8 * weights / weights.sum() + 0.2 / arms
+        worst = max(worst, np.abs(probabilities.numpy() - p).max())
+        assert int(arm) == np.searchsorted(np.cumsum(p), uniform, side="right")
+        best = 3 if t < 250 else 1
+        reward = float(np.float32((0.8 if int(arm) == best else -0.4) + 0.2 * rng.standard_normal()))
+        bandit.update(arm, probabilities, torch.tensor(reward), YES)
+        old = weights.copy()
+        weights[int(arm)] *= math.exp(0.2 / arms * reward / p[int(arm)])
+        weights += (math.e * 0.02 / arms * old.sum()) if kind == "exp3s" else 0
+        pulls[int(t >= 250), int(arm)] += 1
+    assert worst < 500 * np.finfo(np.float32).eps  # one rounding a round, on numbers below 1
+    assert pulls[0].argmax() == 3
+    if kind == "exp3s":  # the point of EXP3.S: it forgets
+        assert pulls[1].argmax() == 1
+
+
+def test_uniform_never_learns():
+    bandit = Bandit(SelectionConfig(bandit="uniform"), 4, torch.device("cpu"))
+    available = torch.tensor([True, False, True, True])
+    for _ in range(10):
+        arm, probabilities = bandit.draw(available, torch.tensor(0.9))
+        assert probabilities.tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
+        assert int(arm) == 3
+        bandit.update(arm, probabilities, torch.tensor(1.0), YES)
+
+
+def test_a_round_without_samples_teaches_nothing():
+    bandit = Bandit(SelectionConfig(bandit="exp3s"), 3, torch.device("cpu"))
+    everything = torch.ones(3, dtype=torch.bool)
+    arm, probabilities = bandit.draw(everything, torch.tensor(0.5))
+    bandit.update(arm, probabilities, torch.tensor(1.0), YES)
+    before = bandit.log_weights.clone()
+    assert before.unique().numel() == 2
+    bandit.update(arm, torch.zeros(3), torch.tensor(float("nan")), ~YES)
+    assert torch.equal(bandit.log_weights, before)

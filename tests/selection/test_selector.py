@@ -1,0 +1,233 @@
+"""What a selector promises for every pool, method and layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+
+from lead_engine.config import SelectionConfig
+from lead_engine.errors import UserError
+from lead_engine.selection.selector import Layout, Selector
+
+LOTS = 10**9
+
+
+def train(selector, plan, loss=1.0, change=0.0, steps=None):
+    """Observe the plan's first `steps` steps (all by default) with a constant loss and change; then the round's end."""
+    for ids in plan.sample_ids[:steps]:
+        selector.observe(ids, torch.full(ids.shape, loss), torch.full(ids.shape, change))
+    return selector.finish_round(plan)
+
+
+def real(selector, plan):
+    return [i for i in plan.sample_ids.flatten().tolist() if i < selector.num_samples]
+
+
+def sequence(selector, rounds, max_tokens=LOTS):
+    """Ids in the order in which they are trained."""
+    ids = []
+    for round in range(rounds):
+        plan = selector.plan(round, max_tokens)
+        ids += real(selector, plan)
+        train(selector, plan)
+    return ids
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_promises_for_any_pool_and_layout(make_selector, data):
+    def whole(low, high):
+        return data.draw(st.integers(low, high))
+
+    capacity, max_visits = whole(4, 30), whole(1, 3)
+    method = data.draw(st.sampled_from(["lead", "lead", "random", "full"]))
+    selector = make_selector(
+        whole(1, 40), method=method, seed=whole(0, 10**6), clusters=whole(1, 5), tasks=whole(1, 4), steps=whole(1, 3),
+        micro_batches=whole(1, 3), slots=whole(1, 5), capacity=capacity, longest=whole(2, capacity), max_visits=max_visits,
+        bandit=data.draw(st.sampled_from(["exp3", "exp3s", "uniform", "none"])), use_tasks=data.draw(st.booleans()),
+    )  # fmt: skip
+    shape, n, visits = selector.layout, selector.num_samples, Counter()
+    for round in range(12):
+        max_tokens = data.draw(st.sampled_from([LOTS, 2 * capacity, 5]))
+        plan = selector.plan(round, max_tokens)
+        assert plan.sample_ids.shape == (shape.steps, shape.micro_batches, shape.slots)
+        assert plan.tokens.shape == plan.rows.shape == (shape.steps, shape.micro_batches)
+        ids = real(selector, plan)
+        assert len(ids) == len(set(ids))
+        lengths = torch.cat([selector.lengths, torch.zeros(1, dtype=torch.int64)])[plan.sample_ids]
+        assert torch.equal(lengths.sum(-1), plan.tokens)
+        assert int(plan.tokens.max()) <= capacity
+        assert int(plan.tokens.sum()) <= max_tokens
+        assert torch.equal(plan.rows, selector.rows[plan.sample_ids].sum(-1))
+        filled = (plan.tokens > 0).flatten().tolist()
+        assert filled == sorted(filled, reverse=True)  # empty micro-batches come last
+        open_samples = ~selector.dropped & (selector.visits[:-1] < max_visits)
+        if method == "lead":
+            assert all(not selector.dropped[i] and selector.arm[i] == plan.cluster for i in ids)
+            per_arm = torch.stack([(open_samples & (selector.arm == k)).any() for k in range(selector.num_arms)])
+            assert torch.equal(plan.probabilities > 0, per_arm)
+            assert float(plan.probabilities.sum()) == pytest.approx(1 if per_arm.any() else 0)
+        if max_tokens >= capacity:
+            assert bool(ids) == (method != "lead" or bool(open_samples.any()))
+        visits.update(ids)
+        stats = train(selector, plan)
+        assert int(stats.samples) == len(ids) == int(stats.samples_per_task.sum()) == int(stats.samples_per_cluster.sum())
+        assert [int(v) for v in stats.samples_per_task] == [sum(int(selector.task[i]) == t for i in ids) for t in range(selector.num_tasks)]
+        assert selector.visits[:-1].tolist() == [visits[i] for i in range(n)]
+        assert all(bool(torch.isfinite(value).all()) for value in stats)
+        assert bool(torch.isfinite(selector.bandit.log_weights).all())
+    if method == "lead":
+        assert max(visits.values(), default=0) <= max_visits
+
+
+def test_every_task_gets_its_share_of_the_cluster(make_state, make_selector):
+    """A cluster of 100 + 50 + 10 samples, of which a round takes 32: 20, 10 and 2, the highest U of each."""
+    task = torch.repeat_interleave(torch.arange(3), torch.tensor([100, 50, 10]))
+    state = replace(make_state(160), task=task, cluster=torch.zeros_like(task), dropped=torch.zeros_like(task).bool())
+    selector = make_selector(state=state, clusters=4, steps=2, micro_batches=2, slots=8, capacity=400)
+    plan = selector.plan(0, LOTS)
+    assert train(selector, plan).samples_per_task.tolist() == [20, 10, 2]
+    chosen = set(real(selector, plan))
+    for t, count in enumerate([20, 10, 2]):
+        members = (task == t).nonzero().flatten()
+        assert set(members[state.utility[members].argsort(descending=True)[:count]].tolist()) <= chosen
+
+
+def test_exhausted_clusters_leave_the_draw_and_an_exhausted_pool_gives_an_empty_plan(make_selector):
+    selector = make_selector(60, clusters=3, max_visits=2)
+    closed, round = set(), 0
+    while True:
+        left = ~selector.dropped & (selector.visits[:-1] < 2)
+        open_arms = {k for k in range(3) if bool((left & (selector.cluster == k)).any())}
+        closed |= set(range(3)) - open_arms
+        plan = selector.plan(round, LOTS)
+        if not open_arms:
+            break
+        p = plan.probabilities
+        assert {k for k in range(3) if p[k] > 0} == open_arms
+        full = 0.9 * selector.bandit.log_weights.softmax(0) + 0.1 / 3
+        torch.testing.assert_close(p[p > 0], (full / full[p > 0].sum())[p > 0])
+        assert int(plan.cluster) in open_arms
+        train(selector, plan, loss=1 / (1 + round))
+        round += 1
+    assert closed == {0, 1, 2}
+    assert round > 10
+    for _ in range(3):  # stays empty, and an empty round changes nothing
+        state = {name: value.clone() for name, value in selector.state_dict().items()}
+        assert int(plan.tokens.sum()) == int(plan.rows.sum()) == 0
+        assert real(selector, plan) == []
+        stats = train(selector, plan)
+        assert [float(v.sum()) for v in stats] == [0] * len(stats)
+        assert all(torch.equal(state[name], value) for name, value in selector.state_dict().items())
+        plan = selector.plan(round, LOTS)
+
+
+@pytest.mark.parametrize("method", ["random", "full"])
+def test_passes_are_fixed_permutations_whatever_the_layout_of_rounds(make_selector, method):
+    """Two and a half passes: the same samples in the same order for any S; every pass holds every sample once."""
+    n = 50
+    runs = [sequence(make_selector(n, method=method, steps=s), 60)[: 5 * n // 2] for s in (1, 2, 3, 7)]
+    assert all(run == runs[0] for run in runs)
+    first, second = runs[0][:n], runs[0][n : 2 * n]
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert first != second
+    assert sequence(make_selector(n, method=method, seed=1), 60)[:n] != first
+
+
+def test_packing_of_a_pass_is_the_same_whatever_the_steps_of_a_round(make_selector):
+    def micro_batches(steps):
+        selector = make_selector(50, method="full", steps=steps, micro_batches=1)
+        bins = []
+        for round in range(30):
+            plan = selector.plan(round, LOTS)
+            bins += [row for row in plan.sample_ids.flatten(0, 1).tolist() if min(row) < 50]
+            train(selector, plan)
+        return bins
+
+    longest = micro_batches(5)
+    for steps in (1, 2):
+        bins = micro_batches(steps)
+        assert len(bins) >= 20
+        assert bins == longest[: len(bins)]
+
+
+def test_a_pass_is_spread_evenly(make_selector):
+    """Over many seeds every sample is as likely first as last: chi-squared on who opens the pass."""
+    opened = Counter(real(s, s.plan(0, LOTS))[0] for s in (make_selector(10, method="random", seed=k) for k in range(500)))
+    assert sum((opened[i] - 50) ** 2 / 50 for i in range(10)) < 27.9  # 9 degrees of freedom, 0.1 %
+
+
+def test_only_what_was_trained_counts(make_selector):
+    """A round that ends after its first step is judged by that step's samples."""
+    selector = make_selector(smoothing=0.0)
+    plan = selector.plan(0, LOTS)
+    ids = [i for i in plan.sample_ids[0].flatten().tolist() if i < selector.num_samples]
+    before = selector.utility[ids].double().mean()
+    stats = train(selector, plan, loss=2.0, change=-0.5, steps=1)
+    assert int(stats.samples) == len(ids) < len(real(selector, plan))
+    assert float(stats.utility_before) == pytest.approx(float(before), rel=1e-6)
+    assert float(stats.utility_after) == 1.5
+    assert float(stats.reward_raw) == pytest.approx(float(before) - 1.5, rel=1e-5)
+    assert float(stats.reward) == 0  # the first reward
+
+
+@pytest.mark.parametrize("options", [{}, {"bandit": "exp3s"}, {"method": "random"}], ids=str)
+def test_restored_selector_goes_on_alike(make_selector, options):
+    """State saved between two rounds, and in the middle of one, and loaded into a new selector: the same plans, bit by bit."""
+
+    def go_on(selector, plan):
+        for ids in plan.sample_ids[1:]:
+            selector.observe(ids, torch.full(ids.shape, 0.5), torch.zeros(ids.shape))
+        everything = [*selector.finish_round(plan)]
+        for round in range(6, 12):
+            plan = selector.plan(round, 100)
+            everything += [*plan, *train(selector, plan, loss=1 / round)]
+        return [*everything, *selector.state_dict().values()]
+
+    first, second = make_selector(**options), make_selector(**options)
+    for round in range(5):
+        train(first, first.plan(round, LOTS), loss=1 / (1 + round))
+    plan = first.plan(5, LOTS)
+    first.observe(plan.sample_ids[0], torch.rand(plan.sample_ids[0].shape), torch.zeros(plan.sample_ids[0].shape))
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(go_on(first, plan), go_on(second, plan), strict=True))
+
+
+def test_state_of_another_pool_is_refused_and_changes_nothing(make_selector):
+    selector, other = make_selector(30), make_selector(31)
+    before = {name: value.clone() for name, value in selector.state_dict().items()}
+    with pytest.raises(UserError, match="--resume.*utility.*32.*31"):
+        selector.load_state_dict(other.state_dict())
+    with pytest.raises(UserError, match="--selection.bandit"):
+        selector.load_state_dict(make_selector(30, bandit="none").state_dict())
+    assert all(torch.equal(before[name], value) for name, value in selector.state_dict().items())
+
+
+def test_a_sample_longer_than_a_micro_batch_is_refused(make_state):
+    lengths = torch.tensor([3, 17, 16])
+    with pytest.raises(UserError, match=r"--batch\.capacity 16: must be at least 17"):
+        Selector(make_state(3), lengths, lengths, method="lead", config=SelectionConfig(), layout=Layout(1, 1, 4, 16), seed=0, device="cpu")
+
+
+@pytest.mark.parametrize("options", [{}, {"bandit": "exp3s"}, {"bandit": "none", "use_tasks": False}, {"method": "random"}], ids=str)
+def test_rounds_never_look_at_the_device(make_selector, to_fake_cuda, options):
+    """On fake CUDA tensors any read by the host, and any data-dependent shape, raises; mixing in a CPU tensor too."""
+    selector = make_selector(**options)
+    with FakeTensorMode():
+        to_fake_cuda(selector)
+        for round in range(3):
+            plan = selector.plan(round, torch.zeros((), dtype=torch.int64, device="cuda") if round == 1 else 500)
+            for ids in plan.sample_ids.unbind():
+                selector.observe(ids, torch.ones(ids.shape, device="cuda"), torch.zeros(ids.shape, device="cuda"))
+            stats = selector.finish_round(plan)
+            for value in (*plan, *stats, *selector.state_dict().values()):
+                assert isinstance(value, FakeTensor)
+                assert value.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):  # so that the test can fail
+            stats.reward.item()
