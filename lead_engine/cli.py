@@ -5,15 +5,17 @@ are imported when they are called, so `lead-engine --help` and flag errors need 
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import errno
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,12 +105,13 @@ class Command:
         run() if options is None else run(options)
 
 
-def _parse(options: Callable[..., Any], prog: str, arguments: list[str], speaks: bool, **more: Any) -> Any:
+def _parse(options: Callable[..., Any], prog: str, arguments: list[str], speaks: bool) -> Any:
     import tyro
 
     if isinstance(options, type):
         _refuse_repeated_lists(options, arguments)
-    parsed = tyro.cli(options, prog=prog, args=arguments, console_outputs=speaks, **more)
+    with _silence_unless(speaks):
+        parsed = tyro.cli(options, prog=prog, args=arguments)
     if isinstance(options, type):
         _refuse_empty_lists(parsed)
     return parsed
@@ -133,7 +136,8 @@ def _parse_with_file(cls: type, prog: str, arguments: list[str], speaks: bool) -
     )
     _refuse_repeated_lists(cls, arguments)
     try:
-        parsed = tyro.cli(options, prog=prog, description=cls.__doc__, args=arguments, console_outputs=speaks).options
+        with _silence_unless(speaks):
+            parsed = tyro.cli(options, prog=prog, description=cls.__doc__, args=arguments).options
     except UserError as error:
         flag = str(error).split(" ", 1)[0]
         if file and not any(_flag_name(argument) == flag for argument in arguments):
@@ -146,8 +150,18 @@ def _parse_with_file(cls: type, prog: str, arguments: list[str], speaks: bool) -
 _CONFIG_HELP = "YAML file of the options, nested as their names are (batch: {capacity: 4096}); flags override it."
 
 
+@contextlib.contextmanager
+def _silence_unless(speaks: bool) -> Iterator[None]:
+    """Keep the flag parser quiet on the other ranks; its own `console_outputs=False` lets value errors through."""
+    with contextlib.ExitStack() as stack:
+        if not speaks:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
 def _config_file(arguments: list[str]) -> Path | None:
-    """The last `--config`'s value. tyro reads the flag as well (for --help and its errors), but too late for defaults."""
+    """The value of the last `--config`. tyro reads it too (for --help and its errors), but too late for defaults."""
     found = None
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")

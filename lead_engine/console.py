@@ -4,6 +4,7 @@ On a terminal, rich draws them. Anywhere else (a pipe, a log file, a scheduler) 
 control codes: progress is then a line every 10 % or 15 seconds, whichever comes first, and at the end.
 Everything goes to standard output, warnings to standard error, so that `lead-engine ... > log` keeps the results.
 """
+
 from __future__ import annotations
 
 import os
@@ -60,14 +61,23 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         if len(row) != len(columns):
             raise ValueError(f"a row of {len(row)} cells under {len(columns)} columns: {row!r}")
     console = _console(error=False)
-    lines = box.HEAVY_HEAD if _is_terminal(console.file) else box.MARKDOWN
-    view = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=lines)
+    terminal = _is_terminal(console.file)
+    view = Table(
+        title_justify="left", title_style="bold", header_style="bold", box=box.HEAVY_HEAD if terminal else box.MARKDOWN
+    )
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(row[index] is None or isinstance(row[index], (int, float)) for row in rows)
         view.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         view.add_row(*(escape(format_cell(cell)) for cell in row))
-    console.print(view)
+    if terminal:
+        view.title = escape(title)
+        console.print(view)
+        return
+    with console.capture() as captured:
+        console.print(view)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    _print("\n".join([title, *filter(None, lines)]), error=False)
 
 
 def format_cell(value: object) -> str:

@@ -1,4 +1,5 @@
 """Files that appear whole or not at all, and reading back what the engine wrote."""
+
 from __future__ import annotations
 
 import json
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:  # also UnicodeDecodeError
         raise UserError(f"{path}: damaged ({error}); delete it and make it again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged (expected an object, found {type(value).__name__}); delete it and make it again")
+        raise UserError(f"{path}: damaged (it holds no object); delete it and make it again")
     return value
 
 

@@ -1,6 +1,8 @@
 """Argument checks that cost no device read, and the one question on which the operators branch: may the host look at this tensor?"""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -24,3 +26,10 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Products keep the dtype of their operands, also inside a caller's `torch.autocast`, which would round fp32 ones."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_kernels.checks import check_device, check_shape
+from lead_kernels.checks import check_device, check_shape, without_autocast
 from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
 
@@ -27,7 +27,7 @@ def grad_inner_product(
     check_shape("sample_ids", sample_ids, (rows,))
     check_shape("sample_weight", sample_weight, (num_samples,))
     check_device(hidden.device, hidden_grad=hidden_grad, mean_grad=mean_grad, sample_ids=sample_ids, sample_weight=sample_weight)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(hidden.device):
         wide = torch.promote_types(mean_grad.dtype, torch.float32)
         moved_TH = hidden_grad.to(wide) @ mean_grad.to(wide)
         per_row = (moved_TH * hidden.to(wide)).sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_kernels.checks import check_device, check_shape, on_host
+from lead_kernels.checks import check_device, check_shape, on_host, without_autocast
 from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
 PIECE = 32
@@ -73,6 +73,6 @@ def gradient_signature(
     check_shape("right", right, (width, right.shape[-1]))
     check_shape("sample_ids", sample_ids, (rows,))
     check_device(hidden.device, hidden_grad=hidden_grad, left=left, right=right, sample_ids=sample_ids)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(hidden.device):
         bounds = segment_bounds(sample_ids, num_samples)
         return signature_from_bounds(hidden, hidden_grad, left, right, bounds, bounds.diff())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lead_kernels.checks import check_device, check_shape, on_host
+from lead_kernels.checks import check_device, check_shape, on_host, without_autocast
 from lead_kernels.gradient_signature import signature_from_bounds
 from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
@@ -69,8 +69,8 @@ class _Rows(NamedTuple):
 
 
 def _matmul_wide(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with the fp32 accumulator handed out as it is where the device can (CUDA), else rounded to the inputs' dtype."""
-    if a.dtype in (torch.float16, torch.bfloat16) and a.device.type == "cuda":
+    """a @ b with the fp32 accumulator handed out as it is where the device can, on a CPU rounded to the inputs' dtype."""
+    if a.dtype in (torch.float16, torch.bfloat16) and a.device.type != "cpu":
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
 
@@ -330,7 +330,7 @@ def linear_cross_entropy(
         need_bias_grad=tracks and bias is not None and bias.requires_grad,
         need_nll_grad=signature is not None,
     )
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):  # autocast would round the fp32 products
+    with torch.no_grad(), without_autocast(hidden.device):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         bounds = _bounds(sample_ids, cu_seqlens, num_samples, rows)
         valid_T = targets != ignore_index

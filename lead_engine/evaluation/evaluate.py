@@ -1,8 +1,9 @@
 """Held-out loss of a model, per task and overall, and exact match of generated answers.
 
-*overall* is the mean loss over all held-out response tokens; *macro* is the mean over tasks of each task's token mean, so that
-large tasks with long answers do not decide alone.
+*overall* is the mean loss over all held-out response tokens; *macro* is the mean over tasks of each task's token mean,
+so that large tasks with long answers do not decide alone.
 """
+
 from __future__ import annotations
 
 import gc
@@ -67,8 +68,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     Returns what stands in eval.json: {"loss": {"overall", "macro", "tasks": {name: {"loss", "samples", "tokens"}}},
     "exact_match": None or `exact_match.summarise`'s result with "prompts_too_long", "problems": counts by kind,
-    "options": the options}. Where `output_folder` names one, eval.json, samples.parquet (id, dataset, nll, tokens) and, with
-    generation, answers.jsonl are written there; eval.json last, so that its presence says that all is there.
+    "options": the options}. Where `output_folder` names one, eval.json, samples.parquet (id, dataset, nll, tokens) and,
+    with generation, answers.jsonl are written there; eval.json last, so that its presence says that all is there.
     Raises UserError for models and files that cannot be read, and where the loss is not finite.
     """
     folder = find_model(config.model)
@@ -141,7 +142,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def format_share(share: dict[str, float | None] | None) -> str | None:
-    """"41.2 % [35.0, 47.7]" of a Wilson interval; None of none."""
+    """ "41.2 % [35.0, 47.7]" of a Wilson interval; None of none."""
     if share is None or share["mean"] is None:
         return None
     return f"{100 * share['mean']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
@@ -151,7 +152,7 @@ def _percent(shares: dict[str, Any] | None) -> tuple[str | None, str | None]:
     return (format_share(shares["whole"]), format_share(shares["final"])) if shares else (None, None)
 
 
-# --- loss ---------------------------------------------------------------------------------------------------------------
+# --- loss ---
 
 
 def _score(
@@ -184,7 +185,7 @@ def _score(
     return scored
 
 
-# --- generation ---------------------------------------------------------------------------------------------------------
+# --- generation ---
 
 
 @dataclass
@@ -214,22 +215,21 @@ class Answers:
             }
 
 
-def _answer(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig
-) -> Answers:
+def _answer(folder: Path, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig) -> Answers:
     model = load_hf(folder)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = min(config.max_length, (room or torch.iinfo(torch.int64).max) - config.max_new_tokens)
     if longest < 1:
         raise UserError(f"--max-new-tokens {config.max_new_tokens}: the model's context is {room} tokens; lower it")
-    questions, too_long = choose_questions(records, tokenizer, per_task=config.generate, longest=longest, task_of=task_of)
+    per_task = config.generate
+    questions, too_long = choose_questions(records, tokenizer, per_task=per_task, longest=longest, task_of=task_of)
     prompts = [question.prompt for question in questions]
     places = config.batch.capacity * config.batch.micro_batches
     texts = generate_answers(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, places=places)
     return Answers(questions, texts, too_long)
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def _write(folder: Path, result: dict[str, Any], scored: Scored, answers: Answers | None) -> None:

@@ -12,6 +12,7 @@ reference's final answer is a number, its last number counts, so that a model is
 Otherwise it has no final answer and is wrong. Numbers are compared by value ($1,234.00 = 1234); of text around a number
 ("#### 12 apples") the last number counts; a choice may stand in brackets: "(A)" = "A".
 """
+
 from __future__ import annotations
 
 import re

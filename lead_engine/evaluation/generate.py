@@ -1,4 +1,5 @@
 """Greedy answers to held-out prompts, by plain transformers generation."""
+
 from __future__ import annotations
 
 import hashlib
@@ -29,10 +30,10 @@ def choose_questions(
     longest: int,
     task_of: Callable[[Record], str],
 ) -> tuple[list[Question], int]:
-    """Up to `per_task` records of every task whose prompt has at most `longest` tokens, and how many were passed over for that.
+    """Up to `per_task` records of every task with prompts of at most `longest` tokens, and how many were too long.
 
-    Which ones depends on the records' ids alone (the smallest SHA-256), so that every model answers the same questions whatever
-    the order of the file; a model with a longer tokenisation may pass over more.
+    Which ones depends on the records' ids alone (the smallest SHA-256), so that every model answers the same questions
+    whatever the order of the file; a model with a longer tokenisation may pass over more.
     """
     chosen: list[Question] = []
     taken: dict[str, int] = {}
@@ -59,7 +60,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     text, spans = answer_spans(tokenizer, [Message("user", "a"), Message("assistant", "b")])
     last = tokenizer(text[: spans[-1][1]], add_special_tokens=False)["input_ids"][-1]
     ends = {tokenizer.eos_token_id}
-    if last in tokenizer.added_tokens_decoder:  # else the template ends answers with plain text, which may also stand in one
+    if last in tokenizer.added_tokens_decoder:  # else the template ends answers with plain text, which may stand in one
         ends.add(last)
     return sorted(ends - {None})
 
@@ -75,8 +76,8 @@ def generate_answers(
 ) -> list[str]:
     """The model's greedy continuation of every prompt, without special tokens, in the prompts' order.
 
-    Prompts of similar length are padded on the left into batches of at most `places` tokens (one prompt at least). The generation
-    settings that a model folder may carry (sampling, repetition penalties) are not used.
+    Prompts of similar length are padded on the left into batches of at most `places` tokens (one prompt at least). The
+    generation settings that a model folder may carry (sampling, repetition penalties) are not used.
     """
     ends = stop_tokens(tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
@@ -93,7 +94,8 @@ def generate_answers(
             for row, i in enumerate(batch):
                 ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[row, longest - len(prompts[i]) :] = 1
-            output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings)
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            output = model.generate(ids, attention_mask=mask, generation_config=settings)
             for i, new in zip(batch, output[:, longest:].tolist(), strict=True):
                 answers[i] = tokenizer.decode(_until(new, ends), skip_special_tokens=True).strip()
             bar.advance(len(batch))
@@ -101,7 +103,7 @@ def generate_answers(
 
 
 def batches_by_length(lengths: Sequence[int], extra: int, places: int) -> list[list[int]]:
-    """Indices in batches, longest prompts first, so that (longest + extra) x size stays within `places` (or size is 1)."""
+    """Indices in batches, longest first, so that (longest + extra) x size stays within `places` (or size is 1)."""
     batches: list[list[int]] = []
     room = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -1,4 +1,5 @@
 """Running the engine's own commands as processes, with their output in a log file."""
+
 from __future__ import annotations
 
 import shlex

@@ -1,4 +1,5 @@
 """The files that an evaluation leaves, and reading them back."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """From the finished runs of a study to its result: means over seeds, paired differences, verdicts."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -53,9 +54,9 @@ def read_outcome(run: StudyRun) -> Outcome:
 def summarise_study(study: StudyConfig, outcomes: Sequence[Outcome], base: dict[str, Any] | None) -> dict[str, Any]:
     """What stands in results.json.
 
-    {"study", "base": losses of the untrained model or None, "runs": [a run each], "groups": [a method and budget each: Intervals over
-    seeds, and "difference" to `random` at the same budget or None], "verdicts": [sentences]}. Intervals are 95 %.
-    Raises UserError where two runs were not evaluated on the same samples.
+    {"study", "base": losses of the untrained model or None, "runs": [a run each], "groups": [a method and budget each:
+    intervals over seeds, and "difference" to `random` at the same budget or None], "verdicts": [sentences], "warnings":
+    [sentences]}. Intervals are 95 %. Raises UserError where two runs were not evaluated on the same samples.
     """
     _check_same_samples(outcomes)
     keys = dict.fromkeys((outcome.run.method, outcome.run.budget) for outcome in outcomes)
@@ -127,7 +128,7 @@ def _share_interval(outcomes: list[Outcome], kind: str) -> dict[str, Any] | None
 
 
 def _difference(outcomes: list[Outcome], reference: list[Outcome]) -> dict[str, Any]:
-    """The method minus `random`, by seed; and over held-out samples, each sample's loss averaged over the seeds first."""
+    """The method minus `random`: by seed; and over held-out samples, losses averaged over seeds first."""
     theirs = {outcome.run.seed: outcome for outcome in reference}
     pairs = [(outcome, theirs[outcome.run.seed]) for outcome in outcomes]
 

@@ -5,6 +5,7 @@ moves when training is repeated: it is the one that a claim about a method needs
 interval over held-out *samples* takes the trained models as given and says how far the difference moves with the choice
 of samples.
 """
+
 from __future__ import annotations
 
 import math

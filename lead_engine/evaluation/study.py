@@ -1,4 +1,5 @@
 """A study as a list of runs: what each is called, where it lies, and which command lines make it."""
+
 from __future__ import annotations
 
 import os
@@ -22,7 +23,7 @@ WHERE_IT_RUNS = ("out", "resume", "runtime", "checkpoint_every", "keep_checkpoin
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One training run of a study. `budget` is a share of the pool's tokens; None for `full`, whose cost is the whole pool."""
+    """One training run of a study. `budget` is a share of the pool's tokens; None for `full`, which takes all of it."""
 
     method: Method
     budget: float | None
@@ -122,16 +123,16 @@ def base_config(study: StudyConfig, out: Path) -> EvalConfig | None:
 
 def pool_max_length(pool: Path) -> int:
     """--max-length that the pool was prepared with. UserError if the folder is no prepared pool."""
-    summary = pool / "summary.json"
-    if not summary.exists():
-        raise UserError(f"pool {pool}: not a prepared pool (no summary.json in it); make one with `lead-engine prepare`")
-    length = read_json(summary).get("max_length")
+    options = pool / "prepare.json"
+    if not (pool / "summary.json").exists() or not options.exists():
+        raise UserError(f"pool {pool}: not a prepared pool; make one with `lead-engine prepare --out {pool}`")
+    length = read_json(options).get("max_length")
     if not isinstance(length, int):
-        raise UserError(f"{summary}: no max_length in it; prepare the pool again")
+        raise UserError(f"{options}: no max_length in it; prepare the pool again")
     return length
 
 
-# --- what is there already ----------------------------------------------------------------------------------------------
+# --- what is there already ---
 
 
 def check_unchanged(run: StudyRun) -> None:
@@ -163,7 +164,7 @@ def is_evaluated(config: EvalConfig) -> bool:
     return path.exists() and read_json(path).get("options") == comparable_options(config)
 
 
-# --- command lines ------------------------------------------------------------------------------------------------------
+# --- command lines ---
 
 
 def train_command(run: StudyRun, ranks: int) -> list[str]:
@@ -203,5 +204,5 @@ def eval_command(config: EvalConfig) -> list[str]:
 def child_environment() -> dict[str, str]:
     """This process's environment without what a launcher may have put there for it; children start afresh."""
     launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    kept = {name: value for name, value in os.environ.items() if name not in launcher and not name.startswith("TORCHELASTIC")}
-    return kept | {"PYTHONUNBUFFERED": "1"}
+    dropped = {name for name in os.environ if name in launcher or name.startswith("TORCHELASTIC")}
+    return {name: os.environ[name] for name in os.environ.keys() - dropped} | {"PYTHONUNBUFFERED": "1"}

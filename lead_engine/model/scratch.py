@@ -1,4 +1,4 @@
-"""Small models that need no download: `scratch:tiny`, `scratch:small`, `scratch:100m`.
+"""Small models that need no download: `scratch:tiny` (about 1M parameters), `mini` (3M), `small` (10M), `100m`.
 
 Llama architecture (transformers' own classes), so that everything that works on them works on Llama checkpoints.
 """
@@ -15,6 +15,7 @@ PREFIX = "scratch:"
 SHAPES = {
     # name: hidden, intermediate, layers, heads, key-value heads, tied embedding
     "tiny": (128, 352, 4, 4, 4, True),
+    "mini": (192, 512, 4, 6, 6, False),
     "small": (256, 704, 8, 8, 4, False),
     "100m": (768, 2048, 12, 12, 4, False),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -18,14 +18,16 @@ from lead_engine.model import adapter
 from lead_engine.model.packed import PackedLM
 
 
-def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype) -> None:
     """Give meta parameters storage on `device` in `dtype`; buffers (rotary tables) keep their values and dtype."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers, tied = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.tied
     model.to(dtype)
     model.to_empty(device=device)
     for name, value in buffers.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, value.to(device))
+    if tied and not model.tied:  # to_empty makes a new parameter for each module that holds a shared one
+        model.head.projection.weight = model.decoder.embed_tokens.weight
 
 
 def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:

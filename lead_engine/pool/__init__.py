@@ -1,1 +1,3 @@
-"""From instruction files to tokens: records, chat template, tokenizer, token store, and the per-sample state vectors."""
+"""From instruction files to tokens: records, chat template, tokenizer, token store, and the per-sample state
+vectors.
+"""

@@ -1,4 +1,5 @@
 """Micro-batches gathered on the host by a background thread, a few ahead of the training device."""
+
 from __future__ import annotations
 
 import queue
@@ -7,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lead_kernels import PackedBatch, gather_batch
 from torch import Tensor
+
+from lead_kernels import PackedBatch, gather_batch
 
 DEPTH = 4
 """Micro-batches that may be ready at once; also the number of staging buffers."""
@@ -17,7 +19,9 @@ GRAIN = 4096
 
 
 class HostPool(NamedTuple):
-    """tokens int32 [total] and response bool [total], in memory or mapped from disk; offsets int64 [N + 1] in memory."""
+    """tokens int32 [total] and response bool [total], in memory or mapped from disk; offsets int64 [N + 1] in
+    memory.
+    """
 
     tokens: Tensor
     response: Tensor
@@ -25,7 +29,9 @@ class HostPool(NamedTuple):
 
 
 class Staging:
-    """One micro-batch's samples, end to end: tokens int32 [size], response bool [size], offsets int64 [B + 1]. Pinned for CUDA."""
+    """One micro-batch's samples, end to end: tokens int32 [size], response bool [size], offsets int64 [B + 1]. Pinned
+    for CUDA.
+    """
 
     def __init__(self, pinned: bool) -> None:
         self.pinned = pinned
@@ -36,7 +42,7 @@ class Staging:
         self.tokens = torch.zeros(size, dtype=torch.int32, pin_memory=self.pinned)
         self.response = torch.zeros(size, dtype=torch.bool, pin_memory=self.pinned)
         self.offsets = torch.zeros(slots + 1, dtype=torch.int64, pin_memory=self.pinned)
-        self.ids = torch.zeros(slots, dtype=torch.int64)
+        self.ids = torch.zeros(slots, dtype=torch.int64, pin_memory=self.pinned)
 
     def fill(self, pool: HostPool, ids: np.ndarray) -> None:
         """Copy the samples `ids` [B] in; N is an empty slot."""
@@ -48,7 +54,7 @@ class Staging:
         begins, ends = pool.offsets[np.minimum(ids, count)], pool.offsets[np.minimum(ids + 1, count)]
         bounds = np.concatenate([[0], np.cumsum(ends - begins)])
         if bounds[-1] > len(self.tokens) or len(ids) != len(self.ids):
-            self._allocate(max(len(self.tokens), -(-int(bounds[-1]) // GRAIN) * GRAIN), len(ids))
+            self._allocate(max(len(self.tokens), -(-int(bounds[-1]) // GRAIN) * GRAIN, GRAIN), len(ids))
         for slot in np.flatnonzero(ids < count):
             here, there = slice(bounds[slot], bounds[slot + 1]), slice(begins[slot], ends[slot])
             # Tensor.copy_ lets go of the interpreter lock, so waiting for the disk does not stall the training thread.
@@ -79,7 +85,10 @@ class Prefetcher:
         if self._closed:
             raise RuntimeError("the token store is closed")
         if sample_ids.ndim != 2 or sample_ids.dtype != torch.int64 or sample_ids.device.type != "cpu":
-            raise ValueError(f"expected int64 [n, B] on the CPU, got {sample_ids.dtype} {list(sample_ids.shape)} on {sample_ids.device}")
+            raise ValueError(
+                "sample_ids: expected int64 [n, B] on the CPU, "
+                f"got {sample_ids.dtype} {list(sample_ids.shape)} on {sample_ids.device}"
+            )
         if self._thread is None:
             for _ in range(DEPTH):
                 self._free.put(Staging(self.device.type == "cuda"))
@@ -92,7 +101,9 @@ class Prefetcher:
     def take(self, sample_ids: Tensor, *, capacity: int, num_rows: int) -> PackedBatch:
         """The next micro-batch asked for, gathered on the device; see TokenStore.batch."""
         if self._closed or not self._pending:
-            raise RuntimeError("no micro-batch was asked for: call prefetch with the same sample ids first (and before close)")
+            raise RuntimeError(
+                "no micro-batch was asked for: call prefetch with the same sample ids first (and before close)"
+            )
         staging = self._ready.get()
         if isinstance(staging, BaseException):
             self.close()
@@ -104,19 +115,28 @@ class Prefetcher:
             self._free.put(staging)
 
     def _to_device(self, staging: Staging, sample_ids: Tensor, capacity: int, num_rows: int) -> PackedBatch:
-        if sample_ids.device.type == "cpu" and not torch.equal(sample_ids, staging.ids):
-            raise RuntimeError(f"the next micro-batch prefetched is {staging.ids.tolist()}, asked for was {sample_ids.tolist()}")
-        arrays = [x.to(self.device, non_blocking=True) for x in (staging.tokens, staging.response, staging.offsets)]
+        tokens, response, offsets, ids = (
+            x.to(self.device, non_blocking=True)
+            for x in (staging.tokens, staging.response, staging.offsets, staging.ids)
+        )
         if self.device.type == "cuda":
             staging.copied = torch.cuda.Event()
             staging.copied.record(torch.cuda.current_stream(self.device))
-        # Inside the buffer slot b is sample b, of length 0 where the slot is empty; the pool's ids are put back afterwards.
+        torch._assert_async((ids == sample_ids).all(), "micro-batches must be taken in the order of prefetch")
+        # Inside the buffer slot b is sample b, of length 0 where the slot is empty; the pool's ids are put back after.
         slots = torch.arange(len(sample_ids), device=self.device)
-        return gather_batch(*arrays, slots, capacity=capacity, num_rows=num_rows)._replace(sample_ids=sample_ids)
+        batch = gather_batch(tokens, response, offsets, slots, capacity=capacity, num_rows=num_rows)
+        return batch._replace(sample_ids=sample_ids)
 
     def _work(self) -> None:
         try:
-            while (row := self._requests.get()) is not None and (staging := self._free.get()) is not None and not self._closed:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # else pinning memory opens a context on the first GPU
+            while (
+                (row := self._requests.get()) is not None
+                and (staging := self._free.get()) is not None
+                and not self._closed
+            ):
                 staging.fill(self._pool, row)
                 self._ready.put(staging)
         except BaseException as error:  # handed to the consumer, who would wait for ever otherwise

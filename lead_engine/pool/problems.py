@@ -1,13 +1,14 @@
 """What is wrong with a pool's records, each with file and line; refused, counted or written out."""
+
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from lead_engine.errors import UserError
+from lead_engine.files import write_text
 
 COUNTED_ONLY = ("truncated", "response_truncated_away")
 """Kinds that depend on --max-length and refuse nothing."""
@@ -34,9 +35,10 @@ def place(file: str, line: int) -> str:
 class Problems:
     """Problems in the order found.
 
-    Kinds: bad_utf8, broken_line (not JSON), not_a_record (no object, or none of the three forms), wrong_type, unknown_role,
-    no_response (no assistant turn, or an empty one), duplicate_id, template_refused; and, never an error, truncated (the sample is
-    used, cut at --max-length) and response_truncated_away (nothing of an answer is left before the cut: the sample is left out).
+    Kinds: bad_utf8, broken_line (not JSON), not_a_record (no object, or none of the three forms), wrong_type,
+    unknown_role, no_response (no assistant turn, or an empty one), duplicate_id, template_refused; and, never an error,
+    truncated (the sample is used, cut at --max-length) and response_truncated_away (nothing of an answer is left before
+    the cut: the sample is left out).
     """
 
     def __init__(self) -> None:
@@ -64,12 +66,8 @@ class Problems:
 
     def write(self, path: Path | str) -> None:
         """One JSON line a problem: kind, file, line, detail. The file appears complete or not at all."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            for problem in self.entries:
-                file.write(json.dumps(problem._asdict(), ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
+        lines = [json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in self.entries]
+        write_text(Path(path), "".join(lines))
 
     def __len__(self) -> int:
         return len(self.entries)

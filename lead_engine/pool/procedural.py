@@ -2,49 +2,56 @@
 
 `make_pool` writes three files, wholly determined by its arguments:
 
-- pool.jsonl: records with id, dataset (the task), instruction, input, output, and two fields which the engine never reads: level (0 to 3,
-  the difficulty within the task) and note ("", "wrong_answer" or "near_duplicate").
-- heldout.jsonl: the same form, all answers right, no near-duplicates. No question of it, in whatever wording, occurs in the pool.
-- text.txt: prose of the same world to pre-train on, a paragraph a line: what the people in it are like, and worked examples of the
-  tasks. Sums, words and lists that the held-out questions ask about do not occur there as examples. Facts about people do, in prose,
-  since nobody could know them otherwise; the held-out question and answer pairs themselves do not.
+- pool.jsonl: records with id, dataset (the task), instruction, input, output, and two fields which the engine never
+  reads: level (0 to 3, the difficulty within the task) and note ("", "wrong_answer" or "near_duplicate").
+- heldout.jsonl: the same form, all answers right, no near-duplicates. No question of it, in whatever wording, occurs in
+  the pool.
+- text.txt: prose of the same world to pre-train on, a paragraph a line: what the people in it are like, and worked
+  examples of the tasks. Sums, words and lists that the held-out questions ask about do not occur there as examples.
+  Facts about people do, in prose, since nobody could know them otherwise; the held-out question and answer pairs
+  themselves do not.
 
-Tasks: arithmetic (sums, differences), sequences (next number, largest, comparison), strings (reverse, capitals, counting, first letters),
-sorting (words, numbers), facts (people of the world; level 3 takes two steps), units (conversion), formatting (copying, lists, records).
-Of the pool's records, by default, 8 % have a wrong answer, 15 % are near-duplicates (another record with small changes of wording), and 8 %
-are trivial (level 0: the answer stands in the question). The shares are exact up to rounding.
+Tasks: arithmetic (sums, differences), sequences (next number, largest, comparison), strings (reverse, capitals,
+counting, first letters), sorting (words, numbers), facts (people of the world; level 3 takes two steps), units
+(conversion), formatting (copying, lists, records). Of the pool's records, by default, 8 % have a wrong answer, 15 % are
+near-duplicates (another record with small changes of wording), and 8 % are trivial (level 0: the answer stands in the
+question). The shares are exact up to rounding.
 
-A Llama of about 1M parameters with a vocabulary of 1k to 2k tokens learns it in part within a minute on a CPU: copying and formats soon,
-one-step facts and short sums later, long sums and two-step facts hardly.
+A Llama of about 1M parameters with a vocabulary of 1k to 2k tokens learns it in part within a minute on a CPU: copying
+and formats soon, one-step facts and short sums later, long sums and two-step facts hardly.
 """
+
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lead_engine.pool.procedural_world import World, make_world
+from lead_engine.errors import UserError
+from lead_engine.files import write_text
+from lead_engine.pool.procedural_tasks import TASKS, Question, example
+from lead_engine.pool.procedural_world import World, biography, make_world
 
 LEVEL_SHARES = (0.40, 0.35, 0.25)
-"""Of the records that are not trivial: levels 1, 2, 3."""
-ATTEMPTS = 60
+"""Levels 1, 2 and 3, of the records that are not trivial."""
+ATTEMPTS = 100
+EXAMPLE_SHARE = 0.45
+"""Of the text: worked examples; the rest is about people."""
 
 
-class Question(NamedTuple):
-    """`key` is what is asked, whatever the wording: the pool and the held-out questions have no key in common."""
+class Item(NamedTuple):
+    """A question with its place in the pool."""
 
-    key: tuple[Any, ...]
-    instruction: str
-    input: str
-    output: str
-    wrong: str
-    """A plausible wrong answer."""
+    task: str
+    level: int
+    question: Question
+    note: str = ""
 
-
-Task = Callable[[random.Random, World, int], Question]
+    @property
+    def prompt(self) -> tuple[str, str]:
+        return self.question.instruction, self.question.input
 
 
 def make_pool(
@@ -58,19 +65,109 @@ def make_pool(
     trivial_share: float = 0.08,
     text_kib: int = 450,
 ) -> None:
-    """Write pool.jsonl (`samples` records), heldout.jsonl (`heldout` records) and text.txt (about `text_kib` KiB) to `out_dir`.
+    """Write pool.jsonl (`samples` records), heldout.jsonl (`heldout` records) and text.txt (`text_kib` KiB) to
+    `out_dir`.
 
-    The same arguments give the same bytes. Each file appears complete or not at all.
-    """
+    The same arguments give the same bytes. Each file appears complete or not at all. The world has 90 people, more for
+    more than 4,500 samples. Raises UserError where more different questions are asked for than the world has (it has
+    enough for 20,000 samples)."""
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    world = make_world(random.Random(f"{seed} world"))
-    held = _questions(random.Random(f"{seed} heldout"), world, heldout, trivial_share, set())
-    taken = {q.key for _, _, q in held}
-    copies = round(samples * duplicate_share)
-    fresh = _questions(random.Random(f"{seed} pool"), world, samples - copies, trivial_share, taken)
-    rng = random.Random(f"{seed} noise")
-    records = _with_noise(rng, fresh, copies, round(samples * wrong_share))
-    _write_records(out / "heldout.jsonl", "heldout", [_record(*q) for q in held])
-    _write_records(out / "pool.jsonl", "pool", records)
-    _write(out / "text.txt", "".join(_text(random.Random(f"{seed} text"), world, taken, text_kib * 1024)))
+    # One stream of random numbers for each part: changing the size of one leaves the others as they are.
+    parts = ("world", "heldout", "pool", "noise", "text")
+    world_rng, held_rng, pool_rng, noise_rng, text_rng = (random.Random(f"{seed} {part}") for part in parts)
+    world = make_world(world_rng, max(90, samples // 50))
+    held = _items(held_rng, world, heldout, trivial_share, set())
+    taken = {item.question.key for item in held}
+    copies, wrong = round(samples * duplicate_share), round(samples * wrong_share)
+    fresh = _items(pool_rng, world, samples - copies, trivial_share, taken)
+    pool = _with_noise(noise_rng, fresh, copies, wrong)
+    write_text(out / "heldout.jsonl", "".join(_lines("heldout", held)))
+    write_text(out / "pool.jsonl", "".join(_lines("pool", pool)))
+    write_text(out / "text.txt", "".join(_text(text_rng, world, taken, text_kib * 1024)))
+
+
+def _items(
+    rng: random.Random, world: World, count: int, trivial_share: float, taken: set[tuple[Any, ...]]
+) -> list[Item]:
+    """`count` questions with different prompts and no key in `taken`, the tasks in equal parts."""
+    trivial = round(count * trivial_share)
+    rest = [round((count - trivial) * share) for share in LEVEL_SHARES[:2]]
+    counts = [trivial, *rest, count - trivial - sum(rest)]
+    levels = [level for level, n in enumerate(counts) for _ in range(n)]
+    items: dict[tuple[str, str], Item] = {}
+    for i, level in enumerate(levels):
+        task = list(TASKS)[i % len(TASKS)]
+        item = _new_item(rng, world, task, level, taken, items)
+        items[item.prompt] = item
+    shuffled = list(items.values())
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+def _new_item(
+    rng: random.Random, world: World, task: str, level: int, taken: set[tuple[Any, ...]], items: dict[Any, Item]
+) -> Item:
+    for _ in range(ATTEMPTS):
+        item = Item(task, level, TASKS[task](rng, world, level))
+        if item.question.key not in taken and item.prompt not in items:
+            return item
+    raise UserError(
+        f"--samples: the world has too few different questions of task {task}, level {level}; ask for fewer"
+    )
+
+
+def _with_noise(rng: random.Random, fresh: list[Item], copies: int, wrong: int) -> list[Item]:
+    """Some answers made wrong, and near-duplicates of right ones (up to four of the same record) mixed in."""
+    wrong_ones = set(rng.sample(range(len(fresh)), wrong))
+    items = [
+        item._replace(question=item.question._replace(output=item.question.wrong), note="wrong_answer")
+        if i in wrong_ones
+        else item
+        for i, item in enumerate(fresh)
+    ]
+    originals = rng.sample([item for item in items if not item.note], -(-copies // 4))
+    variants = [(original, vary) for original in originals for vary in rng.sample(VARIATIONS, 4)][:copies]
+    for original, vary in variants:
+        question = original.question._replace(instruction=vary(original.question.instruction))
+        items.append(original._replace(question=question, note="near_duplicate"))
+    rng.shuffle(items)
+    return items
+
+
+VARIATIONS = (
+    lambda text: f"Please {text[0].lower()}{text[1:]}",
+    lambda text: f"{text} Thank you.",
+    lambda text: f"{text[0].lower()}{text[1:]}",
+    lambda text: f"Question: {text}",
+    lambda text: f"{text}  ",
+    lambda text: f"Hello! {text}",
+)
+"""Small changes of wording that leave the answer as it is; no task words its questions like this."""
+
+
+def _text(rng: random.Random, world: World, taken: set[tuple[Any, ...]], size: int) -> Iterator[str]:
+    """Paragraphs, at least `size` bytes, about every person equally often (up to one)."""
+    written, names = 0, []
+    while written < size:
+        if rng.random() < EXAMPLE_SHARE:
+            paragraph = " ".join(example(rng, taken) for _ in range(5)) + "\n"
+        else:
+            names = names or rng.sample(world.names, len(world.names))
+            paragraph = biography(rng, world, names.pop()) + "\n"
+        written += len(paragraph)
+        yield paragraph
+
+
+def _lines(split: str, items: list[Item]) -> Iterator[str]:
+    for number, (task, level, question, note) in enumerate(items):
+        record = {
+            "id": f"{split}-{number:05d}",
+            "dataset": task,
+            "instruction": question.instruction,
+            "input": question.input,
+            "output": question.output,
+            "level": level,
+            "note": note,
+        }
+        yield json.dumps(record, ensure_ascii=False) + "\n"

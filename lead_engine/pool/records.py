@@ -1,12 +1,15 @@
 """Reading instruction records from JSON, JSONL and Parquet files and from hub data sets.
 
 Three forms are read: `messages` (a list of {role, content}; roles system, user, assistant; any number of turns),
-`instruction` / `input` / `output`, and `prompt` / `completion`. `id` and `dataset` are optional. A field that is null counts as
-absent, as Parquet fills missing fields with null. Where a record has the fields of several forms, the first of this list is taken.
+`instruction` / `input` / `output`, and `prompt` / `completion`. `id` and `dataset` are optional. A field that is null
+counts as absent, as Parquet fills missing fields with null. Where a record has the fields of several forms, the first
+of this list is taken.
 
-A record that cannot be used is never dropped in silence: it becomes a `Problem` with its file and line. Without `skip_bad`,
-any problem refuses the whole pool, after reading all of it, so that one run names everything there is to mend.
+A record that cannot be used is never dropped in silence: it becomes a `Problem` with its file and line. Without
+`skip_bad`, any problem refuses the whole pool, after reading all of it, so that one run names everything there is to
+mend.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,7 +35,9 @@ class Message(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One usable sample; `dataset` is "" where the record names none, `line` is the line (.jsonl) or the record's number (else)."""
+    """One usable sample; `dataset` is "" where the record names none, `line` is the line (.jsonl) or the record's
+    number (else).
+    """
 
     id: str
     dataset: str
@@ -49,7 +54,8 @@ def read_records(sources: Sequence[str], *, skip_bad: bool) -> tuple[list[Record
     """All usable records of the sources, in order, and what is wrong with the others.
 
     `sources` are paths of .json (a list, or {"data": [...]}), .jsonl and .parquet files, or names of hub data sets.
-    Raises UserError for a source that cannot be read, for bad records unless `skip_bad`, and where no usable record is left.
+    Raises UserError for a source that cannot be read, for bad records unless `skip_bad`, and where no usable record is
+    left.
     """
     problems = Problems()
     records = list(iter_records(sources, problems, skip_bad=skip_bad))
@@ -57,7 +63,9 @@ def read_records(sources: Sequence[str], *, skip_bad: bool) -> tuple[list[Record
 
 
 def iter_records(sources: Sequence[str], problems: Problems, *, skip_bad: bool) -> Iterator[Record]:
-    """As `read_records`, one record at a time; problems are added to `problems`, and refused only after the last record."""
+    """As `read_records`, one record at a time; problems are added to `problems`, and refused only after the last
+    record.
+    """
     seen: dict[str, tuple[str, int]] = {}
     for source, label in _labelled(sources):
         for line, value in _read(source, problems):
@@ -73,11 +81,15 @@ def iter_records(sources: Sequence[str], problems: Problems, *, skip_bad: bool) 
     if not skip_bad:
         problems.refuse()
     if not seen:
-        raise UserError(f"{', '.join(sources)}: no usable record" + (f" ({problems})" if problems else "; the input is empty"))
+        raise UserError(
+            f"{', '.join(sources)}: no usable record" + (f" ({problems})" if problems else "; the input is empty")
+        )
 
 
 def _labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
-    """Each source with the name used in generated ids: the file's name, or its whole path where two files share a name."""
+    """Each source with the name used in generated ids: the file's name, or its whole path where two files share a
+    name.
+    """
     if not sources:
         raise UserError("--pool: name at least one file or hub data set")
     for path, count in Counter(os.path.realpath(s) for s in sources).items():
@@ -87,7 +99,7 @@ def _labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
     return [(s, Path(s).name if names[Path(s).name] == 1 else s) for s in sources]
 
 
-# --- one record ---------------------------------------------------------------------------------------------------------------
+# --- one record ---
 
 
 def _record(value: Any, source: str, line: int, label: str) -> Record:
@@ -156,7 +168,7 @@ def _type(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-# --- sources: each yields (line or record number, value) ----------------------------------------------------------------------
+# --- sources: each yields (line or record number, value) ---
 
 
 def _read(source: str, problems: Problems) -> Iterator[tuple[int, Any]]:
@@ -196,7 +208,10 @@ def _parse_lines(source: str, lines: Iterator[tuple[int, bytes]], problems: Prob
             value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             problems.add("bad_utf8", source, number, f"byte {error.start + 1} of the line is not UTF-8")
-        except (ValueError, RecursionError) as error:  # ValueError: broken JSON, or an integer beyond Python's digit limit
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # ValueError: broken JSON, or an integer beyond Python's digit limit
             problems.add("broken_line", source, number, f"not valid JSON: {error}")
         else:
             yield number, value
@@ -213,7 +228,9 @@ def _read_json(source: str, problems: Problems) -> Iterator[tuple[int, Any]]:
         if error.msg == "Extra data" and raw.lstrip()[:1] == b"{":  # one object a line: JSONL under the name .json
             yield from _parse_lines(source, enumerate((x for x in raw.splitlines() if x.strip()), 1), problems)
             return
-        raise UserError(f"{source}:{error.lineno}: not valid JSON ({error.msg}); one record a line belongs in a .jsonl file") from None
+        raise UserError(
+            f"{source}:{error.lineno}: not valid JSON ({error.msg}); one record a line belongs in a .jsonl file"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not valid JSON ({error})") from None
     if isinstance(values, dict):
@@ -252,7 +269,11 @@ def _read_hub(name: str) -> Iterator[tuple[int, Any]]:
         ) from None
     try:
         rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the hub's client raises many unrelated types: network, missing set, missing split, broken files
+    except (
+        Exception
+    ) as error:  # the hub's client raises many unrelated types: network, missing set, missing split, broken files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: no such file, and the hub data set of that name could not be loaded ({reason})") from None
+        raise UserError(
+            f"{name}: no such file, and the hub data set of that name could not be loaded ({reason})"
+        ) from None
     return enumerate(rows, 1)

@@ -1,17 +1,18 @@
 """What `prepare` finds out about each sample: the vectors over the pool with which a selection starts."""
+
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lead_engine.errors import UserError
+from lead_engine.files import write_bytes, write_text
 
 VERSION = 1
 DTYPES = {
@@ -25,14 +26,16 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class PoolState:
-    """Vectors over the pool's N samples, on the CPU. ValueError on construction unless shapes, dtypes and ranges agree."""
+    """Vectors over the pool's N samples, on the CPU. ValueError on construction unless shapes, dtypes and ranges
+    agree.
+    """
 
     utility: Tensor
     """fp32 [N]: the base model's mean NLL per response token (initial IU), in nats."""
     difficulty: Tensor
     """fp32 [N]: mean NLL(answer | instruction) / mean NLL(answer) after the warm-up."""
     cluster: Tensor
-    """int64 [N]: difficulty cluster, 0 to num_clusters - 1; any value where dropped."""
+    """int64 [N]: difficulty cluster, 0 to num_clusters - 1 (also where dropped)."""
     task: Tensor
     """int64 [N]: index into task_names."""
     dropped: Tensor
@@ -45,11 +48,16 @@ class PoolState:
         for name, dtype in DTYPES.items():
             value = getattr(self, name)
             if value.shape != (n,) or value.dtype != dtype or value.device.type != "cpu":
-                raise ValueError(f"{name}: expected {dtype} [{n}] on the CPU, got {value.dtype} {list(value.shape)} on {value.device}")
+                raise ValueError(
+                    f"{name}: expected {dtype} [{n}] on the CPU, "
+                    f"got {value.dtype} {list(value.shape)} on {value.device}"
+                )
         for name, limit in (("cluster", self.num_clusters), ("task", len(self.task_names))):
             value = getattr(self, name)
             if n and not 0 <= int(value.min()) <= int(value.max()) < limit:
-                raise ValueError(f"{name}: values must lie in [0, {limit}), found {int(value.min())} to {int(value.max())}")
+                raise ValueError(
+                    f"{name}: values must lie in [0, {limit}), found {int(value.min())} to {int(value.max())}"
+                )
 
     @property
     def num_samples(self) -> int:
@@ -67,15 +75,14 @@ class PoolState:
         }
         # state.json is what completes a state: a file left from an earlier one must not vouch for new tensors.
         (folder / "state.json").unlink(missing_ok=True)
-        tensors, text = folder / "state.safetensors.tmp", folder / "state.json.tmp"
-        save_file({name: getattr(self, name).contiguous() for name in DTYPES}, tensors)
-        os.replace(tensors, folder / "state.safetensors")
-        text.write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(text, folder / "state.json")
+        write_bytes(folder / "state.safetensors", save({name: getattr(self, name).contiguous() for name in DTYPES}))
+        write_text(folder / "state.json", json.dumps(header, indent=1, ensure_ascii=False) + "\n")
 
     @staticmethod
     def load(folder: Path | str, num_samples: int | None = None) -> PoolState:
-        """Read what `save` wrote. UserError naming the file that is missing, damaged, or not of `num_samples` samples."""
+        """Read what `save` wrote. UserError naming the file that is missing, damaged, or not of `num_samples`
+        samples.
+        """
         folder = Path(folder)
         again = "prepare the pool again (lead-engine prepare)"
         for name in ("state.json", "state.safetensors"):
@@ -84,8 +91,14 @@ class PoolState:
         try:
             header = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if header["version"] != VERSION:
-                raise UserError(f"{folder / 'state.json'}: version {header['version']}, this program reads {VERSION}; {again}")
-            expected, names, clusters = int(header["num_samples"]), list(header["task_names"]), int(header["num_clusters"])
+                raise UserError(
+                    f"{folder / 'state.json'}: version {header['version']}, this program reads {VERSION}; {again}"
+                )
+            expected, names, clusters = (
+                int(header["num_samples"]),
+                list(header["task_names"]),
+                int(header["num_clusters"]),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'state.json'}: damaged ({error!r}); {again}") from None
         try:
@@ -94,7 +107,9 @@ class PoolState:
             raise UserError(f"{folder / 'state.safetensors'}: damaged ({error}); {again}") from None
         for wanted, source in ((expected, "state.json"), (num_samples, "the token store")):
             if wanted is not None and state.num_samples != wanted:
-                raise UserError(f"{folder / 'state.safetensors'}: has {state.num_samples} samples, {source} has {wanted}; {again}")
+                raise UserError(
+                    f"{folder / 'state.safetensors'}: has {state.num_samples} samples, {source} has {wanted}; {again}"
+                )
         return state
 
     @staticmethod
@@ -104,6 +119,8 @@ class PoolState:
 
     @staticmethod
     def unscored(num_samples: int) -> PoolState:
-        """The state of a pool whose samples nobody has scored: one cluster, one task, utility 0. Enough for `random` and `full`."""
+        """The state of a pool whose samples nobody has scored: one cluster, one task, utility 0. Enough for `random`
+        and `full`.
+        """
         zeros, places = torch.zeros(num_samples), torch.zeros(num_samples, dtype=torch.int64)
         return PoolState(zeros, zeros + 1, places, places, torch.zeros(num_samples, dtype=torch.bool), ["all"], 1)

@@ -1,13 +1,15 @@
-"""The pool as flat arrays of tokens, on disk, in host memory or on the training device, and micro-batches gathered from it.
+"""The pool as flat arrays of tokens, on disk, in host memory or on the training device, and micro-batches gathered from
+it.
 
-A store is a folder: tokens.npy int32 [total], response.npy bool [total] (the tokens to learn), offsets.npy int64 [N + 1] (sample i is
-tokens[offsets[i] : offsets[i + 1]]), response_rows.npy int64 [N] and meta.json. It is written beside its final place and renamed when
-complete, so a folder of that name is always whole.
+A store is a folder: tokens.npy int32 [total], response.npy bool [total] (the tokens to learn), offsets.npy int64 [N +
+1] (sample i is tokens[offsets[i] : offsets[i + 1]]), response_rows.npy int64 [N] and meta.json. It is written beside
+its final place and renamed when complete, so a folder of that name is always whole.
 
-Placements: `device` keeps everything on the training device and gathers there. `pinned` (whole pool in host memory) and `mmap` (pool on
-disk, read through the page cache) copy a micro-batch's samples into a small staging buffer in a background thread, then run the same
-gather on the device over that buffer, so all three give equal batches.
+Placements: `device` keeps everything on the training device and gathers there. `pinned` (whole pool in host memory) and
+`mmap` (pool on disk, read through the page cache) copy a micro-batch's samples into a small staging buffer in a
+background thread, then run the same gather on the device over that buffer, so all three give equal batches.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,12 +24,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from lead_kernels import PackedBatch, gather_batch
 from torch import Tensor
 
 from lead_engine.config import Placement
 from lead_engine.errors import UserError
 from lead_engine.pool.prefetch import HostPool, Prefetcher
+from lead_kernels import PackedBatch, gather_batch
 
 VERSION = 1
 ARRAYS = {"tokens": np.int32, "response": np.bool_, "offsets": np.int64, "response_rows": np.int64}
@@ -35,38 +37,44 @@ AGAIN = "prepare the pool again (lead-engine prepare)"
 
 
 class TokenStore:
-    """N tokenised samples. Made by `open`; `close` (or leaving a `with` block) ends the background thread of host placements.
+    """N tokenised samples. Made by `open`; `close` (or leaving a `with` block) ends the background thread of host
+    placements.
 
-    tokens int32 [num_tokens], response bool [num_tokens], offsets int64 [N + 1]: on `device` for placement `device`, else on the host.
-    lengths int64 [N] (tokens) and response_rows int64 [N] (tokens with a loss; a sample's first token never has one): on the CPU.
+    tokens int32 [num_tokens], response bool [num_tokens], offsets int64 [N + 1]: on `device` for placement `device`,
+    else on the host. lengths int64 [N] (tokens) and response_rows int64 [N] (tokens with a loss; a sample's first token
+    never has one): on the CPU.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any], placement: Placement, device: torch.device) -> None:
+    def __init__(
+        self, arrays: dict[str, np.ndarray], meta: dict[str, Any], placement: Placement, device: torch.device
+    ) -> None:
         self.placement: Placement = placement
         self.device = device
         self.num_samples: int = meta["num_samples"]
         self.num_tokens: int = meta["num_tokens"]
         self.max_token_id: int = meta["max_token_id"]
-        if placement != "mmap":
-            arrays = {name: np.array(array) for name, array in arrays.items()}
         self.lengths = torch.from_numpy(np.diff(arrays["offsets"]))
         self.response_rows = torch.from_numpy(np.array(arrays["response_rows"]))
-        self.tokens, self.response, self.offsets = (_as_tensor(arrays[name]) for name in ("tokens", "response", "offsets"))
+        mapped = [_as_tensor(arrays[name]) for name in ("tokens", "response", "offsets")]
         self._prefetcher: Prefetcher | None = None
         if placement == "device":
-            self.tokens, self.response, self.offsets = (x.to(device) for x in (self.tokens, self.response, self.offsets))
-        else:
-            pool = HostPool(self.tokens, self.response, np.array(arrays["offsets"]))
-            self._prefetcher = Prefetcher(pool, device)
-            weakref.finalize(self, self._prefetcher.close)
+            self.tokens, self.response, self.offsets = (x.to(device, copy=True) for x in mapped)
+            return
+        self.tokens, self.response, self.offsets = (x.clone() for x in mapped) if placement == "pinned" else mapped
+        pool = HostPool(self.tokens, self.response, np.array(arrays["offsets"]))
+        self._prefetcher = Prefetcher(pool, device)
+        weakref.finalize(self, self._prefetcher.close)
 
     @staticmethod
     def open(folder: Path | str, placement: Placement = "auto", device: torch.device | str = "cpu") -> TokenStore:
-        """Open a written store. `auto` is `device` where the pool fits in a quarter of the device's free memory, else `mmap`.
+        """Open a written store. `auto` is `device` where the pool fits in a quarter of the device's free memory, else
+        `mmap`.
 
         Raises UserError naming the file that is missing or damaged.
         """
         folder, device = Path(folder), torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         meta = _read_meta(folder)
         arrays = {name: _map(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
         _check(folder, arrays, meta)
@@ -77,7 +85,8 @@ class TokenStore:
 
     @staticmethod
     def write(folder: Path | str, samples: Iterable[Sequence[Any]]) -> None:
-        """Write a store from an iterator of (ids, response mask, ...), without holding it in memory; replaces an older one.
+        """Write a store from an iterator of (ids, response mask, ...), without holding it in memory; replaces an older
+        one.
 
         Raises UserError where there is no sample, ValueError for an empty sample or a mask of another length.
         """
@@ -102,19 +111,23 @@ class TokenStore:
     def prefetch(self, sample_ids_host: Tensor) -> None:
         """Start gathering micro-batches in the background, for host placements; `batch` then takes them in this order.
 
-        sample_ids_host int64 [n, B] on the CPU, N in empty slots. May be called again before all are taken. Nothing to do for `device`.
+        sample_ids_host int64 [n, B] on the CPU, N in empty slots. May be called again before all are taken. Nothing to
+        do for `device`.
         """
         if self._prefetcher is not None:
             self._prefetcher.request(sample_ids_host)
 
     def batch(self, sample_ids: Tensor, *, capacity: int, num_rows: int) -> PackedBatch:
-        """The packed micro-batch of sample_ids int64 [B] (on the device; N in empty slots), see `lead_kernels.gather_batch`.
+        """The packed micro-batch of sample_ids int64 [B] (on the device; N in empty slots), see
+        `lead_kernels.gather_batch`.
 
-        For host placements this is the next micro-batch asked for by `prefetch`, whose ids must be the same; RuntimeError where none
-        was asked for, and whatever the background thread failed with.
+        For host placements this is the next micro-batch asked for by `prefetch`, whose ids must be the same;
+        RuntimeError where none was asked for, and whatever the background thread failed with.
         """
         if self._prefetcher is None:
-            return gather_batch(self.tokens, self.response, self.offsets, sample_ids, capacity=capacity, num_rows=num_rows)
+            return gather_batch(
+                self.tokens, self.response, self.offsets, sample_ids, capacity=capacity, num_rows=num_rows
+            )
         return self._prefetcher.take(sample_ids, capacity=capacity, num_rows=num_rows)
 
     def close(self) -> None:
@@ -129,15 +142,17 @@ class TokenStore:
         self.close()
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------------
+# --- writing ---
 
 
 class _ArrayFile:
-    """A one-dimensional .npy file that grows: numpy pads the header so that the final length can be written over the first."""
+    """A one-dimensional .npy file that grows: numpy pads the header so that the final length can be written over the
+    first.
+    """
 
     def __init__(self, path: Path, dtype: Any) -> None:
         self.dtype, self.length = np.dtype(dtype), 0
-        self.file = open(path, "wb", buffering=1 << 20)
+        self.file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by `close`)
         self._header()
         self.start = self.file.tell()
 
@@ -165,7 +180,10 @@ def _write_arrays(folder: Path, samples: Iterable[Sequence[Any]]) -> dict[str, A
     for number, sample in enumerate(samples):
         ids, response = np.asarray(sample[0], dtype=np.int64), np.asarray(sample[1], dtype=bool)
         if not len(ids) or ids.shape != response.shape or ids.min() < 0 or ids.max() > limit:
-            raise ValueError(f"sample {number}: needs token ids in int32 and a mask of the same length, has {ids.shape}, {response.shape}")
+            raise ValueError(
+                f"sample {number}: needs token ids in int32 and a mask of the same length, "
+                f"has shapes {ids.shape} and {response.shape}"
+            )
         total, rows = total + len(ids), int(response[1:].sum())
         largest, rows_total = max(largest, int(ids.max())), rows_total + rows
         files["tokens"].append(ids)
@@ -184,17 +202,22 @@ def _write_arrays(folder: Path, samples: Iterable[Sequence[Any]]) -> dict[str, A
     }
 
 
-# --- opening ------------------------------------------------------------------------------------------------------------------
+# --- opening ---
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     if not path.is_file():
         cut = folder.with_name(folder.name + ".partial").exists()
-        raise UserError(f"{path}: no such file; {'preparing was interrupted' if cut else 'this is no token store'}, {AGAIN}")
+        raise UserError(
+            f"{path}: no such file; {'preparing was interrupted' if cut else 'this is no token store'}, {AGAIN}"
+        )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        version, _ = meta["version"], [int(meta[k]) for k in ("num_samples", "num_tokens", "num_response_rows", "max_token_id")]
+        version, _ = (
+            meta["version"],
+            [int(meta[k]) for k in ("num_samples", "num_tokens", "num_response_rows", "max_token_id")],
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); {AGAIN}") from None
     if version != VERSION:
@@ -210,15 +233,24 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}); {AGAIN}") from None
     if array.dtype != dtype or array.ndim != 1:
-        raise UserError(f"{path}: damaged (holds {array.dtype} {array.shape}, not {np.dtype(dtype).name} in one dimension); {AGAIN}")
+        raise UserError(
+            f"{path}: damaged (holds {array.dtype} {array.shape}, not {np.dtype(dtype).name} in one dimension); {AGAIN}"
+        )
     return array
 
 
 def _check(folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
     samples, tokens = meta["num_samples"], meta["num_tokens"]
-    for name, length in (("tokens", tokens), ("response", tokens), ("offsets", samples + 1), ("response_rows", samples)):
+    for name, length in (
+        ("tokens", tokens),
+        ("response", tokens),
+        ("offsets", samples + 1),
+        ("response_rows", samples),
+    ):
         if len(arrays[name]) != length:
-            raise UserError(f"{folder / name}.npy: damaged (holds {len(arrays[name])} values, meta.json says {length}); {AGAIN}")
+            raise UserError(
+                f"{folder / name}.npy: damaged (holds {len(arrays[name])} values, meta.json says {length}); {AGAIN}"
+            )
     offsets, rows = arrays["offsets"], arrays["response_rows"]
     if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) <= 0).any():
         raise UserError(f"{folder / 'offsets.npy'}: damaged (offsets do not rise from 0 to {tokens}); {AGAIN}")
@@ -228,7 +260,8 @@ def _check(folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) ->
 
 def _as_tensor(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
-        # The map is read-only on purpose (a writable private map of a pool larger than memory is refused by the kernel).
+        # The map is read-only on purpose (a writable private map of a pool larger than memory is refused by the
+        # kernel).
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 

@@ -1,10 +1,12 @@
 """Records to tokens through the tokenizer's chat template, with a mask of the tokens on which the loss is taken.
 
-The loss is on every assistant turn, its content and its end-of-turn token, and on nothing else. Where a turn lies in the text is found
-by rendering prefixes of the conversation: turn i begins where the rendering of messages[:i] with the generation prompt ends, because
-that is the text which the model answers when it is used, and ends where the rendering of messages[:i + 1] ends. Characters become
-tokens by the fast tokenizer's offsets. White space after the end-of-turn token belongs to the template, not to the response.
+The loss is on every assistant turn, its content and its end-of-turn token, and on nothing else. Where a turn lies in
+the text is found by rendering prefixes of the conversation: turn i begins where the rendering of messages[:i] with the
+generation prompt ends, because that is the text which the model answers when it is used, and ends where the rendering
+of messages[:i + 1] ends. Characters become tokens by the fast tokenizer's offsets. White space after the end-of-turn
+token belongs to the template, not to the response.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +26,9 @@ BATCH = 256
 
 
 class Sample(NamedTuple):
-    """One record as tokens. `response` marks the tokens to learn; `truncated` says whether the sample was cut at max_length."""
+    """One record as tokens. `response` marks the tokens to learn; `truncated` says whether the sample was cut at
+    max_length.
+    """
 
     ids: list[int]
     response: list[bool]
@@ -32,7 +36,7 @@ class Sample(NamedTuple):
     truncated: bool
 
 
-class _Unrenderable(Exception):
+class Unrenderable(UserError):
     """The chat template and the conversation do not fit together."""
 
 
@@ -46,10 +50,10 @@ def encode(
 ) -> Iterator[Sample]:
     """Tokens and response mask of each record, in order, cut at `max_length` tokens.
 
-    Adds to `problems`: `truncated` (the sample is yielded, cut), `response_truncated_away` (no learnable token is left before the cut;
-    the record is left out) and, only with `skip_bad`, `template_refused` (left out). Raises UserError where the tokenizer has no chat
-    template or gives no offsets, and, without `skip_bad`, where the template refuses a conversation or renders it so that the
-    answers cannot be found in the text.
+    Adds to `problems`: `truncated` (the sample is yielded, cut), `response_truncated_away` (no learnable token is left
+    before the cut; the record is left out) and, only with `skip_bad`, `template_refused` (left out). Raises UserError
+    where the tokenizer has no chat template or gives no offsets, and, without `skip_bad`, where the template refuses a
+    conversation or renders it so that the answers cannot be found in the text.
     """
     check_tokenizer(tokenizer)
     problems = Problems() if problems is None else problems
@@ -59,11 +63,11 @@ def encode(
         for record in batch:
             try:
                 rendered.append((record, *answer_spans(tokenizer, record.messages)))
-            except _Unrenderable as error:
+            except Unrenderable as error:
                 if not skip_bad:
                     raise UserError(
-                        f"{place(record.file, record.line)}: {error}; use a model with another chat template, mend the record, "
-                        "or leave such records out with --skip-bad"
+                        f"{place(record.file, record.line)}: {error}; use a model with another chat template, "
+                        "mend the record, or leave such records out with --skip-bad"
                     ) from None
                 problems.add("template_refused", record.file, record.line, str(error))
         if rendered:
@@ -79,7 +83,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             "in its tokenizer_config.json (or chat_template.jinja)"
         )
     if not tokenizer.is_fast:
-        raise UserError(f"{name} is not a fast tokenizer, so it cannot say which characters a token covers; --model needs a tokenizer.json")
+        raise UserError(
+            f"{name} is not a fast tokenizer, so it cannot say which characters a token covers; "
+            "--model needs a tokenizer.json"
+        )
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
@@ -89,7 +96,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
 
 
 def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and for every assistant turn the characters [begin, end) of its content and end-of-turn token."""
+    """The conversation as text, and for every assistant turn the characters [begin, end) of its content and end-of-turn
+    token.
+
+    Raises Unrenderable (a UserError) where the template refuses the conversation or the answers cannot be found in it.
+    """
     turns = [m._asdict() for m in messages]
     try:
         text = render(tokenizer, turns)
@@ -100,7 +111,7 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
                 through = text if i + 1 == len(turns) else render(tokenizer, turns[: i + 1])
                 spans.append(_span(text, prompt, through, message.content))
     except jinja2.TemplateError as error:
-        raise _Unrenderable(f"the chat template refuses the conversation ({error})") from None
+        raise Unrenderable(f"the chat template refuses the conversation ({error})") from None
     return text, spans
 
 
@@ -109,14 +120,15 @@ def _span(text: str, prompt: str, through: str, content: str) -> tuple[int, int]
     if text.startswith(prompt):
         if text.startswith(through[:end]) and begin < end:
             return begin, end
-        # Templates such as Qwen3's render the last answer differently (with its reasoning) from the same answer further up, so that
-        # `through` is no prefix. Then the answer itself must stand at `begin`, followed by what follows it in `through`.
+        # Templates such as Qwen3's render the last answer differently (with its reasoning) from the same answer further
+        # up, so that `through` is no prefix. Then the answer itself must stand at `begin`, followed by what follows it
+        # in `through`.
         content = content.strip()
         begin_content = begin + len(text[begin:]) - len(text[begin:].lstrip())
-        end_of_turn = through[: end].rpartition(content)[2]
+        end_of_turn = through[:end].rpartition(content)[2]
         if content and end_of_turn and text.startswith(content + end_of_turn, begin_content):
             return begin, begin_content + len(content) + len(end_of_turn)
-    raise _Unrenderable(
+    raise Unrenderable(
         "the chat template's rendering of the first turns is not a prefix of its rendering of the whole conversation, "
         "so the answer cannot be told from the rest"
     )
@@ -141,7 +153,9 @@ def _tokenise(
         response = response_mask(offsets[:max_length], spans)
         length = len(ids)
         if not any(response[1:]):  # the first token is predicted by nothing
-            problems.add("response_truncated_away", record.file, record.line, f"no answer within {max_length} of {length} tokens")
+            problems.add(
+                "response_truncated_away", record.file, record.line, f"no answer within {max_length} of {length} tokens"
+            )
             continue
         if length > max_length:
             problems.add("truncated", record.file, record.line, f"{length} tokens, cut at {max_length}")
@@ -151,7 +165,8 @@ def _tokenise(
 def response_mask(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[bool]:
     """Which tokens overlap one of the spans, given each token's characters [start, stop).
 
-    Tokenizers that trim offsets give a token of spaces the empty range at its end; it counts as the character before that place.
+    Tokenizers that trim offsets give a token of spaces the empty range at its end; it counts as the character before
+    that place.
     """
     starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     response = np.zeros(len(starts), dtype=bool)

@@ -1,4 +1,5 @@
 """A byte-level BPE tokenizer with a ChatML template, for models that start from scratch."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# Words with their leading space, digits one at a time (so that arithmetic is learnable), punctuation, white space: Qwen2's split.
+# Words with their leading space, digits one at a time (so that arithmetic is learnable), punctuation, white space:
+# Qwen2's split.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -28,13 +30,15 @@ WORDS = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train byte-level BPE on `texts`; any text can be encoded and decodes to itself.
 
-    The special tokens have ids 0 to 3: <|pad|>, <|im_start|>, <|im_end|> (eos, ends a turn), <|endoftext|> (ends a document of plain
-    text); there is no bos. The vocabulary is smaller than `vocab_size` where the texts hold too few different pairs to merge.
-    Raises UserError where `vocab_size` cannot hold the 256 bytes and the special tokens.
+    The special tokens have ids 0 to 3: <|pad|>, <|im_start|>, <|im_end|> (eos, ends a turn), <|endoftext|> (ends a
+    document of plain text); there is no bos. The vocabulary is smaller than `vocab_size` where the texts hold too few
+    different pairs to merge. Raises UserError where `vocab_size` cannot hold the 256 bytes and the special tokens.
     """
     smallest = 256 + len(SPECIAL)
     if vocab_size < smallest:
-        raise UserError(f"--vocab-size {vocab_size}: must be at least {smallest} (256 bytes and {len(SPECIAL)} special tokens)")
+        raise UserError(
+            f"--vocab-size {vocab_size}: must be at least {smallest} (256 bytes and {len(SPECIAL)} special tokens)"
+        )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -63,8 +67,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def generation_prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that stand before an answer when there is no instruction: what the chat template adds to ask for one.
 
-    Templates without such a text ([INST] style) give the bos token, or else eos, so that the answer's first token is predicted
-    from something. Never empty. Raises UserError where the tokenizer has no chat template.
+    Templates without such a text ([INST] style) give the bos token, or else eos, so that the answer's first token is
+    predicted from something. Never empty. Raises UserError where the tokenizer has no chat template.
     """
     check_tokenizer(tokenizer)
     question = [{"role": "user", "content": "?"}]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lead_engine.config import Method, SelectionConfig
 from lead_engine.pool.state import PoolState
@@ -49,7 +52,9 @@ def make_lengths() -> Callable[..., Tensor]:
 def make_selector(make_state, make_lengths) -> SelectorFactory:
     """A selector on a random pool; keyword arguments of Layout and SelectionConfig are taken apart by name."""
 
-    def make(samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options) -> Selector:
+    def make(
+        samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options
+    ) -> Selector:
         shape = {"steps": 2, "micro_batches": 2, "slots": 4, "capacity": 40}
         layout = Layout(**{name: options.pop(name, default) for name, default in shape.items()})
         longest = options.pop("longest", min(20, layout.capacity))
@@ -63,20 +68,36 @@ def make_selector(make_state, make_lengths) -> SelectorFactory:
     return make
 
 
-@pytest.fixture
-def to_fake_cuda() -> Callable[[object], None]:
-    """Replace, in place, every tensor that an object of lead_engine.selection holds by a fake one on `cuda`.
+class Blind(NamedTuple):
+    """A device that cannot be looked at."""
 
-    To be called under FakeTensorMode. (Construction reads the pool's lengths, so it happens before, on the CPU.)
+    device: str
+    mode: Callable[[], AbstractContextManager]
+    convert: Callable[[Any], None]
+    """Replace, in place and inside the mode, every tensor that an object of lead_engine.selection holds."""
+
+
+@pytest.fixture(params=["meta", "fake"])
+def blind(request) -> Blind:
+    """Two proofs that the host reads nothing, each of which sees what the other does not.
+
+    `meta`: tensors without values on a device of their own. Reading one, copying one to the host, or mixing it with a
+    CPU tensor raises. `fake`: FakeTensorMode, where every data-dependent value or shape raises. Its device is `cuda`
+    where this torch knows CUDA; a CPU build cannot index fake CUDA tensors, there it is `cpu`.
     """
+    if request.param == "meta":
+        return Blind("meta", nullcontext, lambda thing: _replace_tensors(thing, "meta"))
+    device = "cuda" if torch.backends.cuda.is_built() else "cpu"
+    return Blind(device, FakeTensorMode, lambda thing: _replace_tensors(thing, device))
 
-    def convert(thing: object) -> None:
-        for name, value in vars(thing).items():
-            if isinstance(value, Tensor):
-                setattr(thing, name, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
-            elif isinstance(value, torch.device):
-                setattr(thing, name, torch.device("cuda"))
-            elif type(value).__module__.startswith("lead_engine.selection") and hasattr(value, "__dict__"):
-                convert(value)
 
-    return convert
+def _replace_tensors(thing: Any, device: str) -> None:
+    for name, value in vars(thing).items():
+        if isinstance(value, Tensor):
+            setattr(thing, name, torch.empty(value.shape, dtype=value.dtype, device=device))
+        elif isinstance(value, torch.device):
+            setattr(thing, name, torch.device(device))
+        elif name == "signature" and value is not None:
+            setattr(thing, name, tuple(torch.empty(part.shape, device=device) for part in value))
+        elif type(value).__module__.startswith("lead_engine.selection") and hasattr(value, "__dict__"):
+            _replace_tensors(value, device)

@@ -1,0 +1,187 @@
+"""Reading run folders, finished or not, and folders written by `compare`."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lead_engine.config import read_yaml
+from lead_engine.errors import UserError
+from lead_engine.evaluation.outputs import RESULT, read_result
+from lead_engine.files import read_json, read_lines
+
+Array = NDArray[Any]
+UTILITY = ("initial", "final", "visits", "cluster", "task")
+
+
+@dataclass
+class Run:
+    """What a run folder holds. A run that is not finished has no summary, and may lack utilities and an evaluation."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    rounds: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    utility: dict[str, Array] | None
+    evaluation: dict[str, Any] | None
+
+    @property
+    def method(self) -> str:
+        return str(self.config["method"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    @property
+    def budget(self) -> float | None:
+        """Share of the pool's tokens; None for `full`, which takes the whole pool."""
+        return None if self.method == "full" else float(self.config["budget"])
+
+    @property
+    def group(self) -> tuple[str, float | None]:
+        """Runs of a group differ in their seed alone."""
+        return self.method, self.budget
+
+    @property
+    def task_names(self) -> list[str] | None:
+        return None if self.summary is None else self.summary.get("task_names")
+
+    def metric(self, name: str) -> NDArray[np.float64]:
+        """One value per optimizer step; nan where it was not measured."""
+        return np.array([np.nan if line.get(name) is None else line[name] for line in self.metrics], dtype=np.float64)
+
+    @cached_property
+    def smooth_loss(self) -> NDArray[np.float64]:
+        """Training loss averaged over the steps around, by tokens; see `smooth`."""
+        return smooth(self.metric("loss"), self.metric("step_tokens"))
+
+
+@dataclass
+class Collection:
+    """The runs of a report, the untrained base's evaluation, and a study's verdicts where there is a study."""
+
+    runs: list[Run] = field(default_factory=list)
+    base: dict[str, Any] | None = None
+    verdicts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def groups(self) -> dict[tuple[str, float | None], list[Run]]:
+        """Runs by method and budget: budgets ascending, `full` last; within a budget in the order given."""
+        keys = dict.fromkeys(run.group for run in self.runs)
+        ordered = sorted(keys, key=lambda key: (key[1] is None, key[1] or 0.0))
+        return {key: [run for run in self.runs if run.group == key] for key in ordered}
+
+
+def read_collection(folders: Sequence[Path]) -> Collection:
+    """All runs in the folders given; a folder written by `compare` stands for its runs.
+
+    Raises UserError for a folder that is neither, for one given twice, and for damaged files.
+    """
+    found = Collection()
+    for folder in folders:
+        if (folder / "config.yaml").exists():
+            found.runs.append(read_run(folder))
+            continue
+        inside = sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
+        if not inside:
+            raise UserError(
+                f"{folder}: neither a run folder (config.yaml, metrics.jsonl) nor one written by `lead-engine "
+                f"compare` (runs/)"
+            )
+        found.runs += [read_run(path) for path in inside]
+        if (folder / "base" / RESULT).exists():
+            found.base = read_result(folder / "base")
+        if (folder / "results.json").exists():
+            results = read_json(folder / "results.json")
+            found.verdicts += results.get("verdicts", [])
+            found.warnings += results.get("warnings", [])
+    places = [run.folder.resolve() for run in found.runs]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"{place}: given more than once")
+    _name(found.runs)
+    return found
+
+
+def read_run(folder: Path) -> Run:
+    """One run folder. Raises UserError where it is none, or a file in it is damaged."""
+    metrics, rounds = folder / "metrics.jsonl", folder / "selection.jsonl"
+    if not metrics.exists():
+        raise UserError(f"{folder}: has no metrics.jsonl; it is no run folder, or its run has not begun to train")
+    config = read_yaml(folder / "config.yaml")
+    missing = [key for key in ("method", "seed", "budget") if key not in config]
+    if missing:
+        raise UserError(
+            f"{folder / 'config.yaml'}: no {', '.join(missing)} in it; it is not the configuration of a training run"
+        )
+    evaluation = folder / "eval"
+    return Run(
+        folder=folder,
+        name=folder.name,
+        config=config,
+        metrics=_without_repeats(read_lines(metrics), "step", metrics),
+        rounds=_without_repeats(read_lines(rounds), "round", rounds) if rounds.exists() else [],
+        summary=read_json(folder / "summary.json") if (folder / "summary.json").exists() else None,
+        utility=_read_utility(folder / "utility.npz"),
+        evaluation=read_result(evaluation) if (evaluation / RESULT).exists() else None,
+    )
+
+
+def smooth(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weighted mean over a window centred on each step, narrower towards the ends.
+
+    The window is a twentieth of the run wide, or 7 steps if that is more and the run has so many.
+    """
+    half = max(len(values) // 40, min(3, len(values) // 8))
+    place = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(place, len(values) - 1 - place))
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0) * weights)])
+    totals = np.concatenate([[0.0], np.cumsum(np.where(known, weights, 0.0))])
+    with np.errstate(invalid="ignore"):
+        low, high = place - reach, place + reach + 1
+        return (sums[high] - sums[low]) / (totals[high] - totals[low])
+
+
+def _name(runs: list[Run]) -> None:
+    """Folder names, with as much of the path before them as tells them apart."""
+    for run in runs:
+        parts = run.folder.resolve().parts
+        depth = 1
+        while any(other is not run and other.folder.resolve().parts[-depth:] == parts[-depth:] for other in runs):
+            depth += 1
+        run.name = "/".join(parts[-depth:])
+
+
+def _without_repeats(lines: list[dict[str, Any]], counter: str, path: Path) -> list[dict[str, Any]]:
+    """The last line of each step or round, in order."""
+    try:
+        latest = {int(line[counter]): line for line in lines}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: a line has no {counter}; the file is no log of a training run") from None
+    return [latest[key] for key in sorted(latest)]
+
+
+def _read_utility(path: Path) -> dict[str, Array] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    missing = [name for name in UTILITY if name not in found]
+    if missing:
+        raise UserError(f"{path}: damaged (no {', '.join(missing)} in it)")
+    return found

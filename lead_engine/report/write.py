@@ -1,0 +1,69 @@
+"""`lead-engine report`: from run folders to PNG files and one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+from lead_engine import console
+from lead_engine.config import ReportConfig
+from lead_engine.errors import UserError
+from lead_engine.files import write_bytes, write_text
+from lead_engine.report import comparison_plots, selection_plots, training_plots
+from lead_engine.report.page import page
+from lead_engine.report.runs import Collection, Run, read_collection
+from lead_engine.report.style import SETTINGS, Plot
+
+COMPARED: tuple[Callable[[Collection], Plot], ...] = (
+    comparison_plots.budgets_plot,
+    comparison_plots.differences_plot,
+    comparison_plots.tasks_plot,
+    comparison_plots.losses_plot,
+)
+
+
+def run(config: ReportConfig) -> None:
+    """Write OUT/index.html, which holds everything, and the same pictures as OUT/*.png and OUT/RUN/*.png.
+
+    Raises UserError for folders that are no runs and for damaged files.
+    """
+    if not config.runs:
+        raise UserError("report: give at least one run folder")
+    collection = read_collection(config.runs)
+    config.out.mkdir(parents=True, exist_ok=True)
+    several = len(collection.runs) > 1
+    with matplotlib.rc_context(SETTINGS), console.progress(len(collection.runs) + several, "plots") as bar:
+        compared = []
+        if several:
+            compared = [make(collection) for make in COMPARED]
+            _write_pictures(config.out, compared)
+            bar.advance()
+        single = []
+        for each in collection.runs:
+            plots = plots_of(each, collection)
+            _write_pictures(config.out / each.name if several else config.out, plots)
+            single.append((each, plots))
+            bar.advance()
+    write_text(config.out / "index.html", page(collection, compared, single))
+    console.say(f"written: {config.out / 'index.html'}")
+
+
+def plots_of(run: Run, collection: Collection) -> list[Plot]:
+    """One run's plots, in the order of the page."""
+    return [
+        training_plots.heldout_plot(run, collection.base),
+        training_plots.loss_plot(run),
+        training_plots.optimizer_plot(run),
+        selection_plots.bandit_plot(run),
+        selection_plots.selected_plot(run),
+        selection_plots.utility_plot(run),
+    ]
+
+
+def _write_pictures(folder: Path, plots: list[Plot]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        if plot.png is not None:
+            write_bytes(folder / f"{plot.name}.png", plot.png)

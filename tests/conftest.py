@@ -1,0 +1,56 @@
+"""Fixtures that all tests share: where things lie, and the real command line as a subprocess."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: tests are small, and several processes on few cores slow each other down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+pytest_plugins = ["pools"]
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real instruction data beside the repository; the test is skipped where there is none."""
+    if not (REAL_DATA / "pool.jsonl").exists():
+        pytest.skip(f"real data is not there: {REAL_DATA / 'pool.jsonl'}")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """run_cli("train", "--pool", ..., cwd=...) -> CompletedProcess of `python -m lead_engine train --pool ...`."""
+
+    def run(
+        *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 110
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lead_engine", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "COLUMNS": "120", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
