@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from lead_engine.evaluation.stats import Interval, mean_interval, paired_interval
 from lead_engine.report.runs import Collection, Run
@@ -109,6 +110,7 @@ def differences_plot(collection: Collection) -> Plot:
                 axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
         reach = 1.15 * max(np.abs(axes.get_xlim()))
         axes.set_xlim(-reach, reach)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_title(f"{kind} loss")
         axes.set_xlabel(f"loss minus that of {REFERENCE} (nats per token)\nbetter \u2190   \u2192 worse")
         axes.grid(axis="y", visible=False)

@@ -100,7 +100,7 @@ def selected_plot(run: Run) -> Plot:
             where, labels, 100 * counts / max(1, counts.sum()), pool, by_size, method_colour(run.method), run.method
         )
         where.set_title(heading)
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
     text = "Shares of the samples trained, every visit counted."
     text += (
         " Hollow: their shares of the pool."
@@ -196,7 +196,9 @@ def _pool_shares(run: Run, tasks: list[str], clusters: int) -> tuple[NDArray[Any
     if run.utility is None or run.task_names is None:
         return None
     by_task = np.bincount(run.utility["task"], minlength=len(run.task_names))
-    by_cluster = np.bincount(run.utility["cluster"], minlength=clusters)
+    # LEAD drops misaligned samples; they belong to no cluster, whatever their entry says.
+    kept = ~run.utility["dropped"] if "dropped" in run.utility else slice(None)
+    by_cluster = np.bincount(run.utility["cluster"][kept], minlength=clusters)
     of_task = dict(zip(run.task_names, by_task, strict=True))
     counts = np.array([of_task.get(task, 0) for task in tasks], dtype=np.float64)
     return 100 * counts / by_task.sum(), 100 * by_cluster / by_cluster.sum()

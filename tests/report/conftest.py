@@ -1,13 +1,16 @@
-"""Run folders with plausible contents, made without training."""
+"""Run folders with plausible contents, made without training; tests reach them through the fixture `synthetic`."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from lead_engine.config import TrainConfig, to_dict
@@ -18,6 +21,12 @@ CLUSTERS = 7
 POOL = 3000
 POOL_TOKENS = 600_000
 STEP_TOKENS = 1000
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> ModuleType:
+    """This module: make_run, make_evaluation, make_study and the constants they use."""
+    return sys.modules[__name__]
 
 
 def make_run(

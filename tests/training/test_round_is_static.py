@@ -1,0 +1,101 @@
+"""A whole round, backward pass and optimizer included, under FakeTensorMode: tensors have no data, so any step that reads some raises.
+
+Fake CPU tensors, since autograd has no engine for a GPU that is not there; each op also runs on fake CUDA tensors in its own tests.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lead_engine.config import OptimizerConfig, SelectionConfig
+from lead_engine.model.attention import NAME
+from lead_engine.model.packed import PackedLM
+from lead_engine.pool.state import PoolState
+from lead_engine.selection.loss_change import make_loss_change
+from lead_engine.selection.selector import Layout, Selector
+from lead_engine.training.loop import Engine, Header
+from lead_engine.training.optimizer import make_optimizer
+from lead_kernels import gather_batch
+
+DEVICE, SAMPLES, LENGTH = "cpu", 50, 12
+LAYOUT = Layout(steps=3, micro_batches=2, slots=4, capacity=64)
+
+
+class DeviceStore:
+    """What the loop uses of a TokenStore in placement `device`; the real one opens files, which has no fake counterpart."""
+
+    placement = "device"
+
+    def __init__(self) -> None:
+        total = SAMPLES * LENGTH
+        self.tokens = torch.zeros(total, dtype=torch.int32, device=DEVICE)
+        self.response = torch.ones(total, dtype=torch.bool, device=DEVICE)
+        self.offsets = torch.arange(0, total + 1, LENGTH, device=DEVICE)
+
+    def batch(self, sample_ids, *, capacity, num_rows):
+        return gather_batch(self.tokens, self.response, self.offsets, sample_ids, capacity=capacity, num_rows=num_rows)
+
+
+def blind(thing: object, mode: FakeTensorMode) -> object:
+    """Replace every tensor that `thing` holds, however deep, by one without data."""
+    if isinstance(thing, torch.Tensor):
+        return mode.from_tensor(thing)
+    if isinstance(thing, tuple):
+        return tuple(blind(part, mode) for part in thing)
+    if type(thing).__module__.startswith("lead_engine") and not isinstance(thing, torch.nn.Module):
+        for name, value in vars(thing).items():
+            setattr(thing, name, blind(value, mode)) if not isinstance(value, (int, float, str, SelectionConfig, Layout)) else None
+    return thing
+
+
+def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode) -> Engine:
+    """Built on real tensors (a constructor may check values), then blinded."""
+    state = PoolState(
+        torch.rand(SAMPLES), torch.rand(SAMPLES), torch.arange(SAMPLES) % 3, torch.arange(SAMPLES) % 2, torch.zeros(SAMPLES).bool(), ["a", "b"], 3
+    )
+    lengths = torch.full((SAMPLES,), LENGTH)
+    selector = Selector(state, lengths, lengths - 1, method="lead", config=options, layout=LAYOUT, seed=0, device=DEVICE)
+    config = AutoConfig.from_pretrained(folder)
+    change = make_loss_change(options, config.hidden_size, selector.num_arms, DEVICE, 0)
+    selector, change = blind(selector, mode), blind(change, mode)
+    with mode:
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+        model = PackedLM(hf, attention="mask", max_length=LENGTH, chunk_bytes=1 << 16)
+        model.head.keep_gradient = change.wants_hidden
+        optimizer = make_optimizer(model, OptimizerConfig())
+        return Engine(model, optimizer, selector, change, DeviceStore(), LAYOUT, OptimizerConfig(), distributed=False)
+
+
+CHANGES = {"inner": {}, "inner exact": {"inner_form": "exact"}, "paper": {"loss_change": "paper"}, "none": {"loss_change": "none"}}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_in_a_round_reads_the_device(change: str, make_model) -> None:
+    folder = make_model("llama")
+    options = SelectionConfig(sketch_dim=8, round_steps=LAYOUT.steps, calibrate_every=2, **CHANGES[change])
+    header = Header([100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps)  # what read_header would have read
+    mode = FakeTensorMode()
+    parts = engine(folder, options, mode)
+    with mode:
+        for number in range(2):
+            plan = parts.selector.plan(number, 10_000)
+            for step in range(LAYOUT.steps):
+                stats = parts.train_step(plan, header, step, number * LAYOUT.steps + step, 1e-3)
+                assert all(value.shape == () and value.device.type == DEVICE for value in stats)
+            parts.selector.finish_round(plan)
+            parts.change.finish_round(plan.cluster)
+
+
+def test_the_proof_can_fail(make_model) -> None:
+    """The header's read is the one data-dependent step, and FakeTensorMode does refuse it."""
+    folder = make_model("llama")
+    mode = FakeTensorMode()
+    parts = engine(folder, SelectionConfig(sketch_dim=8), mode)
+    with mode:
+        plan = parts.selector.plan(0, 10_000)
+        with pytest.raises(DataDependentOutputException):
+            plan.tokens.sum().item()
