@@ -71,9 +71,10 @@ def _say(text: str, speaks: bool) -> None:
 
 
 def _fail(message: str, speaks: bool, label: str = "error: ") -> int:
-    if speaks:
-        sys.stdout.flush()
-        print(f"{label}{message}", file=sys.stderr, flush=True)
+    # A rank that fails alone would otherwise end the run without a word.
+    place = "" if speaks else f"[rank {os.environ['RANK']}] "
+    sys.stdout.flush()
+    print(f"{place}{label}{message}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
 

@@ -55,7 +55,7 @@ class SelectionConfig:
     """LEAD's options (arXiv 2505.07437); `random` and `full` read only `round_steps`."""
 
     loss_change: LossChange = "inner"
-    """How the effect of a step on its own samples is estimated: gradient inner product at the last hidden state, the paper's, or not at all."""
+    """How a step's effect on its own samples is estimated: gradient inner product at the last hidden state, the paper's, or not at all."""
     inner_form: Literal["sketch", "exact"] = "sketch"
     """The inner product through random projections (q x q numbers a sample), or exact (keeps [T, H] twice)."""
     sketch_dim: int = 64
@@ -181,7 +181,7 @@ class TrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        require(0 < self.budget, "--budget", self.budget, "above 0")
+        require(self.budget > 0, "--budget", self.budget, "above 0")
         require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
         require(self.checkpoint_every >= 0, "--checkpoint-every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "--keep-checkpoints", self.keep_checkpoints, "at least 1")

@@ -41,7 +41,7 @@ def run_cli() -> RunCli:
     """run_cli("train", "--pool", ..., cwd=...) -> CompletedProcess of `python -m lead_engine train --pool ...`."""
 
     def run(
-        *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 110
+        *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "lead_engine", *map(str, arguments)],

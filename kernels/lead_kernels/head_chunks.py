@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CPU_CHUNK_ROWS = 512
-"""More rows do not make the products faster on a CPU, and the chunk falls out of its cache: see `chunk_rows`."""
+CPU_CHUNK_ROWS = 1024
+"""More rows do not make the products faster on a CPU."""
+CPU_TILE_BYTES = 2 * 2**20
+"""fp32 logits of a tile: the passes between two products run tile by tile, so that they stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +54,34 @@ class HeadRows(NamedTuple):
 
 
 class _Buffers:
-    """The blocks [C, V] of a pass, used again by every chunk: logits, probabilities and, for bf16 and fp16, what enters a product."""
+    """The blocks of a pass, used again by every chunk and tile.
+
+    products [C, V], in the inputs' dtype: g, which enters two products, and on a CPU before that the logits.
+    logits, probabilities: fp32 (float64 for float64), one tile of rows; on a GPU, whose product hands out its fp32 accumulator, a tile is
+    the chunk.
+    """
 
     def __init__(self, hidden_TH: Tensor, vocabulary: int, rows: int) -> None:
-        self.dtype = hidden_TH.dtype
-        self.wide = torch.promote_types(self.dtype, torch.float32)
-        self.logits = hidden_TH.new_empty(rows, vocabulary, dtype=self.wide)
-        self.probabilities = torch.empty_like(self.logits)
-        self.low = self.logits if self.dtype == self.wide else torch.empty_like(self.logits, dtype=self.dtype)
+        self.on_cpu = hidden_TH.device.type == "cpu"
+        self.wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+        self.tile_rows = min(rows, max(1, CPU_TILE_BYTES // (4 * vocabulary))) if self.on_cpu else rows
+        self.products = hidden_TH.new_empty(rows, vocabulary)
+        self.in_place = hidden_TH.dtype == self.wide
+        self.logits = self.products if self.in_place else self.products.new_empty(self.tile_rows, vocabulary, dtype=self.wide)
+        self.probabilities = self.products.new_empty(self.tile_rows, vocabulary, dtype=self.wide)
 
-    def project(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """h W^T in fp32: the product's own accumulator where the device hands it out, on a CPU rounded to the inputs' dtype."""
+    def project(self, hidden_CH: Tensor, weight_VH: Tensor) -> None:
+        """h W^T of a chunk, in fp32 where the device allows, rounded to the inputs' dtype on a CPU."""
         rows = hidden_CH.shape[0]
-        z_CV, low_CV = self.logits[:rows], self.low[:rows]
-        if self.dtype == self.wide:
-            return torch.mm(hidden_CH, weight_VH.t(), out=z_CV)
-        if hidden_CH.device.type == "cpu":
-            return z_CV.copy_(torch.mm(hidden_CH, weight_VH.t(), out=low_CV))
-        return torch.mm(hidden_CH, weight_VH.t(), out_dtype=torch.float32, out=z_CV)
+        if self.in_place or self.on_cpu:
+            torch.mm(hidden_CH, weight_VH.t(), out=self.products[:rows])
+        else:
+            torch.mm(hidden_CH, weight_VH.t(), out_dtype=torch.float32, out=self.logits[:rows])
 
-    def rounded(self, gradient_CV: Tensor) -> Tensor:
-        """The gradient in the dtype of the products."""
-        return gradient_CV if self.dtype == self.wide else self.low[: gradient_CV.shape[0]].copy_(gradient_CV)
+    def tile_logits(self, tile: slice) -> Tensor:
+        if self.in_place or not self.on_cpu:
+            return self.logits[tile]
+        return self.logits[: tile.stop - tile.start].copy_(self.products[tile])
 
 
 class _WeightGradient:
@@ -124,16 +132,68 @@ def _logit_gradient(
 
 
 def chunk_rows(chunk_bytes: int, vocabulary: int, device: torch.device) -> int:
-    """Rows whose fp32 logits fill `chunk_bytes`, at least one; on a CPU at most as many as its caches like."""
+    """Rows whose fp32 logits fill `chunk_bytes`, at least one; on a CPU at most CPU_CHUNK_ROWS."""
     rows = max(1, chunk_bytes // (4 * vocabulary))
     return min(rows, CPU_CHUNK_ROWS) if device.type == "cpu" else rows
 
 
-def _chunks(rows: int, most: int) -> list[slice]:
-    """Equal chunks of at most `most` rows: a short last one would make a thin product."""
-    count = -(-rows // most)
-    edges = [rows * i // max(count, 1) for i in range(count + 1)]
-    return [slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True)]
+def _split(rows: int, most: int) -> list[slice]:
+    """Equal parts of at most `most` rows: a short last one would make a thin product."""
+    count = -(-rows // most) if rows else 0
+    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+class _Pass:
+    """One pass over the rows: holds the results and what is added up, and fills them chunk by chunk."""
+
+    def __init__(self, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: HeadOptions, chunk_rows: int) -> None:
+        self.weight_VH, self.bias_V, self.options = weight_VH, bias_V, options
+        self.chunks = _split(hidden_TH.shape[0], chunk_rows)
+        self.buffers = _Buffers(hidden_TH, weight_VH.shape[0], max((c.stop - c.start for c in self.chunks), default=0))
+        self.nll_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=self.buffers.wide)
+        self.objective_T = self.nll_T if options.plain else torch.empty_like(self.nll_T)
+        self.extra_nll_pass = options.nll_grad and not options.plain
+        needs_loss_grad = options.hidden_grad or (options.plain and options.nll_grad)
+        self.loss_grad_TH = torch.empty_like(hidden_TH) if needs_loss_grad else None
+        self.nll_grad_TH = torch.empty_like(hidden_TH) if self.extra_nll_pass else self.loss_grad_TH
+        self.dweight = _WeightGradient(weight_VH) if options.weight_grad else None
+        self.dbias_V = torch.zeros_like(bias_V, dtype=self.buffers.wide) if options.bias_grad else None
+
+    def tile(self, y_C: Tensor, rows: slice, tile: slice, row_weight_C: Tensor | None) -> None:
+        """Losses of a tile, and g in its place in `buffers.products`; `rows` are its rows among all, `tile` in the chunk."""
+        options = self.options
+        z_CV = _transform_logits(self.buffers.tile_logits(tile), self.bias_V, options)
+        p_CV = torch.softmax(z_CV, -1, out=self.buffers.probabilities[: z_CV.shape[0]])
+        # lse = max z - log(max p): one fused softmax instead of a slow logsumexp. The largest p is at least 1/V, so that the log is safe,
+        # and the differences are taken one by one, so that logits of 1e4 cost no digits.
+        top_C, log_top_C = z_CV.amax(-1), p_CV.amax(-1).log_()
+        target_C = z_CV.gather(1, y_C[:, None]).squeeze(1)
+        nll_C = torch.sub(top_C, target_C, out=self.nll_T[rows]).sub_(log_top_C)
+        lse_C = top_C - log_top_C
+        if not options.plain:
+            objective_C = (1.0 - options.label_smoothing) * nll_C + options.z_loss * lse_C.square()
+            if options.label_smoothing:
+                objective_C += options.label_smoothing * (lse_C - z_CV.mean(-1))
+            self.objective_T[rows] = objective_C
+        if self.extra_nll_pass:
+            g_CV = _logit_gradient(p_CV.clone(), z_CV, y_C, lse_C, 0.0, 0.0, options)
+            torch.mm(g_CV.to(self.weight_VH.dtype), self.weight_VH, out=self.nll_grad_TH[rows])
+        if options.loss_grad:
+            g_CV = _logit_gradient(p_CV, z_CV, y_C, lse_C, options.label_smoothing, options.z_loss, options)
+            self.buffers.products[tile].copy_(g_CV)
+            if self.dbias_V is not None:
+                self.dbias_V += g_CV.sum(0) if row_weight_C is None else torch.mv(g_CV.t(), row_weight_C)
+
+    def chunk(self, h_CH: Tensor, y_C: Tensor, rows: slice, row_weight_C: Tensor | None) -> None:
+        self.buffers.project(h_CH, self.weight_VH)
+        for tile in _split(h_CH.shape[0], self.buffers.tile_rows):
+            tile_rows = slice(rows.start + tile.start, rows.start + tile.stop)
+            self.tile(y_C[tile], tile_rows, tile, None if row_weight_C is None else row_weight_C[tile])
+        g_CV = self.buffers.products[: h_CH.shape[0]]
+        if self.loss_grad_TH is not None:
+            torch.mm(g_CV, self.weight_VH, out=self.loss_grad_TH[rows])
+        if self.dweight is not None:  # the row weights go to the H columns of h, not to the V columns of g
+            self.dweight.add(g_CV, h_CH if row_weight_C is None else (h_CH * row_weight_C[:, None]).to(h_CH.dtype))
 
 
 def head_rows(
@@ -146,40 +206,8 @@ def head_rows(
     chunk_rows: int,
 ) -> HeadRows:
     """Loss of every row and the gradients asked for, a chunk of rows at a time. `row_weight_T` scales the parameters' gradients."""
-    chunks = _chunks(hidden_TH.shape[0], chunk_rows)
-    buffers = _Buffers(hidden_TH, weight_VH.shape[0], max((c.stop - c.start for c in chunks), default=0))
-    nll_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=buffers.wide)
-    objective_T = nll_T if options.plain else torch.empty_like(nll_T)
-    extra_nll_pass = options.nll_grad and not options.plain
-    loss_grad_TH = torch.empty_like(hidden_TH) if options.hidden_grad or (options.plain and options.nll_grad) else None
-    nll_grad_TH = torch.empty_like(hidden_TH) if extra_nll_pass else loss_grad_TH
-    dweight = _WeightGradient(weight_VH) if options.weight_grad else None
-    dbias_V = torch.zeros_like(bias_V, dtype=buffers.wide) if options.bias_grad else None
-    for chunk in chunks:
-        h_CH, y_C = hidden_TH[chunk], targets_T[chunk]
-        z_CV = _transform_logits(buffers.project(h_CH, weight_VH), bias_V, options)
-        p_CV = torch.softmax(z_CV, -1, out=buffers.probabilities[: z_CV.shape[0]])
-        # lse = max z - log(max p): one fused softmax instead of a slow logsumexp. The largest p is at least 1/V, so that the log is safe,
-        # and the differences are taken one by one, so that logits of 1e4 cost no digits.
-        top_C, log_top_C = z_CV.amax(-1), p_CV.amax(-1).log_()
-        nll_C = torch.sub(top_C, z_CV.gather(1, y_C[:, None]).squeeze(1), out=nll_T[chunk]).sub_(log_top_C)
-        lse_C = top_C - log_top_C
-        if not options.plain:
-            objective_C = (1.0 - options.label_smoothing) * nll_C + options.z_loss * lse_C.square()
-            if options.label_smoothing:
-                objective_C += options.label_smoothing * (lse_C - z_CV.mean(-1))
-            objective_T[chunk] = objective_C
-        if extra_nll_pass:
-            g_CV = _logit_gradient(p_CV.clone(), z_CV, y_C, lse_C, 0.0, 0.0, options)
-            torch.mm(buffers.rounded(g_CV), weight_VH, out=nll_grad_TH[chunk])
-        if not options.loss_grad:
-            continue
-        g_CV = _logit_gradient(p_CV, z_CV, y_C, lse_C, options.label_smoothing, options.z_loss, options)
-        low_CV = buffers.rounded(g_CV)
-        if loss_grad_TH is not None:
-            torch.mm(low_CV, weight_VH, out=loss_grad_TH[chunk])
-        if dweight is not None:  # the row weights go to the H columns of h, not to the V columns of g
-            dweight.add(low_CV, h_CH if row_weight_T is None else (h_CH * row_weight_T[chunk, None]).to(h_CH.dtype))
-        if dbias_V is not None:
-            dbias_V += g_CV.sum(0) if row_weight_T is None else torch.mv(g_CV.t(), row_weight_T[chunk])
-    return HeadRows(nll_T, objective_T, loss_grad_TH, nll_grad_TH, None if dweight is None else dweight.total, dbias_V)
+    work = _Pass(hidden_TH, weight_VH, bias_V, options, chunk_rows)
+    for rows in work.chunks:
+        work.chunk(hidden_TH[rows], targets_T[rows], rows, None if row_weight_T is None else row_weight_T[rows])
+    dweight_VH = None if work.dweight is None else work.dweight.total
+    return HeadRows(work.nll_T, work.objective_T, work.loss_grad_TH, work.nll_grad_TH, dweight_VH, work.dbias_V)

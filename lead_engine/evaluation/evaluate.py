@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,11 @@ UNNAMED_TASK = "unnamed"
 class Scored:
     """The held-out samples that could be scored, in the order of the files."""
 
-    records: list[Record] = field(default_factory=list)
-    nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # [n] mean over the sample's response tokens
-    tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [n] response tokens
+    records: list[Record]
+    nll: NDArray[np.float64]
+    """[n] mean loss over each sample's response tokens."""
+    tokens: NDArray[np.int64]
+    """[n] response tokens."""
 
     @property
     def tasks(self) -> list[str]:
@@ -155,26 +157,17 @@ def _percent(shares: dict[str, Any] | None) -> tuple[str | None, str | None]:
 # --- loss ---
 
 
-def _score(
-    model: PackedLM, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig, problems: Problems
-) -> Scored:
-    scored = Scored()
+def _score(model: PackedLM, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig, problems: Problems) -> Scored:
+    samples = list(encode(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad))
+    if not samples:
+        where = " ".join(config.data)
+        raise UserError(f"--max-length {config.max_length}: no answer in {where} begins within so few tokens; raise it")
     with tempfile.TemporaryDirectory(prefix="lead-eval-") as folder:
-
-        def samples() -> Iterator[tuple[list[int], list[bool]]]:
-            for sample in encode(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad):
-                scored.records.append(sample.record)
-                yield sample.ids, sample.response
-
-        TokenStore.write(Path(folder) / "store", samples())
-        if not scored.records:
-            raise UserError(
-                f"--data {' '.join(config.data)}: no answer is left within --max-length {config.max_length}; raise it"
-            )
+        TokenStore.write(Path(folder) / "store", samples)
         device = next(model.parameters()).device
         with TokenStore.open(Path(folder) / "store", config.runtime.placement, device) as store:
             nll, rows = score_store(model, store, batch=config.batch, description="held-out loss")
-        scored.nll, scored.tokens = nll.double().numpy(), rows.numpy()
+    scored = Scored([sample.record for sample in samples], nll.double().numpy(), rows.numpy())
     bad = np.flatnonzero(~np.isfinite(scored.nll))
     if bad.size:
         record = scored.records[bad[0]]

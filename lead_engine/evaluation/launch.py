@@ -23,9 +23,7 @@ def run_logged(command: list[str], log: Path, what: str) -> None:
         output.write(f"$ {shlex.join(command)}\n".encode())
         output.flush()
         started = output.tell()
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=child_environment()
-        )
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=child_environment())
         try:
             status = child.wait()
         except BaseException:

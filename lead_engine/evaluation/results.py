@@ -83,10 +83,7 @@ def verdict(group: dict[str, Any]) -> str:
     where = f"{group['method'].upper()} at {100 * group['budget']:g} % of the pool"
     what = f"held-out loss {signed(seeds['mean'])} against {REFERENCE}"
     if seeds["low"] is None:
-        return (
-            f"{where}: no verdict from one seed ({what}; "
-            f"over held-out samples alone 95 % {bracket(samples)}); run more seeds"
-        )
+        return f"{where}: no verdict from one seed ({what}; over held-out samples alone 95 % {bracket(samples)}); run more seeds"
     outcome = "better" if seeds["high"] < 0 else "worse" if seeds["low"] > 0 else "no difference shown"
     return f"{where}: {outcome} ({what}, 95 % {bracket(seeds)}, {seeds['n']} seeds)"
 

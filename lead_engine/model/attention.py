@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -99,7 +100,8 @@ def packed_attention(
     Raises UserError for attention variants that the chosen kind does not compute (soft-capped scores, sinks).
     """
     if s_aux is not None or (softcap is not None and packing.kind != "flash"):
-        raise UserError(f"--runtime.attention {packing.kind}: {type(module).__name__} uses soft-capped scores or sinks, which it does not compute")
+        name = type(module).__name__
+        raise UserError(f"--runtime.attention {packing.kind}: {name} uses soft-capped scores or sinks, which it does not compute")
     if packing.kind == "segment":
         return _segment(query, key, value, packing, scaling, sliding_window), None
     if packing.kind == "mask":
@@ -116,7 +118,7 @@ AttentionInterface.register(NAME, packed_attention)
 
 def _segment(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None) -> Tensor:
     bounds = packing.bounds()
-    sizes = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    sizes = [end - start for start, end in itertools.pairwise(bounds)]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -148,9 +150,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int 
 def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    cu, longest = packing.cu_seqlens, packing.max_length
+    bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length)
     size = (-1, -1) if window is None else (window - 1, 0)
-    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0)
+    return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:

@@ -29,7 +29,7 @@ def find_model(model: str, flag: str = "--model") -> Path:
         if (folder / "config.json").exists() or (folder / adapter.CONFIG).exists():
             return folder
     if path.exists() or model.startswith((".", "/")) or model.count("/") > 1:
-        raise UserError(f"{flag} {model}: neither it nor its model/ holds a config.json; give a model folder, a finished run or a hub name")
+        raise UserError(f"{flag} {model}: holds no config.json, nor does its model/; give a model folder, a finished run or a hub name")
     from huggingface_hub import snapshot_download
 
     try:

@@ -67,7 +67,8 @@ class PackedLM(nn.Module):
             if not hasattr(owner, name):
                 raise UserError(f"--model: a {model.config.model_type} model has no decoder.{name}; Llama-like decoders are supported")
         if not isinstance(projection, nn.Linear):
-            raise UserError(f"--model: the LM head of a {model.config.model_type} model is a {type(projection).__name__}, not a linear layer")
+            kind = type(projection).__name__
+            raise UserError(f"--model: the LM head of a {model.config.model_type} model is a {kind}, not a linear layer")
         self.config, self.generation_config = model.config, model.generation_config
         self.peft_config = getattr(model, "peft_config", {}).get("default")
         self.decoder_name = model.base_model_prefix

@@ -1,7 +1,8 @@
 """Mean loss of every sample of a store under a model: forward passes only, over packed micro-batches."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -30,9 +31,9 @@ def score_store(
     return nll, store.response_rows.cpu()[ids]
 
 
-def embed_store(model: PackedLM, store: TokenStore, ids: Tensor | None = None, *, batch: BatchConfig, description: str | None = None) -> Tensor:
-    """Mean hidden state (last block's output) of the samples `ids`: fp32 [n, H], on the CPU."""
-    ids = torch.arange(store.num_samples) if ids is None else ids
+def embed_store(model: PackedLM, store: TokenStore, *, batch: BatchConfig, description: str | None = None) -> Tensor:
+    """Mean hidden state (last block's output) of every sample: fp32 [N, H], on the CPU."""
+    ids = torch.arange(store.num_samples)
     out = torch.zeros(len(ids), model.hidden_size)
     for places, means in _forward(ids, store, batch, description, lambda packed: mean_hidden(model, packed)):
         out[places] = means[: len(places)].cpu()
@@ -40,7 +41,9 @@ def embed_store(model: PackedLM, store: TokenStore, ids: Tensor | None = None, *
 
 
 @torch.no_grad()
-def _forward(ids: Tensor, store: TokenStore, batch: BatchConfig, description: str | None, compute) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _forward(
+    ids: Tensor, store: TokenStore, batch: BatchConfig, description: str | None, compute: Callable[[PackedBatch], Tensor]
+) -> Iterator[tuple[np.ndarray, Tensor]]:
     """(places in `ids`, compute(packed)) for packed micro-batches that hold every sample once."""
     lengths = store.lengths.cpu().numpy()[ids.numpy()]
     rows = store.response_rows.cpu().numpy()[ids.numpy()]
@@ -74,7 +77,5 @@ def pack_by_length(lengths: np.ndarray, capacity: int, slots: int) -> list[np.nd
     return [*groups, order[start:]] if len(order) else []
 
 
-def _bar(description: str | None, total: int):
-    from contextlib import nullcontext
-
+def _bar(description: str | None, total: int) -> AbstractContextManager[Bar]:
     return progress(total, description) if description else nullcontext(Bar())

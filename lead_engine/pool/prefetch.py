@@ -86,8 +86,7 @@ class Prefetcher:
             raise RuntimeError("the token store is closed")
         if sample_ids.ndim != 2 or sample_ids.dtype != torch.int64 or sample_ids.device.type != "cpu":
             raise ValueError(
-                "sample_ids: expected int64 [n, B] on the CPU, "
-                f"got {sample_ids.dtype} {list(sample_ids.shape)} on {sample_ids.device}"
+                f"sample_ids: expected int64 [n, B] on the CPU, got {sample_ids.dtype} {list(sample_ids.shape)} on {sample_ids.device}"
             )
         if self._thread is None:
             for _ in range(DEPTH):
@@ -101,9 +100,7 @@ class Prefetcher:
     def take(self, sample_ids: Tensor, *, capacity: int, num_rows: int) -> PackedBatch:
         """The next micro-batch asked for, gathered on the device; see TokenStore.batch."""
         if self._closed or not self._pending:
-            raise RuntimeError(
-                "no micro-batch was asked for: call prefetch with the same sample ids first (and before close)"
-            )
+            raise RuntimeError("no micro-batch was asked for: call prefetch with the same sample ids first (and before close)")
         staging = self._ready.get()
         if isinstance(staging, BaseException):
             self.close()
@@ -116,8 +113,7 @@ class Prefetcher:
 
     def _to_device(self, staging: Staging, sample_ids: Tensor, capacity: int, num_rows: int) -> PackedBatch:
         tokens, response, offsets, ids = (
-            x.to(self.device, non_blocking=True)
-            for x in (staging.tokens, staging.response, staging.offsets, staging.ids)
+            x.to(self.device, non_blocking=True) for x in (staging.tokens, staging.response, staging.offsets, staging.ids)
         )
         if self.device.type == "cuda":
             staging.copied = torch.cuda.Event()
@@ -132,11 +128,7 @@ class Prefetcher:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # else pinning memory opens a context on the first GPU
-            while (
-                (row := self._requests.get()) is not None
-                and (staging := self._free.get()) is not None
-                and not self._closed
-            ):
+            while (row := self._requests.get()) is not None and (staging := self._free.get()) is not None and not self._closed:
                 staging.fill(self._pool, row)
                 self._ready.put(staging)
         except BaseException as error:  # handed to the consumer, who would wait for ever otherwise

@@ -81,9 +81,7 @@ def iter_records(sources: Sequence[str], problems: Problems, *, skip_bad: bool) 
     if not skip_bad:
         problems.refuse()
     if not seen:
-        raise UserError(
-            f"{', '.join(sources)}: no usable record" + (f" ({problems})" if problems else "; the input is empty")
-        )
+        raise UserError(f"{', '.join(sources)}: no usable record" + (f" ({problems})" if problems else "; the input is empty"))
 
 
 def _labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
@@ -228,9 +226,7 @@ def _read_json(source: str, problems: Problems) -> Iterator[tuple[int, Any]]:
         if error.msg == "Extra data" and raw.lstrip()[:1] == b"{":  # one object a line: JSONL under the name .json
             yield from _parse_lines(source, enumerate((x for x in raw.splitlines() if x.strip()), 1), problems)
             return
-        raise UserError(
-            f"{source}:{error.lineno}: not valid JSON ({error.msg}); one record a line belongs in a .jsonl file"
-        ) from None
+        raise UserError(f"{source}:{error.lineno}: not valid JSON ({error.msg}); one record a line belongs in a .jsonl file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not valid JSON ({error})") from None
     if isinstance(values, dict):
@@ -269,11 +265,7 @@ def _read_hub(name: str) -> Iterator[tuple[int, Any]]:
         ) from None
     try:
         rows = datasets.load_dataset(name, split="train")
-    except (
-        Exception
-    ) as error:  # the hub's client raises many unrelated types: network, missing set, missing split, broken files
+    except Exception as error:  # the hub's client raises many unrelated types: network, missing set, missing split, broken files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{name}: no such file, and the hub data set of that name could not be loaded ({reason})"
-        ) from None
+        raise UserError(f"{name}: no such file, and the hub data set of that name could not be loaded ({reason})") from None
     return enumerate(rows, 1)

@@ -83,10 +83,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             "in its tokenizer_config.json (or chat_template.jinja)"
         )
     if not tokenizer.is_fast:
-        raise UserError(
-            f"{name} is not a fast tokenizer, so it cannot say which characters a token covers; "
-            "--model needs a tokenizer.json"
-        )
+        raise UserError(f"{name} is not a fast tokenizer, so it cannot say which characters a token covers; --model needs a tokenizer.json")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
@@ -153,9 +150,7 @@ def _tokenise(
         response = response_mask(offsets[:max_length], spans)
         length = len(ids)
         if not any(response[1:]):  # the first token is predicted by nothing
-            problems.add(
-                "response_truncated_away", record.file, record.line, f"no answer within {max_length} of {length} tokens"
-            )
+            problems.add("response_truncated_away", record.file, record.line, f"no answer within {max_length} of {length} tokens")
             continue
         if length > max_length:
             problems.add("truncated", record.file, record.line, f"{length} tokens, cut at {max_length}")

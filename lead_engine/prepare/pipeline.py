@@ -12,6 +12,7 @@ from torch import Tensor
 from lead_engine.config import PrepareConfig, TrainConfig, to_dict
 from lead_engine.console import say, table
 from lead_engine.errors import UserError
+from lead_engine.files import write_text
 from lead_engine.model.load import build_model, find_model, load_tokenizer
 from lead_engine.model.scoring import embed_store
 from lead_engine.model.scratch import is_scratch
@@ -22,7 +23,6 @@ from lead_engine.prepare import stages
 from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name, tasks_by_topic
 from lead_engine.prepare.tokenise import tokenise, write_answers
 from lead_engine.training.distributed import Ranks, process_group
-from lead_engine.training.run_folder import write_text
 from lead_engine.training.train import train
 
 
@@ -80,7 +80,7 @@ def _score(config: PrepareConfig, ranks: Ranks) -> None:
         ratio = difficulty(given, alone)
         dropped = ratio >= 1
         if bool(dropped.all()):
-            raise UserError(f"--model {config.model}: no instruction lowers its answer's loss, so nothing is left to select; the base is too weak")
+            raise UserError(f"--model {config.model}: no instruction lowers its answer's loss, so nothing is left; the base is too weak")
         cluster, centers = cluster_by_difficulty(ratio, dropped, config.clusters, config.seed)
         state = PoolState(utility, ratio, cluster, task, dropped, names, config.clusters)
         state.save(out)

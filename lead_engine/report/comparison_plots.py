@@ -40,9 +40,7 @@ def losses_plot(collection: Collection) -> Plot:
         where.set_visible(False)
     for row in range(rows):
         axes[row * columns].set_ylabel("loss (nats per response token)")
-    labelled = {
-        label: handle for where in axes for handle, label in zip(*where.get_legend_handles_labels(), strict=True)
-    }
+    labelled = {label: handle for where in axes for handle, label in zip(*where.get_legend_handles_labels(), strict=True)}
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
     text = (
         "Loss on the samples trained, smoothed; lines are means over seeds, bands reach from the lowest to the "
@@ -94,9 +92,7 @@ def differences_plot(collection: Collection) -> Plot:
     name, title = "compare-difference", "Difference to random at equal budget"
     rows = paired_differences(collection)
     if not rows:
-        return Plot(
-            name, title, f"No method was evaluated beside {REFERENCE} at the same budget and with the same seeds."
-        )
+        return Plot(name, title, f"No method was evaluated beside {REFERENCE} at the same budget and with the same seeds.")
     figure, panels = new_figure(1, 2, height=1.5 + 0.42 * len(rows), sharey=True)
     places = np.arange(len(rows))[::-1]
     for axes, kind in zip(panels, ("overall", "macro"), strict=True):
@@ -188,9 +184,7 @@ def _losses_by_budget(axes: Axes, groups: dict[tuple[str, float | None], list[Ru
         axes.scatter(np.full(len(values), x + 0.05), values, s=12, color=colour, alpha=0.4, linewidth=0)
         label = method if budget == min(b for m, b in groups if m == method and b is not None) else None
         error = [[interval.mean - interval.low], [interval.high - interval.mean]] if interval.known else None
-        axes.errorbar(
-            x, interval.mean, error, fmt="o", color=colour, markersize=6.5, linewidth=1.8, capsize=3, label=label
-        )
+        axes.errorbar(x, interval.mean, error, fmt="o", color=colour, markersize=6.5, linewidth=1.8, capsize=3, label=label)
     axes.set_xticks(range(len(budgets)), [f"{100 * budget:g} %" for budget in budgets])
     axes.set_xlim(-0.6, max(len(budgets), 1) - 0.4)
     axes.set_xlabel("budget (share of the pool's tokens)")

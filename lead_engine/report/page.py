@@ -121,9 +121,7 @@ def table_html(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     numeric = [any(_is_number(row[i]) for row in rows) and len(columns) > 2 for i in range(len(columns))]
     head = "".join(f"<th{_class(n)}>{escape(column)}</th>" for column, n in zip(columns, numeric, strict=True))
     body = "".join(
-        "<tr>"
-        + "".join(f"<td{_class(n)}>{escape(format_cell(cell))}</td>" for cell, n in zip(row, numeric, strict=True))
-        + "</tr>"
+        "<tr>" + "".join(f"<td{_class(n)}>{escape(format_cell(cell))}</td>" for cell, n in zip(row, numeric, strict=True)) + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

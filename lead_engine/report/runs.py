@@ -95,10 +95,7 @@ def read_collection(folders: Sequence[Path]) -> Collection:
             continue
         inside = sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
         if not inside:
-            raise UserError(
-                f"{folder}: neither a run folder (config.yaml, metrics.jsonl) nor one written by `lead-engine "
-                f"compare` (runs/)"
-            )
+            raise UserError(f"{folder}: neither a run folder (config.yaml, metrics.jsonl) nor one written by `lead-engine compare` (runs/)")
         found.runs += [read_run(path) for path in inside]
         if (folder / "base" / RESULT).exists():
             found.base = read_result(folder / "base")
@@ -122,9 +119,7 @@ def read_run(folder: Path) -> Run:
     config = read_yaml(folder / "config.yaml")
     missing = [key for key in ("method", "seed", "budget") if key not in config]
     if missing:
-        raise UserError(
-            f"{folder / 'config.yaml'}: no {', '.join(missing)} in it; it is not the configuration of a training run"
-        )
+        raise UserError(f"{folder / 'config.yaml'}: no {', '.join(missing)} in it; it is not the configuration of a training run")
     evaluation = folder / "eval"
     return Run(
         folder=folder,

@@ -32,9 +32,7 @@ def bandit_plot(run: Run) -> Plot:
     name, title = "bandit", "Cluster probabilities and rewards"
     arms = len(run.rounds[0]["probabilities"]) if run.rounds else 0
     if arms < 2:
-        return Plot(
-            name, title, f"There is none: {run.method} draws from the whole pool, no bandit chooses between clusters."
-        )
+        return Plot(name, title, f"There is none: {run.method} draws from the whole pool, no bandit chooses between clusters.")
     rounds = np.array([line["round"] for line in run.rounds]) + 1
     probabilities = np.array([line["probabilities"] for line in run.rounds], dtype=np.float64)
     drawn = np.array([line["cluster"] for line in run.rounds])
@@ -54,9 +52,7 @@ def bandit_plot(run: Run) -> Plot:
     handles, labels = shares.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], title="cluster\n(0 easiest)", loc="outside right upper")
     reward.axhline(0, color=GREY, linewidth=1)
-    reward.vlines(
-        rounds, 0, rewards, color=[colours[arm] for arm in drawn], linewidth=max(0.6, min(3, 260 / len(rounds)))
-    )
+    reward.vlines(rounds, 0, rewards, color=[colours[arm] for arm in drawn], linewidth=max(0.6, min(3, 260 / len(rounds))))
     reward.scatter(rounds, rewards, color=[colours[arm] for arm in drawn], s=max(4, min(30, 2400 / len(rounds))),
                    edgecolor=GREY, linewidth=0.4, zorder=3)  # fmt: skip
     reward.set_ylabel("reward: mean fall\nof utility (nats)")
@@ -96,17 +92,11 @@ def selected_plot(run: Run) -> Plot:
     figure, axes = new_figure(1, 2, height=1.3 + 0.24 * longest, width_ratios=(1.5, 1))
     for index, (where, (heading, labels, counts, pool)) in enumerate(zip(axes, panels, strict=True)):
         by_size = index == 0
-        _dumbbells(
-            where, labels, 100 * counts / max(1, counts.sum()), pool, by_size, method_colour(run.method), run.method
-        )
+        _dumbbells(where, labels, 100 * counts / max(1, counts.sum()), pool, by_size, method_colour(run.method), run.method)
         where.set_title(heading)
     axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
     text = "Shares of the samples trained, every visit counted."
-    text += (
-        " Hollow: their shares of the pool."
-        if in_pool
-        else " The run is not finished, so the pool's shares are not known."
-    )
+    text += " Hollow: their shares of the pool." if in_pool else " The run is not finished, so the pool's shares are not known."
     if len(tasks) > MOST_ROWS:
         text += f" The {MOST_ROWS} largest of {len(tasks)} tasks are shown."
     return finish(name, title, text, figure)
@@ -179,9 +169,7 @@ def _dumbbells(
     places = np.arange(len(order))[::-1]
     if pool is not None:
         axes.hlines(places, pool[order], shares[order], color="#d5d5d5", linewidth=2, zorder=1)
-        axes.scatter(
-            pool[order], places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="pool", zorder=2
-        )
+        axes.scatter(pool[order], places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="pool", zorder=2)
     axes.scatter(shares[order], places, s=40, color=colour, label=f"trained by {method}", zorder=3)
     axes.set_yticks(places, [labels[i] for i in order])
     axes.set_ylim(-0.7, len(order) - 0.3)

@@ -56,9 +56,7 @@ class Plot:
     png: bytes | None = None
 
 
-def new_figure(
-    rows: int = 1, columns: int = 1, *, height: float = 3.4, **options: object
-) -> tuple[Figure, Sequence[Axes]]:
+def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.4, **options: object) -> tuple[Figure, Sequence[Axes]]:
     """A figure of the page's width and its axes, row by row."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots(rows, columns, squeeze=False, **options)

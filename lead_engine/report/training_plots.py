@@ -83,9 +83,7 @@ def heldout_plot(run: Run, base: dict[str, Any] | None) -> Plot:
     if untrained:
         known = [untrained.get(task, np.nan) for task, _ in rows]
         axes.hlines(places, values, known, color="#d5d5d5", linewidth=2, zorder=1)
-        axes.scatter(
-            known, places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="untrained base", zorder=2
-        )
+        axes.scatter(known, places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="untrained base", zorder=2)
     axes.scatter(values, places, s=40, color=method_colour(run.method), label=run.method, zorder=3)
     axes.set_yticks(places, [task_label(task, loss) for task, _ in rows])
     axes.grid(axis="y", visible=False)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from lead_engine.errors import UserError
+from lead_engine.files import write_text
 from lead_engine.training.distributed import Ranks
-from lead_engine.training.run_folder import write_text
 
 MARKER = "COMPLETE"
 

@@ -29,6 +29,7 @@ from lead_engine.training.checkpoint import Progress
 from lead_engine.training.optimizer import clip_gradients, inner_product, learning_rate
 from lead_kernels import PackedBatch
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name changed in torch 2.13
 ROW_QUANTUM = 128
 """Row counts are rounded up to a multiple of this, so that the head sees few different shapes."""
 
@@ -165,7 +166,7 @@ class Engine:
         if self.world == 1:
             return local
         everyone = local.new_empty(self.world, *local.shape)
-        dist.all_gather_into_tensor(everyone.view(-1), local.contiguous().view(-1))
+        _all_gather(everyone.view(-1), local.contiguous().view(-1))
         return everyone.transpose(0, 1).reshape(local.shape[0], -1, local.shape[-1])
 
 

@@ -60,8 +60,8 @@ def inner_product(parameters: Iterable[nn.Parameter]) -> Tensor:
     """<gradient, parameter> over this rank's shards: 0-d float64.
 
     The change of a parameter under a step is the difference of two of these, so no copy of the parameters is needed. Sums are float64:
-    the two differ in about the fifth digit only, and fp32 sums over millions of terms would lose it. Products stay fp32, whose rounding errors
-    (6e-8 each, independent) average out far below the difference.
+    the two differ in about the fifth digit only, and fp32 sums over millions of terms would lose it. Products stay fp32: their
+    rounding errors (6e-8 each, independent) average out far below the difference.
     """
     total = None
     for parameter in parameters:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lead_engine.config import TrainConfig, to_dict
 from lead_engine.errors import UserError
+from lead_engine.files import write_text
 
 COMPLETE = "summary.json"
 """Written last: a run folder that has it is finished."""
@@ -63,13 +63,6 @@ class RunFolder:
     def close(self) -> None:
         if self.writes and self._board is not None:
             self._metrics.close(), self._selection.close(), self._board.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file: beside its place, then renamed."""
-    building = path.with_name(path.name + ".writing")
-    building.write_text(text, encoding="utf-8")
-    os.replace(building, path)
 
 
 def _reopen(path: Path, counter: str, done: int):

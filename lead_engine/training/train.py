@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lead_engine.config import TrainConfig
+from lead_engine.console import Bar, say, table
 from lead_engine.console import progress as progress_bar
-from lead_engine.console import say, table
 from lead_engine.errors import UserError
+from lead_engine.files import write_text
 from lead_engine.model.load import build_model, count_parameters, find_model, load_tokenizer
+from lead_engine.model.packed import PackedLM
 from lead_engine.model.precision import choose_precision
 from lead_engine.model.save import save_model
 from lead_engine.model.scratch import is_scratch, make_scratch
@@ -26,7 +29,7 @@ from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.loop import Engine, Round
 from lead_engine.training.optimizer import NOT_FINITE, make_optimizer
 from lead_engine.training.records import round_line, step_lines
-from lead_engine.training.run_folder import COMPLETE, RunFolder, write_text
+from lead_engine.training.run_folder import COMPLETE, RunFolder
 
 
 def run(config: TrainConfig) -> None:
@@ -50,33 +53,65 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         raise
     finally:
         folder.close()
+    ranks.barrier()  # nobody goes on before rank 0's files are there
 
 
-def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder) -> None:
+@dataclass
+class Session:
+    """A training run's parts, built and not yet started: what `lead-engine train` drives, and what others may drive by import."""
+
+    config: TrainConfig
+    engine: Engine
+    state: PoolState
+    tokenizer: PreTrainedTokenizerBase
+    base: Path
+    budget: int
+    """Tokens to train."""
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Session:
+    """Open the pool, load the model, and put the engine together. Raises UserError for everything that the user can mend."""
     store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
     state = _pool_state(config, store)
     base = _base(config, ranks)
-    tokenizer = load_tokenizer(base)
-    longest = int(store.lengths.max())
     model = build_model(
-        base, device=ranks.device, mesh=ranks.mesh, runtime=config.runtime, max_length=longest, lora=config.lora, seed=config.seed
+        base,
+        device=ranks.device,
+        mesh=ranks.mesh,
+        runtime=config.runtime,
+        max_length=int(store.lengths.max()),
+        lora=config.lora,
+        seed=config.seed,
     )
     _check_vocabulary(config, model, store)
-    optimizer = make_optimizer(model, config.optimizer)
     layout = Layout(config.selection.round_steps, config.batch.micro_batches, config.batch.num_slots, config.batch.capacity)
+    # `random` and `full` select without an estimate of the loss change, so none is made.
+    options = config.selection if config.method == "lead" else replace(config.selection, loss_change="none")
     selector = Selector(
-        state, store.lengths, store.response_rows, method=config.method, config=config.selection, layout=layout, seed=config.seed, device=ranks.device
+        state,
+        store.lengths,
+        store.response_rows,
+        method=config.method,
+        config=options,
+        layout=layout,
+        seed=config.seed,
+        device=ranks.device,
     )
-    selection = config.selection if config.method == "lead" else _without_change(config)
-    change = make_loss_change(selection, model.hidden_size, selector.num_arms, ranks.device, config.seed)
+    change = make_loss_change(options, model.hidden_size, selector.num_arms, ranks.device, config.seed)
     model.head.keep_gradient = change.wants_hidden
+    optimizer = make_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size)
-
-    checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
-    parts = {"selector": selector, "loss_change": change}
-    start = checkpoints.load(model, optimizer, parts) if config.resume else Progress()
     budget = config.epochs * store.num_tokens if config.method == "full" else round(config.budget * store.num_tokens)
-    _announce(config, ranks, model, store, state, base, budget)
+    return Session(config, engine, state, load_tokenizer(base), base, budget)
+
+
+def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder) -> None:
+    session = build(config, ranks)
+    engine, budget = session.engine, session.budget
+    checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
+    parts = {"selector": engine.selector, "loss_change": engine.change}
+    start = checkpoints.load(engine.model, engine.optimizer, parts) if config.resume else Progress()
+    _announce(session, ranks)
     ranks.barrier()
     folder.open(start.step, start.round)
     names = _sample_names(config.pool)
@@ -85,29 +120,29 @@ def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder) -> None:
         bar.advance(start.tokens)
         for finished in engine.rounds(start, budget):
             # The round before this one has long left the device: reading it now waits for nothing that is not done.
-            _record(waiting, folder, config, state, names, bar)
+            _record(waiting, folder, session, names, bar)
             done, waiting = finished.after, finished
             if config.checkpoint_every and done.round % config.checkpoint_every == 0:
-                _record(waiting, folder, config, state, names, bar)
+                _record(waiting, folder, session, names, bar)  # so that the logs reach as far as the checkpoint
                 waiting = None
-                checkpoints.save(model, optimizer, parts, done)
-        _record(waiting, folder, config, state, names, bar)
+                checkpoints.save(engine.model, engine.optimizer, parts, done)
+        _record(waiting, folder, session, names, bar)
     checkpoints.finish()
-    if done.tokens < budget:
+    if budget - done.tokens > int(engine.store.lengths.max()):  # else what is left is too little for the next sample
         say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {config.selection.max_visits})")
-    save_model(model, tokenizer, config.out / "model", base=base, rank=ranks.rank)
+    save_model(engine.model, session.tokenizer, config.out / "model", base=session.base, rank=ranks.rank)
     if ranks.first:
-        _finish(config, ranks, store, state, selector, done)
+        _finish(session, ranks, done)
 
 
-def _record(finished: Round | None, folder: RunFolder, config: TrainConfig, state: PoolState, names: list[str], bar) -> None:
+def _record(finished: Round | None, folder: RunFolder, session: Session, names: list[str], bar: Bar) -> None:
     """Write a finished round's metrics."""
     if finished is None:
         return
     lines = step_lines(finished)
     for line in lines:
         folder.step(line)
-    folder.round(round_line(finished, config.method, state, names))
+    folder.round(round_line(finished, session.config.method, session.state, names))
     bar.advance(finished.after.tokens - finished.before.tokens, loss=lines[-1]["loss"], round=finished.before.round)
 
 
@@ -138,12 +173,7 @@ def _base(config: TrainConfig, ranks: Ranks) -> Path:
     return folder
 
 
-def _without_change(config: TrainConfig):
-    """`random` and `full` select without an estimate of the loss change, so none is made."""
-    return replace(config.selection, loss_change="none")
-
-
-def _check_vocabulary(config: TrainConfig, model, store: TokenStore) -> None:
+def _check_vocabulary(config: TrainConfig, model: PackedLM, store: TokenStore) -> None:
     rows = model.config.get_text_config().vocab_size
     if store.max_token_id >= rows:
         raise UserError(
@@ -152,19 +182,23 @@ def _check_vocabulary(config: TrainConfig, model, store: TokenStore) -> None:
         )
 
 
-def _announce(config: TrainConfig, ranks: Ranks, model, store: TokenStore, state: PoolState, base: Path, budget: int) -> None:
+def _announce(session: Session, ranks: Ranks) -> None:
+    """What was chosen, before the first step."""
+    config, model, store, state = session.config, session.engine.model, session.engine.store, session.state
     whole, trained = count_parameters(model)
-    dtype = choose_precision(config.runtime.precision, ranks.device)
+    precision = str(choose_precision(config.runtime.precision, ranks.device)).removeprefix("torch.")
+    lora = f" (LoRA rank {config.lora.rank})" if config.lora.rank else ""
+    parts = f"{state.num_clusters} clusters, {len(state.task_names)} tasks"
     step = config.batch.capacity * config.batch.micro_batches
     table(
         f"{config.method} on {config.pool}",
         ["what", "chosen"],
         [
-            ["model", f"{base}: {whole:,} parameters, {trained:,} trained" + (f" (LoRA rank {config.lora.rank})" if trained < whole else "")],
-            ["pool", f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {state.num_clusters} clusters, {len(state.task_names)} tasks"],
-            ["budget", f"{budget:,} tokens, about {-(-budget // step):,} steps of {step:,} token places"],
+            ["model", f"{session.base}: {whole:,} parameters, {trained:,} trained{lora}"],
+            ["pool", f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {parts}"],
+            ["budget", f"{session.budget:,} tokens, about {-(-session.budget // step):,} steps of {step:,} token places"],
             ["ranks", f"{ranks.size} x {ranks.device.type}, {config.batch.micro_batches // ranks.size} micro-batches a rank and step"],
-            ["compute", f"{str(dtype).removeprefix('torch.')} (fp32 master weights), attention: {model.attention}, tokens on: {store.placement}"],
+            ["compute", f"{precision} (fp32 master weights), attention: {model.attention}, tokens on: {store.placement}"],
             ["loss change", _describe_change(config)],
         ],
     )
@@ -182,18 +216,19 @@ def _sample_names(pool: Path) -> list[str]:
     return pq.read_table(pool / "records.parquet", columns=["id"]).column("id").to_pylist()
 
 
-def _finish(config: TrainConfig, ranks: Ranks, store: TokenStore, state: PoolState, selector: Selector, done) -> None:
+def _finish(session: Session, ranks: Ranks, done: Progress) -> None:
     """Utility, visits and the summary; the summary comes last and marks the run complete."""
+    config, state, selector, store = session.config, session.state, session.engine.selector, session.engine.store
     visits = selector.visits[:-1].cpu().numpy()
-    arrays = {
-        "initial": state.utility.numpy(),
-        "final": selector.utility[:-1].cpu().numpy(),
-        "visits": visits,
-        "cluster": state.cluster.numpy(),
-        "task": state.task.numpy(),
-    }
     building = config.out / "utility.writing.npz"
-    np.savez(building, **arrays)
+    np.savez(
+        building,
+        initial=state.utility.numpy(),
+        final=selector.utility[:-1].cpu().numpy(),
+        visits=visits,
+        cluster=state.cluster.numpy(),
+        task=state.task.numpy(),
+    )
     building.replace(config.out / "utility.npz")
     summary = {
         "method": config.method,
@@ -210,7 +245,6 @@ def _finish(config: TrainConfig, ranks: Ranks, store: TokenStore, state: PoolSta
         "task_names": state.task_names,
         "world_size": ranks.size,
         "torch": torch.__version__,
-        "progress": asdict(done),
     }
     write_text(config.out / COMPLETE, json.dumps(summary, indent=1))
     say(f"{done.tokens:,} tokens in {done.step} steps, {done.seconds:.1f} s; model: {config.out / 'model'}")

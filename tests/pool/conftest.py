@@ -66,7 +66,15 @@ def _with_template(template: str, bos: str, eos: str, special: list[str]) -> Pre
 @pytest.fixture(scope="session")
 def llama3() -> PreTrainedTokenizerFast:
     special = ["<|start_header_id|>", "<|end_header_id|>"]
-    return _with_template(LLAMA3, "<|begin_of_text|>", "<|eot_id|>", special)
+    tokenizer = _with_template(LLAMA3, "<|begin_of_text|>", "<|eot_id|>", special)
+    _add_bos(tokenizer.backend_tokenizer, "<|begin_of_text|>")
+    return tokenizer
+
+
+def _add_bos(core: Tokenizer, bos: str) -> None:
+    """As real tokenizers do, put bos before any text, on top of the one that the template writes."""
+    add = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
+    core.post_processor = processors.Sequence([core.post_processor, add]) if core.post_processor else add
 
 
 @pytest.fixture(scope="session")
@@ -76,12 +84,9 @@ def mistral() -> PreTrainedTokenizerFast:
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False))
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=MISTRAL
-    )
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    _add_bos(core, "<s>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=MISTRAL)
 
 
 @pytest.fixture(scope="session")

@@ -234,9 +234,7 @@ class TestParquet:
         turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
         rows = [{"messages": turns, "id": "one"}, {"instruction": "q", "output": "a", "id": "two"}]
         path = tmp_path / "x.parquet"
-        pq.write_table(
-            pa.Table.from_pylist([{**dict.fromkeys(("messages", "instruction", "output")), **r} for r in rows]), path
-        )
+        pq.write_table(pa.Table.from_pylist([{**dict.fromkeys(("messages", "instruction", "output")), **r} for r in rows]), path)
         records, _ = read_records([str(path)], skip_bad=False)
         assert records[0].messages == (Message("user", "u"), Message("assistant", "a"))
         assert records[1].messages == (Message("user", "q"), Message("assistant", "a"))

@@ -53,11 +53,7 @@ def make_run(
     for first in range(0, steps, per_round):
         p = 0.9 * np.exp(weights) / np.exp(weights).sum() + 0.1 / CLUSTERS if method == "lead" else np.ones(1)
         arm = int(rng.choice(len(p), p=p))
-        eligible = (
-            np.flatnonzero((visits < 4) & (cluster == arm))
-            if method == "lead"
-            else np.flatnonzero(visits == visits.min())
-        )
+        eligible = np.flatnonzero((visits < 4) & (cluster == arm)) if method == "lead" else np.flatnonzero(visits == visits.min())
         order = eligible[np.argsort(-final[eligible])] if method == "lead" else rng.permutation(eligible)
         ids = order[: 5 * per_round]
         before = final[ids].mean()
@@ -163,9 +159,7 @@ def make_study(folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = (0.
         make_run(folder / "runs" / f"full-100pct-s{seed}", method="full", seed=seed)
         for budget in budgets:
             for method in ("lead", "random"):
-                make_run(
-                    folder / "runs" / f"{method}-{100 * budget:g}pct-s{seed}", method=method, budget=budget, seed=seed
-                )
+                make_run(folder / "runs" / f"{method}-{100 * budget:g}pct-s{seed}", method=method, budget=budget, seed=seed)
     make_evaluation(folder / "base", 0.0)
     results = {"verdicts": ["LEAD at 5 % of the pool: better (held-out loss -0.08 against random)"], "warnings": []}
     (folder / "results.json").write_text(json.dumps(results))

@@ -52,18 +52,17 @@ def make_lengths() -> Callable[..., Tensor]:
 def make_selector(make_state, make_lengths) -> SelectorFactory:
     """A selector on a random pool; keyword arguments of Layout and SelectionConfig are taken apart by name."""
 
-    def make(
-        samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options
-    ) -> Selector:
+    def make(samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options) -> Selector:
         shape = {"steps": 2, "micro_batches": 2, "slots": 4, "capacity": 40}
         layout = Layout(**{name: options.pop(name, default) for name, default in shape.items()})
+        device = options.pop("device", "cpu")
         longest = options.pop("longest", min(20, layout.capacity))
         pool_options = {name: options.pop(name) for name in ("clusters", "tasks") if name in options}
         state = state or make_state(samples, seed=seed, **pool_options)
         lengths = make_lengths(state.num_samples, longest, seed)
         rows = (lengths // 2).clamp(min=1)
         config = SelectionConfig(**options)
-        return Selector(state, lengths, rows, method=method, config=config, layout=layout, seed=seed, device="cpu")
+        return Selector(state, lengths, rows, method=method, config=config, layout=layout, seed=seed, device=device)
 
     return make
 

@@ -36,9 +36,7 @@ def micro_batch(seed: int) -> MicroBatch:
     slots = torch.repeat_interleave(torch.arange(B - 1), lengths)
     targets = torch.randint(0, V, (len(slots),), generator=generator)
     hidden = F.rms_norm(torch.randn(R, H, generator=generator), (H,))
-    return MicroBatch(
-        hidden, F.pad(targets, (0, R - len(slots)), value=-100), F.pad(slots, (0, R - len(slots)), value=B - 1)
-    )
+    return MicroBatch(hidden, F.pad(targets, (0, R - len(slots)), value=-100), F.pad(slots, (0, R - len(slots)), value=B - 1))
 
 
 def head_weight(seed: int = 0) -> Tensor:
@@ -176,9 +174,7 @@ def test_exact_form_predicts_each_loss_where_the_last_layer_is_all_there_is():
         return F.cross_entropy(batch.hidden[rows].double() @ between.T @ weight.double().T, batch.targets[rows])
 
     eye = torch.eye(H, dtype=torch.float64)
-    seen = torch.tensor(
-        [[float(sample_loss(b, i, eye + step) - sample_loss(b, i, eye)) for i in range(B - 1)] for b in batches]
-    )
+    seen = torch.tensor([[float(sample_loss(b, i, eye + step) - sample_loss(b, i, eye)) for i in range(B - 1)] for b in batches])
     estimator = make(form="exact")
     collect(estimator, batches, weight)
     change = estimator.estimate(ARM, lr, alone, -(step.square().sum() / lr).float())
@@ -312,9 +308,7 @@ def test_paper_equals_its_formula(form):
             assert change[used].unique().numel() == 1
             assert float(change[0, 0]) == pytest.approx(expected, rel=1e-4)
             steps.append(reference(estimator, batches, weight, torch.float64)[0])
-            kinds.add(
-                "none" if last is None else "first" if arm not in own else "same" if own[arm] is last else "mixed"
-            )
+            kinds.add("none" if last is None else "first" if arm not in own else "same" if own[arm] is last else "mixed")
         estimator.finish_round(torch.tensor(arm))
         own[arm] = last = torch.stack(steps).mean(0)
     assert kinds == {"none", "first", "same", "mixed"}
@@ -406,3 +400,24 @@ def test_estimates_never_look_at_the_device(blind, change, form):
         assert all(value.device.type == device for value in estimator.state_dict().values())
         with pytest.raises((DataDependentOutputException, RuntimeError)):
             estimate.sum().item()  # so that the test can fail
+
+
+@pytest.mark.parametrize("own_scale", [0.5, 3.0])
+@pytest.mark.parametrize("tilt", [0.0, 0.2])
+def test_paper_takes_the_shorter_gradient_where_both_point_one_way(own_scale, tilt):
+    """g_k almost along g: the shortest combination is an end of the segment, beta is clamped."""
+    generator = torch.Generator().manual_seed(0)
+    last, other = torch.randn(2, Q * Q, generator=generator)
+    own = own_scale * (last + tilt * other)
+    estimator = make("paper")
+    estimator.load_state_dict({
+        **estimator.state_dict(),
+        "by_cluster": torch.stack([torch.zeros(Q * Q), own, torch.zeros(Q * Q)]),
+        "visited": torch.tensor([False, True, False]),
+        "last": last,
+    })  # fmt: skip
+    collect(estimator, [micro_batch(0)], head_weight())
+    change = estimator.estimate(torch.tensor(1), 0.1, alone, None)
+    shorter = min(own.double().square().sum(), last.double().square().sum())
+    assert literal_paper(own.double(), last.double(), 0.1) == pytest.approx(-0.1 * float(shorter))
+    assert float(change[0, 0]) == pytest.approx(-0.1 * float(shorter), rel=1e-5)

@@ -78,12 +78,8 @@ def test_promises_for_any_pool_and_layout(make_selector, data):
             assert bool(ids) == (method != "lead" or bool(open_samples.any()))
         visits.update(ids)
         stats = train(selector, plan)
-        assert (
-            int(stats.samples) == len(ids) == int(stats.samples_per_task.sum()) == int(stats.samples_per_cluster.sum())
-        )
-        assert [int(v) for v in stats.samples_per_task] == [
-            sum(int(selector.task[i]) == t for i in ids) for t in range(selector.num_tasks)
-        ]
+        assert int(stats.samples) == len(ids) == int(stats.samples_per_task.sum()) == int(stats.samples_per_cluster.sum())
+        assert [int(v) for v in stats.samples_per_task] == [sum(int(selector.task[i]) == t for i in ids) for t in range(selector.num_tasks)]
         assert selector.visits[:-1].tolist() == [visits[i] for i in range(n)]
         assert all(bool(torch.isfinite(value).all()) for value in stats)
         assert bool(torch.isfinite(selector.bandit.log_weights).all())
@@ -164,9 +160,7 @@ def test_packing_of_a_pass_is_the_same_whatever_the_steps_of_a_round(make_select
 
 def test_a_pass_is_spread_evenly(make_selector):
     """Over many seeds every sample is as likely first as last: chi-squared on who opens the pass."""
-    opened = Counter(
-        real(s, s.plan(0, LOTS))[0] for s in (make_selector(10, method="random", seed=k) for k in range(500))
-    )
+    opened = Counter(real(s, s.plan(0, LOTS))[0] for s in (make_selector(10, method="random", seed=k) for k in range(500)))
     assert sum((opened[i] - 50) ** 2 / 50 for i in range(10)) < 27.9  # 9 degrees of freedom, 0.1 %
 
 
@@ -231,9 +225,7 @@ def test_a_sample_longer_than_a_micro_batch_is_refused(make_state):
         )
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"bandit": "exp3s"}, {"bandit": "none", "use_tasks": False}, {"method": "random"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"bandit": "exp3s"}, {"bandit": "none", "use_tasks": False}, {"method": "random"}], ids=str)
 def test_rounds_never_look_at_the_device(make_selector, blind, options):
     selector = make_selector(**options)
     with blind.mode():
@@ -242,9 +234,7 @@ def test_rounds_never_look_at_the_device(make_selector, blind, options):
             max_tokens = torch.zeros((), dtype=torch.int64, device=blind.device) if round == 1 else 500
             plan = selector.plan(round, max_tokens)
             for ids in plan.sample_ids.unbind():
-                selector.observe(
-                    ids, torch.ones(ids.shape, device=blind.device), torch.zeros(ids.shape, device=blind.device)
-                )
+                selector.observe(ids, torch.ones(ids.shape, device=blind.device), torch.zeros(ids.shape, device=blind.device))
             stats = selector.finish_round(plan)
             values = (*plan, *stats, *selector.state_dict().values())
             assert {value.device.type for value in values} == {blind.device}
@@ -253,7 +243,24 @@ def test_rounds_never_look_at_the_device(make_selector, blind, options):
             lambda: bool(stats.samples > 0),
             lambda: plan.sample_ids[plan.sample_ids < 3],
         ):
-            with pytest.raises(
-                (DataDependentOutputException, DynamicOutputShapeException, RuntimeError, NotImplementedError)
-            ):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, RuntimeError, NotImplementedError)):
                 read()  # so that the test can fail
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["lead", "random"])
+def test_plans_on_cuda_are_those_of_the_cpu_and_no_round_waits(make_selector, method):
+    host, device = make_selector(method=method), make_selector(method=method, device="cuda")
+    for round in range(6):
+        plan, loss = host.plan(round, 200), 1 / (1 + round)
+        train(host, plan, loss=loss)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            theirs = device.plan(round, 200)
+            for ids in theirs.sample_ids.unbind():
+                device.observe(ids, torch.full(ids.shape, loss, device="cuda"), torch.zeros(ids.shape, device="cuda"))
+            device.finish_round(theirs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(plan.sample_ids, theirs.sample_ids.cpu())
+    torch.testing.assert_close(host.utility, device.utility.cpu())

@@ -101,11 +101,7 @@ def losses(selector, round):
     rng = np.random.default_rng([selector.seed, round])
     visits = selector.visits[:-1].numpy()
     pace = 0.05 + 0.2 * selector.cluster.numpy()
-    loss = (
-        (1 + selector.cluster.numpy())
-        * np.exp(-pace * (visits + round / 20))
-        * rng.uniform(0.7, 1.3, selector.num_samples)
-    )
+    loss = (1 + selector.cluster.numpy()) * np.exp(-pace * (visits + round / 20)) * rng.uniform(0.7, 1.3, selector.num_samples)
     return loss.astype(np.float32), (-0.1 * loss * rng.uniform(0, 1, len(loss))).astype(np.float32)
 
 

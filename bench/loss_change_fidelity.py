@@ -1,0 +1,100 @@
+"""How well the engine's own dL predicts what a step does to its samples.
+
+    python bench/loss_change_fidelity.py --pool PREPARED --model MODEL
+
+Trains `lead` as a user would; every few steps the samples of the step are scored before and after it by a forward pass of their own, and the seen change is
+compared with the change that the selector was given: Spearman and Pearson correlation within the step, and over all steps the slope and the error of "loss after the step" with and without dL.
+All runs below see the same samples in the first step; afterwards each follows its own selection.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import arguments, write
+from scipy.stats import spearmanr
+
+from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
+from lead_engine.training.distributed import process_group
+from lead_engine.training.loop import Engine, read_header
+from lead_engine.training.train import build
+
+RUNS = {
+    "sketch q = 64, full": ({}, {}),
+    "sketch q = 128, full": ({"sketch_dim": 128}, {}),
+    "exact, full": ({"inner_form": "exact"}, {}),
+    "paper, full": ({"loss_change": "paper"}, {}),
+    "sketch q = 64, LoRA": ({}, {"rank": 8}),
+}
+
+
+@torch.no_grad()
+def losses(engine: Engine, plan, header, step: int) -> torch.Tensor:
+    return torch.stack([engine.model(engine._batch(plan, header, step, m)).sample_nll for m in range(engine.accumulation)])
+
+
+def follow(engine: Engine, lr: float, rounds: int, settle: int) -> dict[str, float]:
+    given: list[torch.Tensor] = []
+    observe = engine.selector.observe
+    engine.selector.observe = lambda ids, loss, change: (given.append(change.clone()), observe(ids, loss, change))[1]
+    predicted, seen, rank_correlation, linear = [], [], [], []
+    global_step = 0
+    for number in range(rounds):
+        plan = engine.selector.plan(number, 1 << 40)
+        header = read_header(plan)
+        for step in range(engine.layout.steps):
+            trained = plan.sample_ids[step] < engine.selector.num_samples
+            before = losses(engine, plan, header, step)
+            engine.train_step(plan, header, step, global_step, lr)
+            global_step += 1
+            if number < settle:  # the optimizer's moments
+                continue
+            change = (losses(engine, plan, header, step) - before)[trained].numpy()
+            guess = given[-1][trained].numpy()
+            predicted.append(guess)
+            seen.append(change)
+            if np.ptp(guess) > 0:
+                rank_correlation.append(spearmanr(guess, change)[0])
+                linear.append(np.corrcoef(guess, change)[0, 1])
+        engine.selector.finish_round(plan)
+        engine.change.finish_round(plan.cluster)
+    p, a = np.concatenate(predicted), np.concatenate(seen)
+    mean = (lambda values: float(np.mean(values)) if values else None)
+    return {
+        "spearman_within_step": mean(rank_correlation),
+        "pearson_within_step": mean(linear),
+        "pearson_pooled": float(np.corrcoef(p, a)[0, 1]),
+        "slope": float((p * a).sum() / (p * p).sum()),
+        "rmse_with": float(((a - p) ** 2).mean() ** 0.5),
+        "rmse_without": float((a**2).mean() ** 0.5),
+        "steps": len(predicted),
+        "samples": len(p),
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--slots", type=int, default=16, help="samples a step")
+    flags = parser.parse_args()
+    result = {}
+    with process_group() as ranks:
+        for name, (selection, lora) in RUNS.items():
+            config = TrainConfig(
+                pool=flags.pool,
+                model=flags.model,
+                out=Path("unused"),
+                batch=BatchConfig(capacity=flags.capacity, slots=flags.slots),
+                selection=SelectionConfig(round_steps=4, **selection),
+                optimizer=OptimizerConfig(lr=4 * flags.lr if lora else flags.lr),
+                lora=LoraConfig(**lora),
+                runtime=RuntimeConfig(precision=flags.precision),
+            )
+            result[name] = follow(build(config, ranks).engine, config.optimizer.lr, flags.rounds, settle=2)
+            print(name, result[name], flush=True)
+    write("loss_change_fidelity", {"model": flags.model, "lr": flags.lr, "precision": flags.precision, "result": result}, flags.out)
+
+
+if __name__ == "__main__":
+    main()

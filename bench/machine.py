@@ -1,0 +1,65 @@
+"""What every result file says about where it was measured."""
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe() -> dict[str, Any]:
+    """Machine and versions."""
+    names = ("torch", "transformers", "triton", "peft", "numpy")
+    gpu = torch.cuda.is_available()
+    return {
+        "date": date.today().isoformat(),
+        "processor": torch.cuda.get_device_name() if gpu else _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names if _installed(name)},
+    }
+
+
+def write(name: str, result: dict[str, Any], out: Path | None) -> None:
+    """Print a result and keep it in OUT, or bench/results/NAME.json."""
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"bench": name, **describe(), **result}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The flags that every engine benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--pool", type=Path, required=True, help="prepared pool")
+    parser.add_argument("--model", required=True, help="model folder or hub name")
+    parser.add_argument("--out", type=Path, help="result file; default bench/results/NAME.json")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--capacity", type=int, default=4096, help="tokens in a micro-batch")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    return parser
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
