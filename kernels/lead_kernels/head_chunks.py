@@ -85,17 +85,27 @@ class _Buffers:
 
 
 class _WeightGradient:
-    """sum over chunks of g^T h, in fp32."""
+    """sum over chunks of g^T h, in fp32; a single chunk's product is the sum, in whatever dtype it comes."""
 
-    def __init__(self, weight_VH: Tensor) -> None:
-        self.total = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
-        self.part = None if weight_VH.dtype == self.total.dtype else torch.empty_like(weight_VH)
+    def __init__(self, weight_VH: Tensor, num_chunks: int) -> None:
+        self.wide = torch.promote_types(weight_VH.dtype, torch.float32)
+        self.single = num_chunks == 1
+        self.total = None if num_chunks else torch.zeros_like(weight_VH)
 
     def add(self, g_CV: Tensor, hidden_CH: Tensor) -> None:
-        if self.part is None:
+        if g_CV.dtype != self.wide and g_CV.device.type != "cpu":
+            self._add_wide_product(g_CV, hidden_CH)
+        elif self.total is None:
+            part_VH = torch.mm(g_CV.t(), hidden_CH)
+            self.total = part_VH if self.single else part_VH.to(self.wide)
+        elif g_CV.dtype == self.wide:
             self.total.addmm_(g_CV.t(), hidden_CH)
-        elif g_CV.device.type == "cpu":
-            self.total.add_(torch.mm(g_CV.t(), hidden_CH, out=self.part))
+        else:
+            self.total.add_(torch.mm(g_CV.t(), hidden_CH))
+
+    def _add_wide_product(self, g_CV: Tensor, hidden_CH: Tensor) -> None:
+        if self.total is None:
+            self.total = torch.mm(g_CV.t(), hidden_CH, out_dtype=torch.float32)
         else:
             self.total = torch.addmm(self.total, g_CV.t(), hidden_CH, out_dtype=torch.float32)
 
@@ -156,7 +166,7 @@ class _Pass:
         needs_loss_grad = options.hidden_grad or (options.plain and options.nll_grad)
         self.loss_grad_TH = torch.empty_like(hidden_TH) if needs_loss_grad else None
         self.nll_grad_TH = torch.empty_like(hidden_TH) if self.extra_nll_pass else self.loss_grad_TH
-        self.dweight = _WeightGradient(weight_VH) if options.weight_grad else None
+        self.dweight = _WeightGradient(weight_VH, len(self.chunks)) if options.weight_grad else None
         self.dbias_V = torch.zeros_like(bias_V, dtype=self.buffers.wide) if options.bias_grad else None
 
     def tile(self, y_C: Tensor, rows: slice, tile: slice, row_weight_C: Tensor | None) -> None:

@@ -13,7 +13,7 @@ COLUMNS = ("method", "budget", "tokens trained", "overall loss", "macro loss", "
 
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
     """A row per method and budget, the untrained base first; losses as mean and 95 % interval over seeds."""
-    rows = []
+    rows, epochs = [], results["study"]["epochs"]
     if results["base"]:
         loss, match = results["base"]["loss"], results["base"]["exact_match"]
         shares = [_share(match["overall"][kind]) for kind in ("whole", "final")] if match else ["-", "-"]
@@ -24,7 +24,7 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 group["method"],
-                "100 %" if group["budget"] is None else f"{100 * group['budget']:g} %",
+                f"{100 * (epochs if group['budget'] is None else group['budget']):g} %",
                 f"{group['tokens_trained']:,.0f}",
                 _interval(group["overall"]),
                 _interval(group["macro"]),
@@ -71,8 +71,7 @@ def markdown(results: dict[str, Any]) -> str:
         "Losses are nats per response token on the held-out samples: *overall* over all tokens, *macro* the mean over "
         "tasks. Brackets are 95 % intervals of the mean over seeds (Student's t); the difference to `random` is in "
         "overall loss, paired by seed, at the same budget. Exact match is whole answer / final answer. Time is "
-        "training "
-        "alone.",
+        "training alone.",
     ]
     over_samples = [
         f"- {group['method']}, {100 * group['budget']:g} %: {signed(group['difference']['over_samples']['mean'])} "

@@ -124,10 +124,12 @@ def _segment(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scalin
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     # split (whose backward is one cat) instead of slices (each of whose backwards would fill a whole [T] gradient with zeros)
     parts = list(zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True))
-    tail = parts.pop()[0]
+    tail = parts.pop()
     outputs = [_causal(q, k, v, scaling, window) for q, k, v in parts if q.shape[2]]
-    if tail.shape[2]:
-        outputs.append(torch.zeros_like(tail))  # the dummy segment: nobody reads it
+    if tail[0].shape[2]:
+        # The dummy segment: nobody reads it, but it must hang on all three. In an empty micro-batch their projections would otherwise
+        # get no gradient at all, and FSDP's ranks would reduce tensors of different sizes.
+        outputs.append(sum(tail).mul(0.0))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

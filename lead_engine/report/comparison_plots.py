@@ -176,7 +176,7 @@ def _losses_by_budget(axes: Axes, groups: dict[tuple[str, float | None], list[Ru
         values = [run.evaluation["loss"][kind] for run in runs]
         interval, colour = mean_interval(values), method_colour(method)
         if budget is None:
-            axes.axhline(interval.mean, color=colour, linewidth=1.6, label=f"{method}, 100 %")
+            axes.axhline(interval.mean, color=colour, linewidth=1.6, label=method)
             if interval.known:
                 axes.axhspan(interval.low, interval.high, color=colour, alpha=0.12, linewidth=0)
             continue

@@ -97,7 +97,7 @@ def runs_table(collection: Collection) -> str:
             [
                 run.name if run.summary else f"{run.name} (not finished)",
                 run.method,
-                "100 %" if run.budget is None else f"{100 * run.budget:g} %",
+                "whole pool" if run.budget is None else f"{100 * run.budget:g} %",
                 run.seed,
                 tokens,
                 summary.get("distinct_samples"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lead_engine import cli
 from lead_engine.config import BatchConfig, CompareConfig, PrepareConfig, RuntimeConfig
 from lead_engine.errors import UserError
 from lead_engine.evaluation import compare
+from lead_engine.evaluation.comparison_table import columns_of, markdown, table_rows
 from lead_engine.evaluation.results import verdict
 from lead_engine.evaluation.stats import paired_interval
 from lead_engine.evaluation.study import check_unchanged, eval_command, plan_runs, train_command
@@ -122,12 +124,12 @@ def test_a_study_from_yaml_to_verdict_and_once_more(
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {run["name"]: run["overall"] for run in again["runs"]} == pytest.approx(losses, rel=1e-6)
 
-    # Other held-out options: every model is evaluated again, none is trained again. Other training options: refused.
+    # Other held-out files: every model is evaluated again, none is trained again. Other training options: refused.
     in_process.clear()
-    write_study(tmp_path / "study.yaml", pool, generate=1)
+    other = shutil.copy(pool / "heldout.jsonl", tmp_path / "other.jsonl")
+    write_study(tmp_path / "study.yaml", pool, heldout=[str(other)])
     compare.run(config)
     assert [call.partition(" ")[0] for call in in_process] == ["evaluating"] * 5 + ["report"]
-    assert "exact match" in (tmp_path / "out" / "results.md").read_text()
     write_study(tmp_path / "study.yaml", pool, optimizer={"lr": 5e-4})
     with pytest.raises(UserError, match=r"lead-20pct-s0/config\.yaml.*optimizer\.lr = 0\.001.*0\.0005"):
         compare.run(config)
@@ -220,7 +222,39 @@ def test_differences_that_are_no_difference_in_the_result_do_not_matter(pool: Pa
         check_unchanged(run)
 
 
-# --- verdicts ---
+# --- tables and verdicts ---
+
+
+def result(*, generated: bool) -> dict[str, object]:
+    share = {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 3} if generated else None
+    interval = {"mean": 2.0, "low": 1.9, "high": 2.1, "n": 3}
+    common = {"tokens_trained": 12345.0, "seconds": 150.0, "overall": interval, "macro": interval, "whole": share}
+    lead = common | group(-0.05, -0.08, -0.02) | {"final": share}
+    full = common | {"method": "full", "budget": None, "difference": None, "final": None}
+    study = {"pool": "p", "model": "m", "heldout": ["h"], "seeds": [0], "epochs": 2}
+    return {"study": study, "base": None, "groups": [lead, full], "verdicts": ["v"], "warnings": ["w"]}
+
+
+def test_the_table_has_exact_match_only_where_something_was_generated() -> None:
+    rows = table_rows(result(generated=True))
+    assert dict(zip(columns_of(rows), rows[0], strict=True)) == {
+        "method": "lead",
+        "budget": "2.5 %",
+        "tokens trained": "12,345",
+        "overall loss": "2.0000 [1.9000, 2.1000]",
+        "macro loss": "2.0000 [1.9000, 2.1000]",
+        "difference to random": "-0.0500 [-0.0800, -0.0200]",
+        "exact match": "25.0 % / 25.0 %",
+        "time": "2.5 min",
+    }
+    assert rows[1][1] == "200 %"  # full training of two epochs
+    assert rows[1][6] == "25.0 % / -"
+    rows = table_rows(result(generated=False))
+    assert columns_of(rows)[-2:] == ["difference to random", "time"]
+    assert rows[0][-1] == "2.5 min"
+    text = markdown(result(generated=False))
+    assert "\n- v\n- w\n" in text
+    assert "- lead, 2.5 %: -0.0500 [-0.0600, -0.0400]" in text
 
 
 def group(mean: float, low: float | None, high: float | None) -> dict[str, object]:

@@ -80,8 +80,8 @@ class Blind(NamedTuple):
 def blind(request) -> Blind:
     """Two proofs that the host reads nothing, each of which sees what the other does not.
 
-    `meta`: tensors without values on a device of their own. Reading one, copying one to the host, or mixing it with a
-    CPU tensor raises. `fake`: FakeTensorMode, where every data-dependent value or shape raises. Its device is `cuda`
+    `meta`: tensors without values on a device of their own. Reading one, copying one to the host, or computing with it and a
+    CPU vector raises. `fake`: FakeTensorMode, where every data-dependent value or shape raises. Its device is `cuda`
     where this torch knows CUDA; a CPU build cannot index fake CUDA tensors, there it is `cpu`.
     """
     if request.param == "meta":
