@@ -72,7 +72,7 @@ def gather_batch(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: 
         input_ids=input_T,
         position_ids=local_T,
         cu_seqlens=cu.int(),
-        rows=torch.where(filled_R, rows_R, capacity - 1),
+        rows=rows_R,
         targets=torch.where(filled_R, input_T[(rows_R + 1).clamp(max=capacity - 1)], -100),
         row_slots=torch.where(filled_R, slot_T[rows_R], slots - 1),
         sample_ids=sample_ids,

@@ -11,14 +11,23 @@ PIECE = 32
 """Rows of a piece in the static-shape form: segments are cut every PIECE rows, which bounds the padding by B * PIECE rows."""
 
 
+def _project(rows_TH: Tensor, matrix_Hq: Tensor) -> Tensor:
+    """rows @ matrix in the rows' dtype, handed on in fp32. The matrix is rounded too: the same for all rows, so that products still agree."""
+    matrix_Hq = matrix_Hq.to(rows_TH.dtype)
+    if rows_TH.dtype in (torch.float16, torch.bfloat16) and rows_TH.device.type != "cpu":
+        return torch.mm(rows_TH, matrix_Hq, out_dtype=torch.float32)
+    return torch.mm(rows_TH, matrix_Hq).to(torch.promote_types(rows_TH.dtype, torch.float32))
+
+
 def _outer_products_by_loop(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor) -> Tensor:
     """One small matrix product per sample; needs the bounds on the host."""
-    out = left_Tq.new_zeros(bounds.shape[0] - 1, left_Tq.shape[1], right_Tq.shape[1])
-    edges = bounds.tolist()
-    for slot, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        if last > first:
-            torch.mm(left_Tq[first:last].t(), right_Tq[first:last], out=out[slot])
-    return out
+    out_Bqq = left_Tq.new_zeros(bounds.shape[0] - 1, left_Tq.shape[1], right_Tq.shape[1])
+    first, last = int(bounds[0]), int(bounds[-1])
+    sizes = bounds.diff().tolist()
+    lefts, rights = left_Tq[first:last].t().split(sizes, 1), right_Tq[first:last].split(sizes)
+    for out, left, right in zip(out_Bqq.unbind(0), lefts, rights, strict=True):
+        torch.mm(left, right, out=out)
+    return out_Bqq
 
 
 def _outer_products_by_pieces(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor) -> Tensor:
@@ -44,18 +53,15 @@ def _outer_products_by_pieces(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor)
 
 
 def signature_from_bounds(hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, bounds: Tensor, counts: Tensor) -> Tensor:
-    """`gradient_signature` for samples given by `bounds` [B+1] and numbers of counted rows `counts` [B]; rows not counted must be 0 in
-    `hidden_grad`."""
-    wide = torch.promote_types(torch.promote_types(left.dtype, hidden.dtype), torch.float32)
-    left_Tq = hidden_grad.to(wide) @ left.to(wide)
-    right_Tq = hidden.to(wide) @ right.to(wide)
+    """`gradient_signature` of samples given by `bounds` [B+1]; divides by `counts` [B]. Rows not counted must be 0 in `hidden_grad`."""
+    left_Tq, right_Tq = _project(hidden_grad, left), _project(hidden, right)
     if hidden.shape[0] == 0:
         sums = left_Tq.new_zeros(counts.shape[0], left.shape[1], right.shape[1])
     elif on_host(hidden):
         sums = _outer_products_by_loop(left_Tq, right_Tq, bounds)
     else:
         sums = _outer_products_by_pieces(left_Tq, right_Tq, bounds)
-    return sums / counts.clamp(min=1).to(wide)[:, None, None]
+    return sums / counts.clamp(min=1)[:, None, None]
 
 
 def gradient_signature(

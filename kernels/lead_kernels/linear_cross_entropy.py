@@ -42,9 +42,17 @@ class _AttachGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Tensor, scale: Tensor, row_scale: Tensor | None,
-        loss_grad: Tensor | None, dweight: Tensor | None, dbias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: Tensor,
+        scale: Tensor,
+        row_scale: Tensor | None,
+        loss_grad: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(scale, row_scale, loss_grad, dweight, dbias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss.clone()
@@ -53,15 +61,21 @@ class _AttachGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         scale, row_scale, loss_grad, dweight, dbias = ctx.saved_tensors
-        scale = scale * upstream
-        rows = scale if row_scale is None else (row_scale * scale)[:, None]
-        grads = [None if grad is None else _scaled(grad, by, dtype)
-                 for grad, by, dtype in zip((loss_grad, dweight, dbias), (rows, scale, scale), ctx.dtypes, strict=True)]  # fmt: skip
+        scale = (scale * upstream).view(1, 1)
+        rows = scale if row_scale is None else row_scale[:, None] * scale
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        grads = (_scaled(loss_grad, rows, hidden_dtype), _scaled(dweight, scale, weight_dtype), _scaled(dbias, scale[0], bias_dtype))
         return (*grads, None, None, None, None, None, None)
 
 
-def _scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """values * scale, rounded once to `dtype`; `values` stays as it is for a second backward pass of a retained graph."""
+def _scaled(values: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """values * scale, multiplied in fp32 and rounded once to `dtype`.
+
+    `scale` has as many dimensions as `values`: with fewer, it would be rounded to the dtype of bf16 values first. `values` stays as it
+    is, for a second backward pass of a retained graph.
+    """
+    if values is None:
+        return None
     return torch.mul(values, scale, out=torch.empty_like(values, dtype=dtype))
 
 
@@ -94,7 +108,10 @@ def _bounds(sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samples: i
     assert cu_seqlens is not None
     if cu_seqlens.shape[0] < num_samples + 1:
         raise ValueError(f"cu_seqlens has {cu_seqlens.shape[0]} entries, expected at least num_samples + 1 = {num_samples + 1}")
-    return cu_seqlens[: num_samples + 1].long()
+    bounds = cu_seqlens[: num_samples + 1].long()
+    if on_host(bounds) and (bool((bounds.diff() < 0).any()) or not 0 <= int(bounds[0]) <= int(bounds[-1]) <= rows):
+        raise ValueError(f"cu_seqlens must be non-decreasing and within 0 to {rows}, got {bounds.tolist()}")
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -163,8 +180,9 @@ def linear_cross_entropy(
 
     hidden: [T, H] and weight: [V, H], one dtype (bf16, fp16, fp32; float64 for tests); targets: int64 [T]; bias: [V].
     sample_ids: int64 [T], non-decreasing, in [0, num_samples); or cu_seqlens: integers [>= num_samples + 1], rows of each sample.
-    token_weight: float, 0-d or [T]; by default 1 / counted rows, the mean. softcap: c tanh(x / c). chunk_bytes: the most bytes of a block
-    of fp32 logits (at least one row is taken; two such blocks and for bf16/fp16 a half are alive); by default 64 MiB on a CPU, 512 MiB elsewhere.
+    token_weight: float, 0-d or [T]; by default 1 / counted rows, the mean. softcap: c tanh(x / c). chunk_bytes: the most bytes of a block of
+    fp32 logits (at least one row is taken), 64 MiB by default on a CPU, 512 MiB elsewhere; on a GPU two such blocks, and half a one for
+    bf16 and fp16, are alive at a time, on a CPU about one.
 
     loss = sum_t token_weight_t * ((1 - s) NLL_t + s (lse_t - mean_j z_tj) + z_loss * lse_t^2); `token_nll` and `sample_nll` are the plain
     NLL. Only `loss` is differentiable: with respect to hidden, weight and bias, once, each only where it requires a gradient. The

@@ -59,5 +59,6 @@ def pack_plan(
     starts = _bin_starts(next_start, num_bins)
 
     entry = starts[:-1, None] + torch.arange(slots, device=order.device)
-    ids = torch.where(entry < starts[1:, None], torch.cat([order, order.new_full((1,), num_samples)])[entry.clamp(max=num_order)], num_samples)
+    padded = torch.cat([order, order.new_full((1,), num_samples)])
+    ids = torch.where(entry < starts[1:, None], padded[entry.clamp(max=num_order)], num_samples)
     return PackedPlan(ids, total[starts[1:]] - total[starts[:-1]])

@@ -4,11 +4,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_kernels.checks import check_shape
+from lead_kernels.checks import check_shape, on_host
 
 
 def segment_bounds(sample_ids_T: Tensor, num_samples: int) -> Tensor:
-    """First row of every sample in non-decreasing `sample_ids_T`, int64 [num_samples + 1]; sample b owns rows [bounds[b], bounds[b+1])."""
+    """First rows of the samples, int64 [num_samples + 1]: sample b owns rows [bounds[b], bounds[b+1]).
+
+    Raises ValueError, for ids in host memory, unless they are non-decreasing.
+    """
+    if on_host(sample_ids_T) and bool((sample_ids_T.diff() < 0).any()):
+        raise ValueError("sample_ids must be non-decreasing: the rows of a sample lie side by side")
     edges = torch.arange(num_samples + 1, device=sample_ids_T.device, dtype=sample_ids_T.dtype)
     return torch.searchsorted(sample_ids_T.contiguous(), edges)
 
@@ -31,7 +36,7 @@ def segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tens
 
     values: floating [T, ...]; sample_ids: int64 [T], non-decreasing, in [0, num_samples). Returns [num_samples, ...], fp32 (float64 for
     float64 values); 0 for a sample without rows. Rows are added in order: two runs agree bit for bit.
-    Raises ValueError on integer values or on lengths that differ. Not differentiable.
+    Raises ValueError on integer values, on lengths that differ and, in host memory, on ids that decrease. Not differentiable.
     """
     if not values.is_floating_point():
         raise ValueError(f"values is {values.dtype}, expected a floating-point dtype")

@@ -25,6 +25,9 @@ from lead_engine.prepare.tokenise import tokenise, write_answers
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.train import train
 
+WARMUP_STEPS = 16
+"""Optimizer steps of the warm-up at least: a share of a small pool would be none at all."""
+
 
 def run(config: PrepareConfig) -> None:
     """Write config.out; see the README for its files. Raises UserError for everything that the user can mend."""
@@ -67,7 +70,7 @@ def _score(config: PrepareConfig, ranks: Ranks) -> None:
     model = build_model(base, **options)
     utility = stages.score(model, store, work / "base", ranks, config.batch, "1/4 loss under the base model")
     task, names = _tasks(config, model, store)
-    warm = _warm_up(config, base, ranks)
+    warm = _warm_up(config, store, base, ranks)
     model = build_model(warm, **options) if warm != base else model
     given = utility if warm == base else stages.score(model, store, work / "given", ranks, config.batch, "3/4 loss given the instruction")
     if ranks.first and not (work / "answers" / "meta.json").exists():
@@ -97,12 +100,14 @@ def _tasks(config: PrepareConfig, model, store: TokenStore) -> tuple[Tensor, lis
     return tasks_by_topic(means, config.tasks, config.seed)
 
 
-def _warm_up(config: PrepareConfig, base: Path, ranks: Ranks) -> Path:
+def _warm_up(config: PrepareConfig, store: TokenStore, base: Path, ranks: Ranks) -> Path:
     """A copy of the base trained briefly on random samples: difficulty is measured under it, so that a base that has never seen
     the chat template is not judged by that alone."""
     if config.warmup_share == 0:
         return base
     folder = config.out / "stages" / "warm-up"
+    step = config.batch.capacity * config.batch.micro_batches
+    share = max(config.warmup_share, min(0.5, WARMUP_STEPS * step / store.num_tokens))
     batch = replace(config.batch, micro_batches=-(-config.batch.micro_batches // ranks.size) * ranks.size)
     say("2/4 warm-up training")
     train(
@@ -111,7 +116,7 @@ def _warm_up(config: PrepareConfig, base: Path, ranks: Ranks) -> Path:
             model=str(base),
             out=folder,
             method="random",
-            budget=config.warmup_share,
+            budget=share,
             seed=config.seed,
             resume=True,
             batch=batch,

@@ -133,8 +133,9 @@ class Engine:
         first_order = self._all_reduce((inner_product(self.trained) - before) / factor).float() if measured else None
         self.optimizer.zero_grad(set_to_none=True)
 
-        change = self.change.estimate(plan.cluster, rate, self._all_reduce, first_order)
+        change = self.change.estimate(plan.cluster, rate, self._all_reduce, first_order, norm)
         loss, change = self._gather(torch.stack([torch.stack(losses), change]))
+        change = torch.maximum(change, -loss)  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
         ids = plan.sample_ids[step]
         self.selector.observe(ids, loss, change)
         share = self.selector.rows[ids] * token_weight

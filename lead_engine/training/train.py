@@ -228,6 +228,7 @@ def _finish(session: Session, ranks: Ranks, done: Progress) -> None:
         visits=visits,
         cluster=state.cluster.numpy(),
         task=state.task.numpy(),
+        dropped=state.dropped.numpy(),
     )
     building.replace(config.out / "utility.npz")
     summary = {

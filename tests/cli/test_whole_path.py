@@ -48,15 +48,15 @@ def world(run_cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refused(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """refused(arguments) -> the error's line; fails unless the command ends with status 2 and one error line."""
+    """refused(arguments) -> the error's text; fails unless the command ends with status 2 and one error."""
     (world / "broken.jsonl").write_text('{"instruction": "a", "output": ')
     monkeypatch.chdir(world)
 
     def run(arguments: list[str]) -> str:
         assert main(arguments) == 2
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, errors
-        return errors[0]
+        said = capsys.readouterr().err
+        assert said.count("error: ") == 1, said
+        return said[said.index("error: ") :]
 
     return run
 

@@ -112,6 +112,7 @@ def make(change="inner", form="sketch", clusters=3, device="cpu", every=3, seed=
 
 
 ARM = torch.tensor(0)
+NORM = torch.tensor(1.7)  # of the whole gradient
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -120,7 +121,7 @@ def test_inner_equals_explicit_gradients(form, accumulation):
     estimator, weight = make(form=form), head_weight()
     batches = [micro_batch(i) for i in range(accumulation)]
     collect(estimator, batches, weight)
-    change = estimator.estimate(ARM, 0.1, alone, torch.tensor(-0.3))
+    change = estimator.estimate(ARM, 0.1, alone, torch.tensor(-0.3), NORM)
     assert change.shape == (accumulation, B)
 
     def expected(dtype):
@@ -157,7 +158,7 @@ def test_weighted_mean_is_the_first_order_change_of_a_real_step(form, optimizer)
         before = [p.detach().clone() for p in parameters]
         optimizer.step()
         first_order = sum(((p.detach() - b) * p.grad).sum() for p, b in zip(parameters, before, strict=True))
-        change = estimator.estimate(ARM, optimizer.param_groups[0]["lr"], alone, first_order)
+        change = estimator.estimate(ARM, optimizer.param_groups[0]["lr"], alone, first_order, NORM)
         assert float(first_order) < 0
         assert float((torch.stack(weights) * change).sum()) == pytest.approx(float(first_order), rel=1e-5)
 
@@ -177,7 +178,7 @@ def test_exact_form_predicts_each_loss_where_the_last_layer_is_all_there_is():
     seen = torch.tensor([[float(sample_loss(b, i, eye + step) - sample_loss(b, i, eye)) for i in range(B - 1)] for b in batches])
     estimator = make(form="exact")
     collect(estimator, batches, weight)
-    change = estimator.estimate(ARM, lr, alone, -(step.square().sum() / lr).float())
+    change = estimator.estimate(ARM, lr, alone, -(step.square().sum() / lr).float(), NORM)
     torch.testing.assert_close(change[:, :-1], seen, rtol=1e-3, atol=0)
 
 
@@ -185,21 +186,21 @@ def test_exact_form_predicts_each_loss_where_the_last_layer_is_all_there_is():
 def test_between_measurements_the_calibration_is_a_bias_corrected_mean(form):
     estimator, weight, ratios = make(form=form, every=3), head_weight(), []
     for step in range(11):
-        lr, batches = 0.1 / (1 + step), [micro_batch(100 + step)]
+        lr, batches, norm = 0.1 / (1 + step), [micro_batch(100 + step)], torch.tensor(0.3 + step)
         collect(estimator, batches, weight)
         assert estimator.wants_first_order(step) == (step % 3 == 0)
         measured = torch.tensor(-0.05 * (1 + step % 4)) if step % 3 == 0 else None
-        change = estimator.estimate(ARM, lr, alone, measured)
+        change = estimator.estimate(ARM, lr, alone, measured, norm)
 
-        def expected(dtype, ratios, estimator=estimator, batches=batches, lr=lr, measured=measured):
+        def expected(dtype, ratios, estimator=estimator, batches=batches, lr=lr, measured=measured, norm=norm):
             gradient, s = reference(estimator, batches, weight, dtype)
             if measured is not None:
-                ratios = [*ratios, measured.to(dtype) / (lr * (gradient @ gradient))]
-                kappa = lr * ratios[-1]
+                ratios = [*ratios, measured.to(dtype) / (lr * norm.to(dtype))]
+                first_order = measured.to(dtype)
             else:
                 parts = torch.tensor([KEEP**age for age in range(len(ratios))], dtype=dtype).flip(0)
-                kappa = lr * (parts * torch.stack(ratios)).sum() / parts.sum()
-            return kappa * s, ratios
+                first_order = lr * norm.to(dtype) * (parts * torch.stack(ratios)).sum() / parts.sum()
+            return first_order / (gradient @ gradient) * s, ratios
 
         exact, ratios_after = expected(torch.float64, ratios)
         rounded, _ = expected(torch.float32, [r.float() for r in ratios])
@@ -213,9 +214,9 @@ def test_a_measurement_is_wanted_until_there_is_one():
     for step, (lr, measured) in enumerate([(0.0, torch.tensor(0.0)), (0.1, None)]):
         assert estimator.wants_first_order(step)
         collect(estimator, [micro_batch(step)], weight)
-        assert not estimator.estimate(ARM, lr, alone, measured).any()
+        assert not estimator.estimate(ARM, lr, alone, measured, NORM).any()
     collect(estimator, [micro_batch(2)], weight)
-    assert estimator.estimate(ARM, 0.1, alone, torch.tensor(-1.0)).any()
+    assert estimator.estimate(ARM, 0.1, alone, torch.tensor(-1.0), NORM).any()
     assert [step for step in range(3, 20) if estimator.wants_first_order(step)] == [8, 16]
 
 
@@ -229,17 +230,17 @@ def test_an_empty_step_measures_nothing(change, form):
     """A step that the budget has cut away changes nothing, and dL stays finite."""
     estimator, weight = make(change, form), head_weight()
     collect(estimator, [micro_batch(0)], weight)
-    estimator.estimate(ARM, 0.1, alone, torch.tensor(-1.0))
+    estimator.estimate(ARM, 0.1, alone, torch.tensor(-1.0), NORM)
     before = {name: value.clone() for name, value in estimator.state_dict().items()}
     collect(estimator, [empty_batch()], weight)
-    assert not estimator.estimate(ARM, 0.1, alone, torch.tensor(0.0)).any()
+    assert not estimator.estimate(ARM, 0.1, alone, torch.tensor(0.0), NORM).any()
     assert all(torch.equal(before[name], value) for name, value in estimator.state_dict().items())
     if change == "paper":
         estimator.finish_round(ARM)
         once = {name: value.clone() for name, value in estimator.state_dict().items()}
         assert once["last"].any()
         collect(estimator, [empty_batch()], weight)
-        estimator.estimate(ARM, 0.1, alone, None)
+        estimator.estimate(ARM, 0.1, alone, None, NORM)
         estimator.finish_round(torch.tensor(1))
         assert all(torch.equal(once[name], value) for name, value in estimator.state_dict().items())
 
@@ -257,7 +258,7 @@ def test_two_ranks_equal_one(change, form):
             for step in range(2):
                 batches = [micro_batch(1000 * round + 10 * step + i) for i in range(4)]
                 collect(estimator, batches[mine], weight, batches)
-                changes.append(estimator.estimate(arm, 0.1, all_reduce, torch.tensor(-0.5) if step == 0 else None))
+                changes.append(estimator.estimate(arm, 0.1, all_reduce, torch.tensor(-0.5) if step == 0 else None, NORM))
             estimator.finish_round(arm)
         return torch.stack(changes), estimator.state_dict()
 
@@ -301,7 +302,7 @@ def test_paper_equals_its_formula(form):
         for step in range(1 + round % 3):
             batches = [micro_batch(50 * round + 10 * step + i) for i in range(2)]
             collect(estimator, batches, weight)
-            change = estimator.estimate(torch.tensor(arm), 0.1 + round, alone, None)
+            change = estimator.estimate(torch.tensor(arm), 0.1 + round, alone, None, NORM)
             expected = literal_paper(own.get(arm), last, 0.1 + round)
             used = torch.stack(sample_weights(batches)) > 0
             assert change[~used].abs().max() == 0
@@ -317,7 +318,7 @@ def test_paper_equals_its_formula(form):
 def test_none_is_zero():
     estimator = make("none")
     collect(estimator, [micro_batch(0), micro_batch(1)], head_weight())
-    change = estimator.estimate(ARM, 0.1, alone, None)
+    change = estimator.estimate(ARM, 0.1, alone, None, NORM)
     assert change.shape == (2, B)
     assert not change.any()
     assert not any(estimator.wants_first_order(step) for step in range(20))
@@ -339,13 +340,13 @@ def test_restored_estimator_goes_on_alike(change, form):
                 collect(estimator, [micro_batch(10 * round + step)], weight)
                 wanted.append(estimator.wants_first_order(2 * round + step))
                 measured = torch.tensor(-1.0 / (1 + round)) if wanted[-1] else None
-                changes.append(estimator.estimate(torch.tensor(round % 3), 0.1, alone, measured))
+                changes.append(estimator.estimate(torch.tensor(round % 3), 0.1, alone, measured, NORM))
             estimator.finish_round(torch.tensor(round % 3))
         return torch.stack(changes), wanted
 
     go_on(first, range(4))
     collect(first, [micro_batch(7)], weight)
-    first.estimate(torch.tensor(1), 0.1, alone, None)
+    first.estimate(torch.tensor(1), 0.1, alone, None, NORM)
     second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
     (ours, wanted), (theirs, wanted_too) = go_on(first, range(4, 8)), go_on(second, range(4, 8))
     assert torch.equal(ours, theirs)
@@ -393,7 +394,7 @@ def test_estimates_never_look_at_the_device(blind, change, form):
                     result = HeadLoss(w.sum(), hidden.sum(1), w, counts, torch.ones(B, Q, Q, device=device))
                     estimator.collect(result, w, hidden, hidden, slots)
                 measured = w.sum() if estimator.wants_first_order(3 * round + step) else None
-                estimate = estimator.estimate(arm, 0.1, lambda tensor: tensor.mul_(2), measured)
+                estimate = estimator.estimate(arm, 0.1, lambda tensor: tensor.mul_(2), measured, NORM)
                 assert estimate.shape == (2, B)
                 assert estimate.device.type == device
             estimator.finish_round(arm)
@@ -417,7 +418,7 @@ def test_paper_takes_the_shorter_gradient_where_both_point_one_way(own_scale, ti
         "last": last,
     })  # fmt: skip
     collect(estimator, [micro_batch(0)], head_weight())
-    change = estimator.estimate(torch.tensor(1), 0.1, alone, None)
+    change = estimator.estimate(torch.tensor(1), 0.1, alone, None, NORM)
     shorter = min(own.double().square().sum(), last.double().square().sum())
     assert literal_paper(own.double(), last.double(), 0.1) == pytest.approx(-0.1 * float(shorter))
     assert float(change[0, 0]) == pytest.approx(-0.1 * float(shorter), rel=1e-5)
