@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a machine with Python alone to the engine's main job: make a small pool and a small base model, prepare the pool, and
-# compare LEAD with random selection at equal budget over several seeds. Needs no data, no GPU and, once installed, no network.
+# From a machine with Python alone to the engine's main job: make a small pool and a small model to tune, prepare the pool, and
+# compare LEAD with random selection at equal budget over three seeds. Needs no data, no GPU and, once installed, no network.
 #
 #   scripts/quickstart.sh           go on with what is there; what is complete is reused
 #   scripts/quickstart.sh --fresh   delete runs/quickstart and start anew
@@ -35,18 +35,30 @@ step() {
     }
 }
 
+make_pool() { # title, folder, further flags
+    [ -e "$place/$2/pool.jsonl" ] && [ -e "$place/$2/text.txt" ] || step "$1" make-pool --out "$place/$2" "${@:3}"
+}
+
 SECONDS=0
-if [ ! -e "$place/data/pool.jsonl" ] || [ ! -e "$place/data/text.txt" ]; then
-    step "1/4 a pool of instructions about a made-up world, and text to pre-train on" \
-        make-pool --out "$place/data" --seed 0
-fi
-step "2/4 a base model of 1M parameters" \
+make_pool "1/6 the pool: instructions about a made-up world, and text to pre-train on" data --seed 0
+make_pool "2/6 a smaller pool about another world, to teach the model what an instruction is" data-first --seed 1 --samples 2000
+
+step "3/6 a base model of 1M parameters, from the text" \
     pretrain --text "$place/data/text.txt" --model scratch:tiny --out "$place/base" --resume \
     --vocab-size 1024 --block 256 --epochs 3 --batch.capacity 1024 --optimizer.lr 3e-3
-step "3/4 tokens, difficulty, clusters and initial utility of the pool" \
-    prepare --pool "$place/data/pool.jsonl" --model "$place/base/model" --out "$place/prepared" \
-    --max-length 256 --batch.capacity 1024
-step "4/4 lead and random, equal budget, three seeds" \
+
+# A base that has never seen an instruction mostly learns the format, and its uncertainty says little about the samples.
+step "4/6 a first instruction tuning: the first pool, prepared ..." \
+    prepare --pool "$place/data-first/pool.jsonl" --model "$place/base/model" --out "$place/prepared-first" \
+    --max-length 256 --clusters 1 --warmup-share 0 --batch.capacity 1024
+step "... and trained once" \
+    train --pool "$place/prepared-first" --model "$place/base/model" --out "$place/tuned" --method full --resume \
+    --batch.capacity 512 --optimizer.lr 1e-3
+
+step "5/6 the pool: tokens, difficulty, clusters and initial utility" \
+    prepare --pool "$place/data/pool.jsonl" --model "$place/tuned/model" --out "$place/prepared" \
+    --max-length 256 --warmup-share 0.02 --batch.capacity 1024
+step "6/6 lead and random at equal budget, three seeds" \
     compare --config scripts/quickstart.yaml --out "$place/study"
 
 page="$place/study/report/index.html"

@@ -12,7 +12,7 @@ PIECE = 32
 
 
 def _project(rows_TH: Tensor, matrix_Hq: Tensor) -> Tensor:
-    """rows @ matrix in the rows' dtype, handed on in fp32. The matrix is rounded too: the same for all rows, so that products still agree."""
+    """rows @ matrix in the rows' dtype, handed on in fp32. The matrix is rounded to it as well, for every sample alike."""
     matrix_Hq = matrix_Hq.to(rows_TH.dtype)
     if rows_TH.dtype in (torch.float16, torch.bfloat16) and rows_TH.device.type != "cpu":
         return torch.mm(rows_TH, matrix_Hq, out_dtype=torch.float32)

@@ -180,9 +180,9 @@ def linear_cross_entropy(
 
     hidden: [T, H] and weight: [V, H], one dtype (bf16, fp16, fp32; float64 for tests); targets: int64 [T]; bias: [V].
     sample_ids: int64 [T], non-decreasing, in [0, num_samples); or cu_seqlens: integers [>= num_samples + 1], rows of each sample.
-    token_weight: float, 0-d or [T]; by default 1 / counted rows, the mean. softcap: c tanh(x / c). chunk_bytes: the most bytes of a block of
-    fp32 logits (at least one row is taken), 64 MiB by default on a CPU, 512 MiB elsewhere; on a GPU two such blocks, and half a one for
-    bf16 and fp16, are alive at a time, on a CPU about one.
+    token_weight: float, 0-d or [T]; by default 1 / counted rows, the mean. softcap: c, for c tanh(x / c). chunk_bytes: the most bytes of
+    a block of fp32 logits (at least one row is taken), 64 MiB by default on a CPU, 512 MiB elsewhere; on a GPU two such blocks, and half
+    a one for bf16 and fp16, are alive at a time, on a CPU about one.
 
     loss = sum_t token_weight_t * ((1 - s) NLL_t + s (lse_t - mean_j z_tj) + z_loss * lse_t^2); `token_nll` and `sample_nll` are the plain
     NLL. Only `loss` is differentiable: with respect to hidden, weight and bias, once, each only where it requires a gradient. The

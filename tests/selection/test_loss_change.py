@@ -394,7 +394,7 @@ def test_estimates_never_look_at_the_device(blind, change, form):
                     result = HeadLoss(w.sum(), hidden.sum(1), w, counts, torch.ones(B, Q, Q, device=device))
                     estimator.collect(result, w, hidden, hidden, slots)
                 measured = w.sum() if estimator.wants_first_order(3 * round + step) else None
-                estimate = estimator.estimate(arm, 0.1, lambda tensor: tensor.mul_(2), measured, NORM)
+                estimate = estimator.estimate(arm, 0.1, lambda tensor: tensor.mul_(2), measured, w.sum())
                 assert estimate.shape == (2, B)
                 assert estimate.device.type == device
             estimator.finish_round(arm)

@@ -1,0 +1,173 @@
+"""Slow and obvious versions of the operators: what the tests compare with, in whatever precision they are given (float64, mostly).
+
+Loops over samples, dense [T, V] logits, Python arithmetic. Each has the arguments and the result of the operator of the same name.
+"""
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from lead_kernels.gather_batch import PackedBatch
+from lead_kernels.linear_cross_entropy import HeadLoss
+from lead_kernels.pack_plan import PackedPlan
+
+
+def segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
+    return torch.stack([values[sample_ids == sample].sum(0) for sample in range(num_samples)])
+
+
+def gradient_signature(
+    hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, sample_ids: Tensor, num_samples: int
+) -> Tensor:
+    out = hidden.new_zeros(num_samples, left.shape[1], right.shape[1])
+    for sample in range(num_samples):
+        rows = (sample_ids == sample).nonzero().flatten().tolist()
+        for row in rows:
+            out[sample] += torch.outer(left.t() @ hidden_grad[row], right.t() @ hidden[row]) / len(rows)
+    return out
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    sample_ids: Tensor,
+    num_samples: int,
+    token_weight: Tensor | float | None = None,
+    signature: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+) -> HeadLoss:
+    def row_nll(states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = states @ weight.t() if bias is None else states @ weight.t() + bias
+        logits = logits * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        lse = torch.logsumexp(logits, -1)
+        return lse - logits.gather(1, targets[kept][:, None]).squeeze(1), torch.stack([lse, logits.mean(-1)])
+
+    kept = targets != ignore_index
+    nll, (lse, mean_logit) = row_nll(hidden[kept])
+    objective = nll
+    if label_smoothing:
+        objective = (1 - label_smoothing) * nll + label_smoothing * (lse - mean_logit)
+    if z_loss:
+        objective = objective + z_loss * lse**2
+    if token_weight is None:
+        token_weight = 1.0 / max(int(kept.sum()), 1)
+    if isinstance(token_weight, Tensor) and token_weight.dim() == 1:
+        token_weight = token_weight[kept]
+    token_nll = torch.zeros_like(hidden[:, 0]).masked_scatter(kept, nll.detach())
+
+    samples = sample_ids[kept]
+    sample_tokens = torch.stack([(samples == sample).sum() for sample in range(num_samples)])
+    sample_nll = segment_reduce(token_nll, sample_ids, num_samples) / sample_tokens.clamp(min=1)
+    phi = None
+    if signature is not None:
+        states = hidden[kept].detach().requires_grad_()
+        with torch.enable_grad():
+            (errors,) = torch.autograd.grad(row_nll(states)[0].sum(), states)
+        phi = gradient_signature(states.detach(), errors, *signature, samples, num_samples)
+    return HeadLoss((token_weight * objective).sum(), token_nll, sample_nll, sample_tokens, phi)
+
+
+def grad_inner_product(
+    hidden: Tensor, hidden_grad: Tensor, mean_grad: Tensor, sample_ids: Tensor, num_samples: int, sample_weight: Tensor
+) -> Tensor:
+    out = hidden.new_zeros(num_samples)
+    for sample in range(num_samples):
+        rows = sample_ids == sample
+        weighted_gradient = hidden_grad[rows].t() @ hidden[rows]  # w_i m_i
+        if sample_weight[sample] != 0:
+            out[sample] = (weighted_gradient * mean_grad).sum() / sample_weight[sample]
+    return out
+
+
+def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+    entries = []
+    for label in range(num_tasks):
+        members = [i for i in range(len(utility)) if eligible[i] and task[i] == label]
+        members.sort(key=lambda i: (-float(utility[i]), i))
+        entries += [(Fraction(2 * rank + 1, 2 * len(members)), label, i) for rank, i in enumerate(members)]
+    order = [i for _, _, i in sorted(entries)][:k]
+    return torch.tensor(order + [len(utility)] * (k - len(order)), dtype=torch.int64)
+
+
+def pack_plan(
+    order: Tensor, lengths: Tensor, *, num_bins: int, capacity: int, slots: int, max_tokens: int | Tensor | None = None
+) -> PackedPlan:
+    num_samples, budget = len(lengths), float("inf") if max_tokens is None else int(max_tokens)
+    bins: list[list[int]] = [[]]
+    for sample in order.tolist():
+        if sample == num_samples or sum(int(lengths[i]) for b in bins for i in b) + int(lengths[sample]) > budget:
+            break
+        if len(bins[-1]) == slots or sum(int(lengths[i]) for i in bins[-1]) + int(lengths[sample]) > capacity:
+            bins.append([])
+        if len(bins) > num_bins:
+            break
+        bins[-1].append(sample)
+    bins = (bins + [[]] * num_bins)[:num_bins]
+    ids = torch.tensor([b + [num_samples] * (slots - len(b)) for b in bins], dtype=torch.int64)
+    return PackedPlan(ids, torch.tensor([sum(int(lengths[i]) for i in b) for b in bins], dtype=torch.int64))
+
+
+def gather_batch(
+    tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, *, capacity: int, num_rows: int
+) -> PackedBatch:
+    num_samples, slots = len(offsets) - 1, len(sample_ids)
+    input_ids, position_ids, cu_seqlens, rows, targets, row_slots = [], [], [0], [], [], []
+    for slot, sample in enumerate(sample_ids.tolist()):
+        span = range(int(offsets[sample]), int(offsets[sample + 1])) if sample < num_samples else range(0)
+        for local, source in enumerate(span):
+            if local > 0 and response[source]:
+                rows.append(len(input_ids) - 1)
+                targets.append(int(tokens[source]))
+                row_slots.append(slot)
+            input_ids.append(int(tokens[source]))
+            position_ids.append(local)
+        cu_seqlens.append(len(input_ids))
+    tail, padding = capacity - len(input_ids), num_rows - len(rows)
+    cu_seqlens.append(capacity)
+    input_ids, position_ids = input_ids + [0] * tail, position_ids + list(range(tail))
+    rows, targets, row_slots = rows + [capacity - 1] * padding, targets + [-100] * padding, row_slots + [slots - 1] * padding
+    long = [torch.tensor(x, dtype=torch.int64) for x in (input_ids, position_ids, rows, targets, row_slots)]
+    return PackedBatch(long[0], long[1], torch.tensor(cu_seqlens, dtype=torch.int32), *long[2:], sample_ids)
+
+
+def idu_update(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float) -> None:
+    for sample, value, delta in zip(sample_ids.flatten().tolist(), loss.flatten(), change.flatten(), strict=True):
+        if sample < len(utility) - 1:
+            utility[sample] = (1 - smoothing) * (value + delta) + smoothing * utility[sample]
+            visits[sample] += 1
+
+
+def exp3_probabilities(log_weights: Tensor, available: Tensor, gamma: float) -> Tensor:
+    weights = torch.exp(log_weights)
+    probabilities = ((1 - gamma) * weights / weights.sum() + gamma / len(weights)) * available
+    return probabilities / probabilities.sum()
+
+
+def exp3_update(
+    log_weights: Tensor, probabilities: Tensor, arm: Tensor, reward: Tensor, gamma: float, alpha: float = 0.0
+) -> Tensor:
+    weights, num_arms = torch.exp(log_weights), len(log_weights)
+    new = weights.clone()
+    new[arm] *= torch.exp(gamma / num_arms * reward / probabilities[arm])
+    new = new + torch.e * alpha / num_arms * weights.sum()
+    return torch.log(new / new.max())
+
+
+def draw_arm(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    rest = float(uniform) * float(probabilities.sum())
+    for arm, probability in enumerate(probabilities.tolist()):
+        if rest < probability:
+            return torch.tensor(arm)
+        rest -= probability
+    raise ValueError("no arm has a positive probability")
