@@ -2,9 +2,9 @@
 
     python bench/loss_change_fidelity.py --pool PREPARED --model MODEL
 
-Trains `lead` as a user would; every few steps the samples of the step are scored before and after it by a forward pass of their own, and the seen change is
-compared with the change that the selector was given: Spearman and Pearson correlation within the step, and over all steps the slope and the error of "loss after the step" with and without dL.
-All runs below see the same samples in the first step; afterwards each follows its own selection.
+Trains `lead` as a user would; the samples of every step are scored before and after it by forward passes of their own, and the change
+seen is compared with the dL that the selector was given: Spearman and Pearson correlation within a step, and over all steps the slope and
+the error of "loss after the step" with and without dL. The learning rate is constant. Each run follows its own selection.
 """
 from __future__ import annotations
 
@@ -60,10 +60,9 @@ def follow(engine: Engine, lr: float, rounds: int, settle: int) -> dict[str, flo
         engine.selector.finish_round(plan)
         engine.change.finish_round(plan.cluster)
     p, a = np.concatenate(predicted), np.concatenate(seen)
-    mean = (lambda values: float(np.mean(values)) if values else None)
     return {
-        "spearman_within_step": mean(rank_correlation),
-        "pearson_within_step": mean(linear),
+        "spearman_within_step": float(np.mean(rank_correlation)) if rank_correlation else None,
+        "pearson_within_step": float(np.mean(linear)) if linear else None,
         "pearson_pooled": float(np.corrcoef(p, a)[0, 1]),
         "slope": float((p * a).sum() / (p * p).sum()),
         "rmse_with": float(((a - p) ** 2).mean() ** 0.5),

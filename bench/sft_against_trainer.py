@@ -2,10 +2,10 @@
 
     python bench/sft_against_trainer.py --pool PREPARED --model MODEL
 
-Both train the same model (fp32 master weights) on the same packed micro-batches of the same samples, AdamW, one micro-batch a step, in the same precision, in turns within
-one process. Trainer gets what its users would give it for padding-free batches: input_ids, labels, and position_ids that restart at every sample, with `sdpa` (which masks by
-position_ids; flash-attn's varlen path where installed). Times are whole training loops over the same steps, data preparation of either outside; the losses of the first
-steps are compared, to show that the work is the same.
+Both train the same model (fp32 master weights) on the same packed micro-batches of the same samples, AdamW, one micro-batch a step, in the
+same precision, in turns within one process. Trainer gets what its users would give it for padding-free batches: input_ids, labels, and
+position_ids that restart at every sample, with `sdpa`, which masks by position_ids. Times are whole steps of either loop, ours with its
+gathering and selection, Trainer's with its data loader; the losses of the first steps are printed, to show that the work is the same.
 """
 from __future__ import annotations
 
@@ -125,8 +125,10 @@ def main() -> None:
             lines.append({"ours_tokens_per_second": total / (mine * len(tokens)), "trainer_tokens_per_second": total / len(tokens) / each})
             ratios.append(each / mine)
             print(lines[-1], ratios[-1], flush=True)
-    result = {"ratio_median": statistics.median(ratios), "ratios": ratios, "runs": lines, "first_losses": {"ours": losses, "trainer": their_losses}}
-    write("sft_against_trainer", {"model": flags.model, "capacity": flags.capacity, "precision": str(dtype), "result": result}, flags.out)
+    first = {"ours": losses, "trainer": their_losses}
+    result = {"ratio_median": statistics.median(ratios), "ratios": ratios, "runs": lines, "first_losses": first}
+    setting = {"model": flags.model, "capacity": flags.capacity, "precision": str(dtype)}
+    write("sft_against_trainer", {**setting, "result": result}, flags.out)
 
 
 if __name__ == "__main__":

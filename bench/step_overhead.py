@@ -2,23 +2,42 @@
 
     python bench/step_overhead.py --pool PREPARED --model MODEL
 
-Three engines take turns, a round each, in an order that rotates, so that whatever else the machine does hits all alike: `random` (loss only), `lead`
-with loss_change none (bandit, top-k, U), and `lead` as by default (also the gradient sketch and its calibration). Time is counted per token trained,
-because rounds differ a little in length. The result is the ratio of medians over rounds, with the spread of the paired ratios.
+Three engines take turns, a round each, in an order that rotates, so that whatever else the machine does hits all alike: `random` (loss
+only), `lead` with loss_change none (bandit, top-k, U), and `lead` as by default (also the gradient sketch and its calibration). All train
+the same samples in the same micro-batches: `random`'s plan is given to all three, while each still makes its own. The result is the ratio
+of medians over rounds, with the quartiles of the paired ratios.
 """
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 
+import torch
 from machine import arguments, write
 
 from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
-from lead_engine.training.checkpoint import Progress
+from lead_engine.selection.selector import Plan
 from lead_engine.training.distributed import process_group
+from lead_engine.training.loop import Engine, read_header
 from lead_engine.training.train import build
 
 VARIANTS = {"random": ("random", "none"), "lead, no loss change": ("lead", "none"), "lead": ("lead", "inner")}
+
+
+def one_round(engine: Engine, shared: Plan, number: int, step: int, lr: float) -> float:
+    """Seconds for a round that plans for itself but trains `shared`."""
+    started = time.perf_counter()
+    own = engine.selector.plan(number, 1 << 40)
+    plan = shared._replace(cluster=own.cluster, probabilities=own.probabilities)
+    header = read_header(plan)
+    for place in range(engine.layout.steps):
+        engine.train_step(plan, header, place, step + place, lr)
+    engine.selector.finish_round(plan)
+    engine.change.finish_round(plan.cluster)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -39,16 +58,16 @@ def main() -> None:
                 optimizer=OptimizerConfig(lr=flags.lr),
                 runtime=RuntimeConfig(precision=flags.precision),
             )
-            engine = build(config, ranks).engine
-            running[name] = engine.rounds(Progress(), 1 << 60)
+            running[name] = build(config, ranks).engine
         seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        names = list(VARIANTS)
+        names, step = list(VARIANTS), 0
         for turn in range(flags.rounds + 2):
+            shared = running["random"].selector.plan(turn, 1 << 40)
             for name in names[turn % 3 :] + names[: turn % 3]:
-                done = next(running[name])
+                took = one_round(running[name], shared, turn, step, flags.lr)
                 if turn >= 2:  # the first rounds warm caches up
-                    took = done.after.seconds - done.before.seconds
-                    seconds[name].append(took / (done.after.tokens - done.before.tokens))
+                    seconds[name].append(took / int(shared.tokens.sum()))
+            step += flags.round_steps
     base = seconds["random"]
     result = {
         name: {
@@ -58,7 +77,8 @@ def main() -> None:
         }
         for name, values in seconds.items()
     }
-    write("step_overhead", {"model": flags.model, "capacity": flags.capacity, "rounds": flags.rounds, "precision": flags.precision, "result": result}, flags.out)
+    setting = {"model": flags.model, "capacity": flags.capacity, "rounds": flags.rounds, "round_steps": flags.round_steps}
+    write("step_overhead", {**setting, "precision": flags.precision, "result": result}, flags.out)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def pack_plan(
     order is kept and nobody is passed over. Packing stops before the first sample with which the running total of tokens would exceed
     `max_tokens` (an int, or a 0-d integer tensor on the device), and when the bins are full; all later samples are left out.
 
-    Waste: a bin that is not the last, and not stopped by `slots`, has fewer free places than the length of the sample that opens the next
-    bin, so that two neighbouring bins together hold more than `capacity` tokens.
+    Waste: a bin that is not the last, and not stopped by `slots`, has fewer free places than the sample that opens the next bin is long; on
+    average half of it, that is about E[n^2] / (2 E[n] capacity) of the places for lengths n.
     """
     num_order, num_samples = order.shape[0], lengths.shape[0]
     check_shape("order", order, (num_order,), (torch.int64,))

@@ -35,7 +35,8 @@ def find_model(model: str, flag: str = "--model") -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except Exception as error:  # the hub client raises a dozen types; to the user they are one: not to be had
-        raise UserError(f"{flag} {model}: no such folder, and not found on the hub ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UserError(f"{flag} {model}: no such folder, and not found on the hub ({reason})") from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

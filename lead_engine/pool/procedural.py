@@ -37,8 +37,8 @@ from lead_engine.pool.procedural_world import World, biography, make_world
 LEVEL_SHARES = (0.40, 0.35, 0.25)
 """Levels 1, 2 and 3, of the records that are not trivial."""
 ATTEMPTS = 100
-EXAMPLE_SHARE = 0.45
-"""Of the text: worked examples; the rest is about people."""
+TEXT_SHARES = (0.35, 0.25, 0.40)
+"""Of the text's paragraphs: about people, examples in prose, questions with answers."""
 
 
 class Item(NamedTuple):
@@ -142,13 +142,24 @@ def _text(rng: random.Random, world: World, taken: set[tuple[Any, ...]], size: i
     """Paragraphs, at least `size` bytes, about every person equally often (up to one)."""
     written, names = 0, []
     while written < size:
-        if rng.random() < EXAMPLE_SHARE:
-            paragraph = " ".join(example(rng, taken) for _ in range(5)) + "\n"
-        else:
+        kind = rng.choices(("people", "examples", "questions"), TEXT_SHARES)[0]
+        if kind == "people":
             names = names or rng.sample(world.names, len(world.names))
-            paragraph = biography(rng, world, names.pop()) + "\n"
-        written += len(paragraph)
-        yield paragraph
+            paragraph = biography(rng, world, names.pop())
+        elif kind == "examples":
+            paragraph = " ".join(example(rng, taken) for _ in range(5))
+        else:
+            paragraph = " ".join(_answered(rng, world, taken) for _ in range(4))
+        written += len(paragraph) + 1
+        yield paragraph + "\n"
+
+
+def _answered(rng: random.Random, world: World, taken: set[tuple[Any, ...]]) -> str:
+    """A question with its answer, in one line; without these, a model this small does not heed an instruction at all."""
+    while True:
+        question = rng.choice(list(TASKS.values()))(rng, world, rng.randrange(4))
+        if question.key not in taken and "\n" not in question.output:
+            return f"Question: {question.instruction} {question.input} Answer: {question.output}".replace("  ", " ")
 
 
 def _lines(split: str, items: list[Item]) -> Iterator[str]:

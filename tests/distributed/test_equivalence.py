@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 BASE = [
-    "--budget", "0.5", "--batch.capacity", "64", "--batch.micro-batches", "8", "--selection.round-steps", "2", "--selection.sketch-dim", "8",
-    "--selection.calibrate-every", "2", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
+    "--budget", "0.5", "--batch.capacity", "64", "--batch.micro-batches", "8", "--selection.round-steps", "2",
+    "--selection.sketch-dim", "8", "--selection.calibrate-every", "2", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
 ]  # fmt: skip
 VARIANTS = {
     "full weights, sketch": [],

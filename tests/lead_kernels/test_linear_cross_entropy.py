@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lead_kernels import linear_cross_entropy, reference
 from torch import Tensor
+
+from lead_kernels import linear_cross_entropy, reference
 
 T, H, V, B, Q = 75, 24, 131, 7, 5
 CHUNK = 4 * V * 16  # 16 rows: five chunks, none of them full
@@ -52,8 +53,10 @@ def run(function: Any, case: dict[str, Tensor], upstream: float = 1.0, **options
 
 
 def assert_same(ours: tuple[Any, list[Tensor]], expected: tuple[Any, list[Tensor]], tolerance: float = 1e-12) -> None:
-    for name, a, b in zip((*ours[0]._fields, "dhidden", "dweight", "dbias"), (*ours[0], *ours[1]), (*expected[0], *expected[1]), strict=True):
-        torch.testing.assert_close(a, b.to(a.dtype), rtol=tolerance, atol=tolerance * float(b.abs().max() + 1), msg=lambda m, n=name: f"{n}: {m}")
+    names = (*ours[0]._fields, "dhidden", "dweight", "dbias")[: 5 + len(ours[1])]
+    for name, a, b in zip(names, (*ours[0], *ours[1]), (*expected[0], *expected[1]), strict=True):
+        scale = float(b.detach().abs().max()) + 1
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -81,16 +84,15 @@ def test_tiles_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, dtype:
 
 def test_reference_and_operator_pass_gradcheck() -> None:
     case = make_case()
-    rows = slice(0, 12)
-    leaves = tuple(case[name].detach()[rows].clone().requires_grad_() for name in ("hidden", "weight", "bias"))
-    targets, ids = case["targets"][rows] % 12, case["sample_ids"][rows]
+    few = case["hidden"][:8, :5], case["weight"][:9, :5], case["bias"][:9]
+    leaves = tuple(x.detach().clone().requires_grad_() for x in few)
+    targets, ids = case["targets"][:8] % 9, case["sample_ids"][:8]
     targets[3] = -100
     for function in (reference.linear_cross_entropy, linear_cross_entropy):
 
         def loss(h: Tensor, w: Tensor, b: Tensor, function: Any = function) -> Tensor:
             return function(h, w, targets, sample_ids=ids, num_samples=B, bias=b, softcap=3.0, label_smoothing=0.2, z_loss=0.05).loss
 
-        # the operator hands out gradients of its own; its float64 weights 1/n are exact
         assert torch.autograd.gradcheck(loss, leaves)
 
 
@@ -107,12 +109,13 @@ def test_matches_torch_cross_entropy_with_all_rows_counted() -> None:
 def test_cu_seqlens_is_the_same_as_sample_ids(form: str) -> None:
     case = make_case()
     signature = (case["P"], case["Q"])
-    ids = linear_cross_entropy(case["hidden"], case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B, signature=signature)
+    leading = case["hidden"], case["weight"], case["targets"]
+    ids = linear_cross_entropy(*leading, sample_ids=case["sample_ids"], num_samples=B, signature=signature)
     cu = torch.tensor([0, 9, 9, 10, 40, 40, 65, 75], dtype=torch.int32)
-    by_cu = linear_cross_entropy(case["hidden"], case["weight"], case["targets"], cu_seqlens=cu, num_samples=B, signature=signature)
+    by_cu = linear_cross_entropy(*leading, cu_seqlens=cu, num_samples=B, signature=signature)
     for a, b in zip(ids, by_cu, strict=True):
         assert torch.equal(a, b)
-    fewer = linear_cross_entropy(case["hidden"], case["weight"], case["targets"], cu_seqlens=cu, num_samples=B - 2, signature=signature)
+    fewer = linear_cross_entropy(*leading, cu_seqlens=cu, num_samples=B - 2, signature=signature)
     assert torch.equal(fewer.sample_nll, ids.sample_nll[: B - 2])
     torch.testing.assert_close(fewer.signature, ids.signature[: B - 2])  # the rows after the last sample belong to nobody
 
@@ -235,7 +238,8 @@ def test_only_the_loss_carries_a_gradient_and_only_once() -> None:
     (second,) = torch.autograd.grad(3 * loss, hidden)
     torch.testing.assert_close(second, 3 * first)
     loss = linear_cross_entropy(hidden, case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B).loss
-    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss * factor, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 

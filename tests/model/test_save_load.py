@@ -116,7 +116,7 @@ def test_damaged_weights_are_named(damage: str, make_model, tmp_path: Path) -> N
         if damage == "missing tensor":
             del tensors[name]
         save_file(tensors, file)
-    with pytest.raises(UserError, match="model.safetensors|up_proj") as refused:
+    with pytest.raises(UserError, match=r"model\.safetensors|up_proj") as refused:
         build(folder)
     assert str(folder) in str(refused.value)
 

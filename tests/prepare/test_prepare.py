@@ -25,10 +25,11 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("records") / "pool.jsonl"
-    words = "a few words are enough for merges".split()
+    words = ["a", "few", "words", "are", "enough", "for", "merges"]
     with path.open("w") as file:
         for i in range(120):
-            record = {"id": f"r{i}", "dataset": "ab"[i % 2], "instruction": f"{words[i % 7]} {i}", "output": " ".join(words[: 1 + i % 5]) + f" {i}"}
+            answer = " ".join(words[: 1 + i % 5]) + f" {i}"
+            record = {"id": f"r{i}", "dataset": "ab"[i % 2], "instruction": f"{words[i % 7]} {i}", "output": answer}
             file.write(json.dumps(record) + "\n")
     return path
 
@@ -81,7 +82,8 @@ def test_scores_are_those_of_a_plain_forward_pass(run_cli, records: Path, make_m
 def test_killed_and_run_again_gives_the_same(run_cli, records: Path, make_model, tmp_path: Path) -> None:
     model, whole, parted = make_model("llama"), tmp_path / "whole", tmp_path / "parted"
     assert prepare(run_cli, records, model, whole, "--warmup-share", "0.1").returncode == 0
-    line = [sys.executable, "-m", "lead_engine", "prepare", "--pool", records, "--model", model, "--out", parted, *OPTIONS, "--warmup-share", "0.1"]
+    line = [sys.executable, "-m", "lead_engine", "prepare", "--pool", records, "--model", model, "--out", parted]
+    line += [*OPTIONS, "--warmup-share", "0.1"]
     process = subprocess.Popen([str(part) for part in line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(parted.glob("stages/base/*.safetensors")) and time.monotonic() < deadline:

@@ -85,7 +85,8 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(make_pool, make_model, tmp_pat
 
 def test_a_run_is_not_overwritten_and_not_resumed_under_other_options(make_pool, make_model, run_cli, tmp_path: Path) -> None:
     pool, model, out = make_pool(samples=60), make_model("llama"), tmp_path / "run"
-    arguments = ["train", "--pool", pool, "--model", model, "--out", out, "--budget", "0.2", "--batch.capacity", "64", "--optimizer.lr", "1e-3"]
+    arguments = ["train", "--pool", pool, "--model", model, "--out", out, "--budget", "0.2", "--batch.capacity", "64"]
+    arguments += ["--optimizer.lr", "1e-3"]
     first = run_cli(*arguments)
     assert first.returncode == 0, first.stderr
     before = (out / "metrics.jsonl").read_bytes()

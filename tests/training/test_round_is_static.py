@@ -48,15 +48,15 @@ def blind(thing: object, mode: FakeTensorMode) -> object:
         return tuple(blind(part, mode) for part in thing)
     if type(thing).__module__.startswith("lead_engine") and not isinstance(thing, torch.nn.Module):
         for name, value in vars(thing).items():
-            setattr(thing, name, blind(value, mode)) if not isinstance(value, (int, float, str, SelectionConfig, Layout)) else None
+            if not isinstance(value, (SelectionConfig, Layout)):
+                setattr(thing, name, blind(value, mode))
     return thing
 
 
 def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode) -> Engine:
     """Built on real tensors (a constructor may check values), then blinded."""
-    state = PoolState(
-        torch.rand(SAMPLES), torch.rand(SAMPLES), torch.arange(SAMPLES) % 3, torch.arange(SAMPLES) % 2, torch.zeros(SAMPLES).bool(), ["a", "b"], 3
-    )
+    places, dropped = torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.bool)
+    state = PoolState(torch.rand(SAMPLES), torch.rand(SAMPLES), places % 3, places % 2, dropped, ["a", "b"], 3)
     lengths = torch.full((SAMPLES,), LENGTH)
     selector = Selector(state, lengths, lengths - 1, method="lead", config=options, layout=LAYOUT, seed=0, device=DEVICE)
     config = AutoConfig.from_pretrained(folder)

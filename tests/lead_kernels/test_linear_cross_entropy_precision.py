@@ -1,0 +1,149 @@
+"""bf16 and fp16: the head's error against float64 is at most 1.2 times that of unfused PyTorch in the same precision."""
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lead_kernels import gradient_signature, linear_cross_entropy
+
+T, H, V, B, Q = 301, 48, 777, 6, 8
+EPSILON = 2e-6  # relative; below it, both are exact for every purpose
+LOW = [torch.bfloat16, torch.float16]
+
+
+def case(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(T, H, generator=g).to(dtype)
+    weight = (0.5 * torch.randn(V, H, generator=g)).to(dtype)
+    weight[: V // 8] *= 3  # some rows with confident predictions
+    return hidden, weight, torch.randint(0, V, (T,), generator=g), torch.arange(T) * B // T
+
+
+def unfused(hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor) -> dict[str, Tensor]:
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    nll = F.cross_entropy((hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)), targets, reduction="none")
+    loss = (nll * token_weight).sum()
+    loss.backward()
+    return {"loss": loss.detach(), "token_nll": nll.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
+
+
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor, chunk_bytes: int) -> dict[str, Tensor]:
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = linear_cross_entropy(hidden, weight, targets, cu_seqlens=torch.tensor([0, T]), num_samples=1, token_weight=token_weight,
+                               chunk_bytes=chunk_bytes)  # fmt: skip
+    out.loss.backward()
+    return {"loss": out.loss.detach(), "token_nll": out.token_nll, "dhidden": hidden.grad, "dweight": weight.grad}
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("weights", ["scalar", "rows"])
+@pytest.mark.parametrize("chunk_rows", [10_000, 64])
+@pytest.mark.parametrize("dtype", LOW)
+def test_error_is_that_of_unfused_pytorch(form: str, dtype: torch.dtype, chunk_rows: int, weights: str) -> None:
+    hidden, weight, targets, _ = case(dtype)
+    token_weight = torch.tensor(1.0 / 300) if weights == "scalar" else torch.rand(T, generator=torch.Generator().manual_seed(5)) / T
+    exact = unfused(hidden.double(), weight.double(), targets, token_weight.double())
+    theirs = unfused(hidden, weight, targets, token_weight)
+    mine = ours(hidden, weight, targets, token_weight, 4 * V * chunk_rows)
+    assert mine["token_nll"].dtype == mine["loss"].dtype == torch.float32
+    assert mine["dhidden"].dtype == mine["dweight"].dtype == dtype
+    for name in exact:
+        assert error(mine[name], exact[name]) <= 1.2 * error(theirs[name], exact[name]) + EPSILON, name
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_frozen_weight(dtype: torch.dtype) -> None:
+    hidden, weight, targets, _ = case(dtype)
+    leaf = hidden.clone().requires_grad_()
+    linear_cross_entropy(leaf, weight, targets, cu_seqlens=torch.tensor([0, T]), num_samples=1).loss.backward()
+    exact = unfused(hidden.double(), weight.double(), targets, torch.tensor(1.0 / T))["dhidden"]
+    assert error(leaf.grad, exact) <= 1.2 * error(unfused(hidden, weight, targets, torch.tensor(1.0 / T))["dhidden"], exact) + EPSILON
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_signature_error(form: str, dtype: torch.dtype) -> None:
+    hidden, weight, targets, ids = case(dtype)
+    g = torch.Generator().manual_seed(2)
+    left, right = torch.randn(H, Q, generator=g) / Q**0.5, torch.randn(H, Q, generator=g) / Q**0.5
+
+    def phi(errors: Tensor, p: Tensor, q: Tensor, states: Tensor) -> Tensor:  # every operand and product in the states' precision
+        rows = [(errors[ids == b] @ p).t() @ (states[ids == b] @ q) / int((ids == b).sum()) for b in range(B)]
+        return torch.stack(rows)
+
+    exact_e = unfused(hidden.double(), weight.double(), targets, torch.ones(()).double())["dhidden"]
+    exact = phi(exact_e, left.double(), right.double(), hidden.double())
+    theirs = phi(unfused(hidden, weight, targets, torch.ones(()))["dhidden"], left.to(dtype), right.to(dtype), hidden)
+    mine = linear_cross_entropy(hidden, weight, targets, sample_ids=ids, num_samples=B, signature=(left, right)).signature
+    assert mine.dtype == torch.float32
+    assert error(mine, exact) <= 1.2 * error(theirs, exact) + EPSILON
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_small_target_gradient_survives(form: str, dtype: torch.dtype) -> None:
+    """1 - p_y = 6.7e-4, which vanishes in bf16 if p_y is rounded before the one-hot is subtracted."""
+    hidden = torch.ones(5, 1, dtype=dtype, requires_grad=True)
+    weight = torch.tensor([[8.0], [0.0], [0.0]], dtype=dtype)
+    targets = torch.zeros(5, dtype=torch.int64)
+    out = linear_cross_entropy(hidden, weight, targets, cu_seqlens=torch.tensor([0, 5]), num_samples=1, token_weight=1.0)
+    out.loss.backward()
+    p = torch.softmax(weight.double().flatten(), 0)
+    torch.testing.assert_close(hidden.grad.double(), (8 * (p[0] - 1)).expand(5, 1), rtol=2**-7, atol=0)
+
+
+def test_upstream_gradient_is_not_rounded_before_it_scales() -> None:
+    """A loss scale or a 1/denominator has more digits than bf16: it must enter in fp32."""
+    hidden, weight, targets, _ = case(torch.bfloat16)
+
+    def grad_at(scale: float) -> tuple[Tensor, Tensor]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        (linear_cross_entropy(h, w, targets, cu_seqlens=torch.tensor([0, T]), num_samples=1).loss * scale).backward()
+        return h.grad.double(), w.grad.double()
+
+    for at_one, at_third in zip(grad_at(1.0), grad_at(1.0 + 1 / 300), strict=True):
+        ratio = float((at_third * at_one).sum() / at_one.square().sum())
+        assert abs(ratio - (1 + 1 / 300)) < 4e-4  # 1 + 1/300 itself rounds to 1 or 1 + 1/128 in bf16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_intermediate_is_larger_than_a_chunk(recorder: Callable, form: str, dtype: torch.dtype) -> None:
+    rows, width, vocabulary, budget = 600, 8, 1024, 65536  # 16 rows of fp32 logits; hidden and weight are smaller than that
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=g).to(dtype).requires_grad_()
+    targets, ids = torch.randint(0, vocabulary, (rows,), generator=g), torch.arange(rows) * 9 // rows
+    targets[::7] = -100
+    for options in ({}, {"softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.1, "logit_scale": 0.5}):
+        with recorder() as record:
+            linear_cross_entropy(hidden, weight, targets, sample_ids=ids, num_samples=9, chunk_bytes=budget, **options,
+                                 signature=(torch.randn(width, 4), torch.randn(width, 4))).loss.backward()  # fmt: skip
+        assert record.largest <= budget
+    with recorder() as record:
+        unfused(hidden.detach(), weight.detach(), targets.clamp(min=0), torch.tensor(1.0))
+    assert record.largest >= rows * vocabulary * hidden.element_size()  # the recorder does see a [T, V] tensor
+
+
+def test_chunk_rows_follow_the_budget() -> None:
+    chunk_rows = importlib.import_module("lead_kernels.head_chunks").chunk_rows
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert chunk_rows(64 * 2**20, 32_000, gpu) == 524
+    assert chunk_rows(512 * 2**20, 131_072, gpu) == 1024
+    assert chunk_rows(64 * 2**20, 4096, cpu) == 1024
+    assert chunk_rows(1, 4096, cpu) == 1
+
+
+def test_signature_function_rounds_like_the_head() -> None:
+    hidden, weight, targets, ids = case(torch.bfloat16)
+    left, right = torch.randn(H, Q), torch.randn(H, Q)
+    leaf = hidden.clone().requires_grad_()
+    out = linear_cross_entropy(leaf, weight, targets, sample_ids=ids, num_samples=B, token_weight=1.0, signature=(left, right))
+    out.loss.backward()
+    assert torch.equal(gradient_signature(hidden, leaf.grad, left, right, ids, B), out.signature)
