@@ -21,8 +21,8 @@ place=runs/quickstart
 if [ -n "$fresh" ]; then
     rm -rf "$place"
 fi
-# The models are so small that more threads only wait for each other.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# The models are so small that several threads mostly wait for each other; on a busy machine they crawl.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 step() {
     echo
