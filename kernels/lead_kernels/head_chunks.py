@@ -53,6 +53,19 @@ class HeadRows(NamedTuple):
     dbias_V: Tensor | None
 
 
+def _split(rows: int, most: int) -> list[slice]:
+    """Equal parts of at most `most` rows: a short last one would make a thin product."""
+    count = -(-rows // most) if rows else 0
+    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+def _wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b: on a GPU the fp32 accumulator itself, on a CPU, which does not hand it out, rounded to the operands' dtype."""
+    if a.dtype in (torch.float16, torch.bfloat16) and a.device.type != "cpu":
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out=out)
+
+
 class _Buffers:
     """The blocks of a pass, used again by every chunk and tile.
 
@@ -71,12 +84,9 @@ class _Buffers:
         self.probabilities = self.products.new_empty(self.tile_rows, vocabulary, dtype=self.wide)
 
     def project(self, hidden_CH: Tensor, weight_VH: Tensor) -> None:
-        """h W^T of a chunk, in fp32 where the device allows, rounded to the inputs' dtype on a CPU."""
-        rows = hidden_CH.shape[0]
-        if self.in_place or self.on_cpu:
-            torch.mm(hidden_CH, weight_VH.t(), out=self.products[:rows])
-        else:
-            torch.mm(hidden_CH, weight_VH.t(), out_dtype=torch.float32, out=self.logits[:rows])
+        """h W^T of a chunk, in fp32 where the device allows."""
+        out = self.products if self.in_place or self.on_cpu else self.logits
+        _wide_product(hidden_CH, weight_VH.t(), out=out[: hidden_CH.shape[0]])
 
     def tile_logits(self, tile: slice) -> Tensor:
         if self.in_place or not self.on_cpu:
@@ -84,28 +94,29 @@ class _Buffers:
         return self.logits[: tile.stop - tile.start].copy_(self.products[tile])
 
 
+def row_blocks(matrix: Tensor) -> list[slice]:
+    """Blocks of rows for an operation of mixed dtypes: on a CPU, PyTorch first copies whole operands to the wider dtype."""
+    rows, width = matrix.shape[0], matrix.numel() // max(matrix.shape[0], 1)
+    return _split(rows, max(1, CPU_TILE_BYTES // (4 * max(width, 1)))) if matrix.device.type == "cpu" else [slice(0, rows)]
+
+
 class _WeightGradient:
     """sum over chunks of g^T h, in fp32; a single chunk's product is the sum, in whatever dtype it comes."""
 
     def __init__(self, weight_VH: Tensor, num_chunks: int) -> None:
         self.wide = torch.promote_types(weight_VH.dtype, torch.float32)
+        self.rounds = weight_VH.dtype != self.wide and weight_VH.device.type == "cpu"  # products come out in bf16 or fp16
         self.single = num_chunks == 1
-        self.total = None if num_chunks else torch.zeros_like(weight_VH)
+        self.total = None if self.single else torch.zeros_like(weight_VH, dtype=self.wide)
 
     def add(self, g_CV: Tensor, hidden_CH: Tensor) -> None:
-        if g_CV.dtype != self.wide and g_CV.device.type != "cpu":
-            self._add_wide_product(g_CV, hidden_CH)
-        elif self.total is None:
-            part_VH = torch.mm(g_CV.t(), hidden_CH)
-            self.total = part_VH if self.single else part_VH.to(self.wide)
+        if self.total is None:
+            self.total = _wide_product(g_CV.t(), hidden_CH)
+        elif self.rounds:
+            for block in row_blocks(self.total):
+                self.total[block].add_(torch.mm(g_CV[:, block].t(), hidden_CH))
         elif g_CV.dtype == self.wide:
             self.total.addmm_(g_CV.t(), hidden_CH)
-        else:
-            self.total.add_(torch.mm(g_CV.t(), hidden_CH))
-
-    def _add_wide_product(self, g_CV: Tensor, hidden_CH: Tensor) -> None:
-        if self.total is None:
-            self.total = torch.mm(g_CV.t(), hidden_CH, out_dtype=torch.float32)
         else:
             self.total = torch.addmm(self.total, g_CV.t(), hidden_CH, out_dtype=torch.float32)
 
@@ -145,12 +156,6 @@ def chunk_rows(chunk_bytes: int, vocabulary: int, device: torch.device) -> int:
     """Rows whose fp32 logits fill `chunk_bytes`, at least one; on a CPU at most CPU_CHUNK_ROWS."""
     rows = max(1, chunk_bytes // (4 * vocabulary))
     return min(rows, CPU_CHUNK_ROWS) if device.type == "cpu" else rows
-
-
-def _split(rows: int, most: int) -> list[slice]:
-    """Equal parts of at most `most` rows: a short last one would make a thin product."""
-    count = -(-rows // most) if rows else 0
-    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
 class _Pass:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lead_kernels.checks import check_device, check_shape, on_host, without_autocast
 from lead_kernels.gradient_signature import signature_from_bounds
-from lead_kernels.head_chunks import HeadOptions, chunk_rows, head_rows
+from lead_kernels.head_chunks import HeadOptions, chunk_rows, head_rows, row_blocks
 from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
 CHUNK_BYTES_CPU = 64 * 2**20
@@ -76,7 +76,10 @@ def _scaled(values: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> 
     """
     if values is None:
         return None
-    return torch.mul(values, scale, out=torch.empty_like(values, dtype=dtype))
+    out = torch.empty_like(values, dtype=dtype)
+    for block in row_blocks(values):
+        torch.mul(values[block], scale if scale.shape[0] == 1 else scale[block], out=out[block])
+    return out
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, signature: tuple[Tensor, Tensor] | None) -> None:
@@ -237,7 +240,7 @@ def linear_cross_entropy(
         if signature is not None:
             assert out.nll_grad_TH is not None
             taken_bounds = bounds if counted.index is None else before[bounds]
-            phi_BQQ = signature_from_bounds(h_TH, counted._masked(out.nll_grad_TH), *signature, taken_bounds, counts_B)
+            phi_BQQ = signature_from_bounds(h_TH, out.nll_grad_TH, *signature, taken_bounds, counts_B)
         loss_grad_TH = None if out.loss_grad_TH is None or not options.hidden_grad else counted.put(out.loss_grad_TH, rows)
         row_scale = None if row_scale is None else counted.put(row_scale, rows)
 
