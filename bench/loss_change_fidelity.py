@@ -4,10 +4,12 @@
 
 Trains `lead` as a user would; the samples of every step are scored before and after it by forward passes of their own, and the change
 seen is compared with the dL that the selector was given: Spearman and Pearson correlation within a step, and over all steps the slope and
-the error of "loss after the step" with and without dL. The learning rate is constant. Each run follows its own selection.
+the error of "loss after the step" with and without dL. The learning rate is constant. Samples are LEAD's own choice, or, where a run's name
+says so, uniformly random ones: LEAD's are the extremes of their cluster, which is harder.
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +18,20 @@ from machine import arguments, write
 from scipy.stats import spearmanr
 
 from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
+from lead_engine.selection.selector import Selector
 from lead_engine.training.distributed import process_group
 from lead_engine.training.loop import Engine, read_header
 from lead_engine.training.train import build
 
 RUNS = {
-    "sketch q = 64, full": ({}, {}),
-    "sketch q = 128, full": ({"sketch_dim": 128}, {}),
-    "exact, full": ({"inner_form": "exact"}, {}),
-    "paper, full": ({"loss_change": "paper"}, {}),
-    "sketch q = 64, LoRA": ({}, {"rank": 8}),
+    "sketch q = 64, full": ({}, {}, "lead"),
+    "sketch q = 128, full": ({"sketch_dim": 128}, {}, "lead"),
+    "exact, full": ({"inner_form": "exact"}, {}, "lead"),
+    "paper, full": ({"loss_change": "paper"}, {}, "lead"),
+    "sketch q = 64, LoRA": ({}, {"rank": 8}, "lead"),
+    "sketch q = 64, full, random samples": ({}, {}, "random"),
+    "exact, full, random samples": ({"inner_form": "exact"}, {}, "random"),
+    "sketch q = 64, LoRA, random samples": ({}, {"rank": 8}, "random"),
 }
 
 
@@ -34,14 +40,22 @@ def losses(engine: Engine, plan, header, step: int) -> torch.Tensor:
     return torch.stack([engine.model(engine._batch(plan, header, step, m)).sample_nll for m in range(engine.accumulation)])
 
 
-def follow(engine: Engine, lr: float, rounds: int, settle: int) -> dict[str, float]:
+def follow(engine: Engine, planner: Selector, lr: float, rounds: int, settle: int) -> dict[str, float]:
+    """Train the plans of `planner` (the engine's own selector, or another) and compare each step's dL with what is seen."""
     given: list[torch.Tensor] = []
     observe = engine.selector.observe
-    engine.selector.observe = lambda ids, loss, change: (given.append(change.clone()), observe(ids, loss, change))[1]
+
+    def keep(ids: torch.Tensor, loss: torch.Tensor, change: torch.Tensor) -> None:
+        given.append(change.clone())
+        observe(ids, loss, change)
+        if planner is not engine.selector:
+            planner.observe(ids, loss, change)
+
+    engine.selector.observe = keep
     predicted, seen, rank_correlation, linear = [], [], [], []
     global_step = 0
     for number in range(rounds):
-        plan = engine.selector.plan(number, 1 << 40)
+        plan = planner.plan(number, 1 << 40)
         header = read_header(plan)
         for step in range(engine.layout.steps):
             trained = plan.sample_ids[step] < engine.selector.num_samples
@@ -57,7 +71,7 @@ def follow(engine: Engine, lr: float, rounds: int, settle: int) -> dict[str, flo
             if np.ptp(guess) > 0:
                 rank_correlation.append(spearmanr(guess, change)[0])
                 linear.append(np.corrcoef(guess, change)[0, 1])
-        engine.selector.finish_round(plan)
+        planner.finish_round(plan)
         engine.change.finish_round(plan.cluster)
     p, a = np.concatenate(predicted), np.concatenate(seen)
     return {
@@ -75,11 +89,13 @@ def follow(engine: Engine, lr: float, rounds: int, settle: int) -> dict[str, flo
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", default="", help="runs whose name holds this text")
     parser.add_argument("--slots", type=int, default=16, help="samples a step")
     flags = parser.parse_args()
     result = {}
+    runs = {name: run for name, run in RUNS.items() if flags.only in name}
     with process_group() as ranks:
-        for name, (selection, lora) in RUNS.items():
+        for name, (selection, lora, chosen) in runs.items():
             config = TrainConfig(
                 pool=flags.pool,
                 model=flags.model,
@@ -90,7 +106,10 @@ def main() -> None:
                 lora=LoraConfig(**lora),
                 runtime=RuntimeConfig(precision=flags.precision),
             )
-            result[name] = follow(build(config, ranks).engine, config.optimizer.lr, flags.rounds, settle=2)
+            engine = build(config, ranks).engine
+            other = build(replace(config, method="random"), ranks).engine.selector
+            planner = engine.selector if chosen == "lead" else other
+            result[name] = follow(engine, planner, config.optimizer.lr, flags.rounds, settle=2)
             print(name, result[name], flush=True)
     write("loss_change_fidelity", {"model": flags.model, "lr": flags.lr, "precision": flags.precision, "result": result}, flags.out)
 

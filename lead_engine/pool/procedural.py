@@ -6,10 +6,9 @@
   reads: level (0 to 3, the difficulty within the task) and note ("", "wrong_answer" or "near_duplicate").
 - heldout.jsonl: the same form, all answers right, no near-duplicates. No question of it, in whatever wording, occurs in
   the pool.
-- text.txt: prose of the same world to pre-train on, a paragraph a line: what the people in it are like, and worked
-  examples of the tasks. Sums, words and lists that the held-out questions ask about do not occur there as examples.
-  Facts about people do, in prose, since nobody could know them otherwise; the held-out question and answer pairs
-  themselves do not.
+- text.txt: text of the same world to pre-train on, a paragraph a line: what the people in it are like, examples of the
+  tasks in prose, and questions with their answers. Nothing that a held-out question asks occurs there as an example or
+  a question. Facts about people do, in prose, since nobody could know them otherwise.
 
 Tasks: arithmetic (sums, differences), sequences (next number, largest, comparison), strings (reverse, capitals,
 counting, first letters), sorting (words, numbers), facts (people of the world; level 3 takes two steps), units
@@ -17,8 +16,10 @@ counting, first letters), sorting (words, numbers), facts (people of the world; 
 near-duplicates (another record with small changes of wording), and 8 % are trivial (level 0: the answer stands in the
 question). The shares are exact up to rounding.
 
-A Llama of about 1M parameters with a vocabulary of 1k to 2k tokens learns it in part within a minute on a CPU: copying
-and formats soon, one-step facts and short sums later, long sums and two-step facts hardly.
+How hard it is: a Llama of 0.9M parameters with a vocabulary of 1,024, pre-trained on three passes of the text (490k
+tokens, a minute of one CPU core), has a loss of 6.6 nats per response token on the pool; tuned on the pool once, it has
+1.4 on the held-out records (arithmetic 0.9, units 1.2, formatting 1.3, facts and sequences 1.5, sorting 1.6, strings
+3.4). It hardly ever gives a whole answer right; that takes longer training.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def _text(rng: random.Random, world: World, taken: set[tuple[Any, ...]], size: i
 
 
 def _answered(rng: random.Random, world: World, taken: set[tuple[Any, ...]]) -> str:
-    """A question with its answer, in one line; without these, a model this small does not heed an instruction at all."""
+    """A question with its answer, in one line; without these, a model this small does not heed an instruction at
+    all."""
     while True:
         question = rng.choice(list(TASKS.values()))(rng, world, rng.randrange(4))
         if question.key not in taken and "\n" not in question.output:
