@@ -40,11 +40,11 @@ def run(config: TrainConfig) -> None:
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
     """The same inside a process group that exists already."""
-    if (config.out / COMPLETE).exists() and config.resume:
-        say(f"{config.out}: already complete")
-        return
     _check(config, ranks)
     folder = RunFolder(config, writes=ranks.first)
+    if (config.out / COMPLETE).exists():  # then --resume was given, with the same options
+        say(f"{config.out}: already complete")
+        return
     try:
         _train(config, ranks, folder)
     except RuntimeError as error:
