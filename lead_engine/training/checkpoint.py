@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -73,10 +74,11 @@ class Checkpoints:
 
         Raises UserError naming the folder if it cannot be read.
         """
-        found = _complete(self.folder)
-        if not found:
+        chosen = [max(_complete(self.folder), default=None)]
+        dist.broadcast_object_list(chosen, src=0, group=self.ranks.host_group)  # a shared file system may show ranks different folders
+        path = chosen[0]
+        if path is None:
             return Progress()
-        path = found[-1]
         state = _state(model, optimizer, parts)
         try:
             dcp.load(state, checkpoint_id=path, process_group=self.ranks.host_group)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -60,7 +61,9 @@ def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from lead_engine.evaluation.launch import run_logged; "
         f"run_logged([sys.executable, '-S', '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}), 'x')"
     )
-    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
+    # A suite that runs in the background of a shell inherits SIGINT as ignored.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL, preexec_fn=listens)
     deadline = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -38,15 +37,19 @@ def run(line: list[str]) -> None:
 
 
 def kill_after_checkpoint(line: list[str], out: Path) -> None:
-    """Start a run and SIGKILL its whole process group as soon as a second checkpoint is complete."""
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    """Start a run and SIGKILL it, launcher and ranks, as soon as a second checkpoint is complete."""
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while len(list(out.glob("checkpoints/step-*/COMPLETE"))) < 2:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun gives each rank a session of its own: a process group's signal would leave them training on.
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in everyone:
+        each.kill()
     process.wait()
+    psutil.wait_procs(everyone, timeout=30)
     assert not (out / "summary.json").exists(), "the run was over before it was killed; make it longer"
 
 
