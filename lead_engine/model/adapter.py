@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lead_engine.config import LoraConfig
 from lead_engine.errors import UserError
+from lead_engine.model.shards import local_part
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -65,27 +65,17 @@ def initialise(model: nn.Module, seed: int, *, skip: bool) -> None:
     """New adapters: A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685), so that training starts at the base model.
 
     Every rank draws the whole A from a generator of its own and keeps its shard: the same weights on any number of ranks.
-    skip: the adapter's weights were loaded; freeze as usual, draw nothing.
+    skip: the adapter's weights were loaded; draw nothing.
     """
+    if skip:
+        return
     adapters = [(name, parameter) for name, parameter in model.named_parameters() if is_adapter(name)]
-    for place, (name, parameter) in enumerate(adapters):
-        if skip:
-            continue
+    for number, (name, parameter) in enumerate(adapters):
         if "lora_B" in name:
             parameter.zero_()
             continue
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         bound = 1 / math.sqrt(parameter.shape[1])  # what kaiming_uniform_(a=sqrt(5)) comes to
         whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-        if isinstance(parameter, DTensor):
-            rows = _local_rows(parameter)
-            parameter.to_local().copy_(whole[rows])
-        else:
-            parameter.copy_(whole)
-
-
-def _local_rows(parameter: DTensor) -> slice:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return slice(offset[0], offset[0] + shape[0])
+        local, place = local_part(parameter)
+        local.copy_(whole[place])

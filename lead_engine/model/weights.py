@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lead_engine.errors import UserError
 from lead_engine.model import adapter
 from lead_engine.model.packed import PackedLM
+from lead_engine.model.shards import local_part
 
 
 def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype) -> None:
@@ -69,13 +69,9 @@ class _Files:
             stored = file.get_slice(name)
             if tuple(stored.get_shape()) != tuple(parameter.shape):
                 raise UserError(f"{path}: {name} has shape {stored.get_shape()}, the model wants {list(parameter.shape)}")
-            if not isinstance(parameter, DTensor):
-                parameter.copy_(stored[:])
-                return
-            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-            local = parameter.to_local()
+            local, place = local_part(parameter)
             if local.numel():
-                local.copy_(stored[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
+                local.copy_(stored[place])
 
 
 def _open(path: Path):
