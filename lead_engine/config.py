@@ -181,7 +181,7 @@ class TrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        require(self.budget > 0, "--budget", self.budget, "above 0")
+        require(0 < self.budget <= 1000, "--budget", self.budget, "above 0 and at most 1000 (times the pool)")
         require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
         require(self.checkpoint_every >= 0, "--checkpoint-every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "--keep-checkpoints", self.keep_checkpoints, "at least 1")
