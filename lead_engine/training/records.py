@@ -1,4 +1,7 @@
-"""A finished round as lines of metrics.jsonl and selection.jsonl."""
+"""A finished round as lines of metrics.jsonl and selection.jsonl.
+
+These read the device: the loop calls them between rounds, for the round before, whose work is done by then.
+"""
 from __future__ import annotations
 
 import math
