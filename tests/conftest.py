@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,9 @@ import pytest
 
 # Before torch is imported anywhere: tests are small, and several processes on few cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is: its kernels run in its interpreter, where there is no GPU to run them on (`nvidia-smi`, as torch is not to be imported yet).
+if shutil.which("nvidia-smi") is None and shutil.which("rocm-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -1,0 +1,62 @@
+"""Where an operator runs: its Triton kernels on a GPU, its plain PyTorch form in host memory; and how kernels are described to the compiler."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a torch without a GPU needs no Triton: the kernels are then never launched
+
+    class _Absent:
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self
+
+    triton = tl = _Absent()
+
+__all__ = ["KernelBuild", "tl", "triton", "uses_kernels", "warps", "wave_size"]
+
+_kernels_on_cpu = False
+"""Set by the tests, under TRITON_INTERPRET=1: CPU tensors take the way of the kernels too."""
+
+
+def uses_kernels(tensor: Tensor) -> bool:
+    """Whether operators on `tensor` launch Triton kernels; in host memory they take their PyTorch form."""
+    return tensor.device.type != "cpu" or _kernels_on_cpu
+
+
+def wave_size(device: torch.device) -> int:
+    """Threads that execute together: 32 on NVIDIA, 32 or 64 on AMD."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def warps(threads: int, wave: int) -> int:
+    """`num_warps` for a program of this many threads. Triton counts waves of the hardware's size, so a fixed number would double the
+    program on AMD."""
+    return max(1, threads // wave)
+
+
+@dataclass(frozen=True)
+class KernelBuild:
+    """One kernel in one configuration, as `python -m lead_kernels.aot` compiles it."""
+
+    name: str
+    """What the report calls it, configuration included."""
+    kernel: Any
+    signature: Mapping[str, str]
+    """Argument name -> Triton type ("*bf16", "i32", ...); "constexpr" for those in `constants`."""
+    constants: Mapping[str, Any]
+    threads: int
+    stages: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Builds = Callable[[], list[KernelBuild]]
