@@ -1,4 +1,4 @@
-"""Where an operator runs: its Triton kernels on a GPU, its plain PyTorch form in host memory; and how kernels are described to the compiler."""
+"""Where an operator runs: its Triton kernels on a GPU, its plain PyTorch form in host memory; what a kernel is to the compiler."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """Fixtures of the kernel tests: both forms of the operators, what they allocate, and a world in which the host cannot look."""
 from __future__ import annotations
 
-import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,16 +13,36 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-BRANCHING = ("linear_cross_entropy", "gradient_signature", "segment_reduce")  # modules that ask whether the host may look
+from lead_kernels import backend
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "kernels"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test twice: as in host memory, and with the static-shape formulation that any other device gets."""
-    if request.param == "device":
-        for name in BRANCHING:
-            monkeypatch.setattr(importlib.import_module(f"lead_kernels.{name}"), "on_host", lambda tensor: False)
+    """Runs the test twice: with the operators' host form, and with their Triton kernels (interpreted where there is no GPU)."""
+    if request.param == "kernels":
+        if not os.environ.get("TRITON_INTERPRET"):
+            pytest.skip("kernels run on CPU tensors only in Triton's interpreter; tests/lead_kernels/test_on_cuda.py runs them here")
+        monkeypatch.setattr(backend, "_kernels_on_cpu", True)
     return request.param
+
+
+READS = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount"}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises on every PyTorch operator that waits for a device to learn a value or a shape."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert name not in READS, f"{func} reads the device"
+        assert not by_mask, f"{func} by a mask reads the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_host_reads() -> type[NoHostReads]:
+    return NoHostReads
 
 
 class Recorder(TorchDispatchMode):
