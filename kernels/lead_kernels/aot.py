@@ -1,0 +1,218 @@
+"""Compile every kernel in every configuration for real GPUs, on a machine without one, and print what the compilers used.
+
+    python -m lead_kernels.aot [--target sm_90 ...] [--jobs 2]
+
+Each module of the package that launches kernels lists its configurations in `builds()`. Every one is compiled twice, as Triton does
+at run time: with pointers and sizes that are multiples of 16, which allows vector loads and asynchronous copies, and with none that is.
+
+Fails (exit status 1, the lines repeated at the end) where a kernel does not compile, spills registers, or needs more shared memory than
+the target gives one program. What counts as a spill: on NVIDIA the spill stores and loads that ptxas itself reports. A stack frame alone
+is none: libdevice's sine, say, keeps a table there. On AMD spilled vector and scalar registers and any scratch memory.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import lead_kernels
+from lead_kernels.backend import KernelBuild, warps
+
+MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
+MAX_TENSOR_MEMORY = 512
+"""Columns that a program may allocate on sm_100."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and the shared memory (AMD: LDS) that it gives one program."""
+
+    backend: str
+    arch: int | str
+    wave: int
+    shared_limit: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+"""Limits: CUDA C++ Programming Guide, table of technical specifications; AMD CDNA3 ISA, section 2.2."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel needs."""
+
+    registers: int
+    spills: int
+    """NVIDIA: bytes of spill stores and loads; AMD: spilled registers and bytes of scratch."""
+    stack: int
+    """Bytes of a thread's stack frame."""
+    shared: int
+    tensor_memory: int
+    matrix: str
+    """The matrix instruction in the code, "-" without one."""
+
+
+@dataclass(frozen=True)
+class Result:
+    build: str
+    target: str
+    num_warps: int
+    aligned: bool
+    usage: Usage | None
+    error: str | None
+
+    def line(self) -> str:
+        head = f"{self.build:<58} {self.target:<7} {16 if self.aligned else 1:>5} {self.num_warps:>5}"
+        if self.usage is None:
+            return f"{head}  {self.error}"
+        u, limit = self.usage, TARGETS[self.target].shared_limit
+        return f"{head} {u.registers:>9} {u.spills:>6} {u.stack:>5} {u.shared:>7} / {limit:<6} {u.matrix:<11} {self.error or ''}".rstrip()
+
+
+HEADER = f"{'kernel':<58} {'target':<7} align warps registers spills stack {'shared':>7} / limit  matrix"
+
+
+def all_builds() -> list[KernelBuild]:
+    """The builds of every module of the package, each name led by its module's."""
+    builds = []
+    for module in pkgutil.iter_modules(lead_kernels.__path__):
+        if module.name in ("aot", "backend"):
+            continue
+        listed = getattr(importlib.import_module(f"lead_kernels.{module.name}"), "builds", None)
+        builds += [] if listed is None else listed()
+    return builds
+
+
+def _usage_on_cuda(log: str) -> tuple[int, int, int]:
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.findall(r"Used (\d+) registers", log)
+    if not frames or not registers:
+        raise RuntimeError("ptxas reported no registers: this Triton does not know TRITON_DUMP_PTXAS_LOG")
+    stack, stores, loads = (sum(column) for column in zip(*(map(int, frame) for frame in frames), strict=True))
+    return max(map(int, registers)), stores + loads, stack
+
+
+def _usage_on_hip(asm: str) -> tuple[int, int, int]:
+    def field(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", asm))
+
+    scratch = field("private_segment_fixed_size")
+    return field("vgpr_count") + field("agpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count") + scratch, scratch
+
+
+def _compile(build: KernelBuild, target: Target, aligned: bool) -> Usage:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(build.signature.values()) if kind[0] in "*iu"}
+    source = ASTSource(build.kernel, dict(build.signature), dict(build.constants), divisible if aligned else {})
+    options = {"num_warps": warps(build.threads, target.wave), "num_stages": build.stages, **build.options}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):  # ptxas's report, and on an error the whole program
+        kernel = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.wave), options=options)
+    code = kernel.asm["ptx"] if target.backend == "cuda" else kernel.asm["amdgcn"]
+    registers, spills, stack = _usage_on_cuda(log.getvalue()) if target.backend == "cuda" else _usage_on_hip(code)
+    matrix = next((name for name in MATRIX_INSTRUCTIONS if name in code), "-")
+    return Usage(registers, spills, stack, kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0, matrix)
+
+
+def _fault(usage: Usage, target: Target) -> str | None:
+    if usage.spills:
+        return f"SPILLS {usage.spills}"
+    if usage.shared > target.shared_limit:
+        return "TOO MUCH SHARED MEMORY"
+    if usage.tensor_memory > MAX_TENSOR_MEMORY:
+        return f"TOO MUCH TENSOR MEMORY: {usage.tensor_memory} columns of {MAX_TENSOR_MEMORY}"
+    return None
+
+
+_builds: list[KernelBuild] = []
+"""Handed to the forked workers: a kernel cannot be pickled."""
+
+
+def _task(job: tuple[int, str, bool]) -> Result:
+    index, name, aligned = job
+    build, target = _builds[index], TARGETS[name]
+    usage, error = None, None
+    try:
+        usage = _compile(build, target, aligned)
+        error = _fault(usage, target)
+    except Exception as failure:  # whatever the compiler raises is this line's result, and the other kernels are still compiled
+        error = f"DOES NOT COMPILE: {type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
+    return Result(build.name, name, warps(build.threads, target.wave), aligned, usage, error)
+
+
+def compile_builds(builds: Sequence[KernelBuild], targets: Sequence[str] = tuple(TARGETS), jobs: int = 2) -> Iterator[Result]:
+    """Compile `builds` for `targets`, aligned and not, in `jobs` processes and an empty cache; results in order, as they come."""
+    global _builds
+    _builds = list(builds)
+    names = [build.name for build in _builds]
+    if len(set(names)) < len(names):
+        raise ValueError(f"builds with one name: {sorted({name for name in names if names.count(name) > 1})}")
+    work = [(index, target, aligned) for index in range(len(_builds)) for target in targets for aligned in (True, False)]
+    with tempfile.TemporaryDirectory(prefix="lead_kernels_aot_") as cache:
+        os.environ.update(TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+            yield from pool.map(_task, work)
+
+
+def report(builds: Sequence[KernelBuild], targets: Sequence[str] = tuple(TARGETS), jobs: int = 2) -> int:
+    """Print a line for every result and the faults again at the end; returns the exit status."""
+    start, results = time.monotonic(), []
+    print(HEADER)
+    try:
+        for result in compile_builds(builds, targets, jobs):
+            results.append(result)
+            print(result.line(), flush=True)
+    except BrokenProcessPool:
+        print(f"a compiler process died after {len(results)} results: an assertion of LLVM's, or out of memory")
+        return 1
+    faults = [result for result in results if result.error]
+    print(f"{len(builds)} kernels and configurations, {len(results)} compilations, {len(faults)} faults, {time.monotonic() - start:.0f} s")
+    for result in faults:
+        print(f"FAULT {result.line()}")
+    return 1 if faults else 0
+
+
+def _refusal() -> str | None:
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed: pip install triton (its compilers need no GPU)"
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lead_kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="compiling processes (default: 2)")
+    chosen = parser.parse_args(arguments)
+    refusal = _refusal()
+    if refusal is not None:
+        print(refusal, file=sys.stderr)
+        return 2
+    return report(all_builds(), chosen.target, chosen.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
