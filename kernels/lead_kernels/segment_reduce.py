@@ -1,10 +1,125 @@
-"""Sums over contiguous segments of rows: deterministic, and without a device read."""
+"""Sums over contiguous segments of rows: deterministic, and without a device read.
+
+Two kernels. Rows are cut into blocks of a fixed number; a *piece* is the part of a segment that lies in one block. The first kernel sums
+the rows of every piece, the second the pieces of every segment, so that one segment of 128k rows is as parallel as many short ones.
+Going through the rows, the next piece lies in the next block, in the next segment, or in both: block + segment grows from piece to
+piece. It is the piece's number, which makes a segment's pieces neighbours and needs no table.
+"""
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lead_kernels.checks import check_shape, on_host
+from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.checks import check_device, check_shape
+
+THREADS = 128
+
+
+@triton.jit
+def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
+    """First and last + 1 row of a piece; equal where there is none of this number."""
+    low = piece * 0
+    high = low + num_segments
+    while low < high:  # segments whose first piece comes no later than this one
+        middle = (low + high) // 2
+        begun = tl.load(bounds_ptr + middle) // ROWS + middle <= piece
+        low = tl.where(begun, middle + 1, low)
+        high = tl.where(begun, high, middle)
+    segment = tl.maximum(low - 1, 0)
+    block = piece - segment
+    first = tl.maximum(tl.load(bounds_ptr + segment), block * ROWS)
+    last = tl.minimum(tl.load(bounds_ptr + segment + 1), (block + 1) * ROWS)
+    return first, tl.where(low > 0, last, first)
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def sum_piece(values_ptr, bounds_ptr, partials_ptr, num_segments, width, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr):
+    """One piece and COLUMNS columns: partials[piece] = sum of the piece's rows, STEP rows at a time, then over the STEP lanes."""
+    piece = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first, last = find_piece(bounds_ptr, piece, num_segments, ROWS)
+    total = tl.zeros((STEP, COLUMNS), partials_ptr.dtype.element_ty)
+    for start in range(first, last, STEP):
+        row = start + tl.arange(0, STEP)
+        mask = (row < last)[:, None] & (column < width)[None, :]
+        total += tl.load(values_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(total.dtype)
+    tl.store(partials_ptr + piece * width + column, tl.sum(total, 0), mask=column < width)
+
+
+@triton.jit
+def sum_pieces(partials_ptr, bounds_ptr, out_ptr, width, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr):
+    """One segment and COLUMNS columns: out[segment] = sum of the segment's pieces."""
+    segment = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first_row = tl.load(bounds_ptr + segment)
+    last_row = tl.load(bounds_ptr + segment + 1)
+    first = first_row // ROWS + segment
+    last = tl.where(last_row > first_row, (last_row + ROWS - 1) // ROWS + segment, first)
+    total = tl.zeros((STEP, COLUMNS), out_ptr.dtype.element_ty)
+    for start in range(first, last, STEP):
+        piece = start + tl.arange(0, STEP)
+        mask = (piece < last)[:, None] & (column < width)[None, :]
+        total += tl.load(partials_ptr + piece[:, None] * width + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + segment * width + column, tl.sum(total, 0), mask=column < width)
+
+
+class Tile(NamedTuple):
+    """What a program of the kernels works on."""
+
+    rows: int
+    """Rows of a block, hence the most of a piece."""
+    step: int
+    """Rows added side by side."""
+    columns: int
+
+
+def tile(width: int) -> Tile:
+    """Some 2048 values side by side in every case; blocks small enough that 16k rows of any width occupy a GPU."""
+    if width == 1:
+        return Tile(rows=1024, step=1024, columns=1)
+    return Tile(rows=512, step=128, columns=16) if width <= 16 else Tile(rows=64, step=16, columns=128)
+
+
+def num_pieces(rows: int, segments: int, block: int) -> int:
+    """Numbers that pieces can have: every block and every segment begins at most one."""
+    return triton.cdiv(rows, block) + segments
+
+
+def sum_of_pieces(partials: Tensor, bounds: Tensor, rows: int) -> Tensor:
+    """Second kernel: [pieces, D] -> [segments, D] for pieces of blocks of `rows` rows."""
+    width, segments = partials.shape[1], bounds.shape[0] - 1
+    _, step, columns = tile(width)
+    out = partials.new_empty(segments, width)
+    sum_pieces[(segments, triton.cdiv(width, columns))](
+        partials, bounds, out, width, rows, step, columns, num_warps=warps(THREADS, wave_size(out.device))
+    )
+    return out
+
+
+def _segment_sum_on_gpu(values: Tensor, bounds: Tensor) -> Tensor:
+    """values [T, D], contiguous, any floating dtype."""
+    (num_rows, width), segments = values.shape, bounds.shape[0] - 1
+    wide = torch.promote_types(values.dtype, torch.float32)
+    if 0 in (num_rows, width, segments):
+        return values.new_zeros(segments, width, dtype=wide)
+    rows, step, columns = tile(width)
+    partials = values.new_empty(num_pieces(num_rows, segments, rows), width, dtype=wide)
+    with torch.cuda.device_of(values):
+        sum_piece[(partials.shape[0], triton.cdiv(width, columns))](
+            values, bounds, partials, segments, width, rows, step, columns, num_warps=warps(THREADS, wave_size(values.device))
+        )
+        return sum_of_pieces(partials, bounds, rows)
+
+
+def _segment_sum_on_host(values: Tensor, bounds: Tensor) -> Tensor:
+    """values [T, D]. Rows are added one after the other, hence in float64; unsafe=True leaves out checks of the bounds."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    if values.shape[0] == 0:
+        return values.new_zeros(bounds.shape[0] - 1, values.shape[1], dtype=wide)
+    return torch.segment_reduce(values.double(), "sum", offsets=bounds, axis=0, unsafe=True).to(wide)
 
 
 def segment_bounds(sample_ids_T: Tensor, num_samples: int) -> Tensor:
@@ -12,33 +127,57 @@ def segment_bounds(sample_ids_T: Tensor, num_samples: int) -> Tensor:
 
     Raises ValueError, for ids in host memory, unless they are non-decreasing.
     """
-    if on_host(sample_ids_T) and bool((sample_ids_T.diff() < 0).any()):
+    if not uses_kernels(sample_ids_T) and bool((sample_ids_T.diff() < 0).any()):
         raise ValueError("sample_ids must be non-decreasing: the rows of a sample lie side by side")
     edges = torch.arange(num_samples + 1, device=sample_ids_T.device, dtype=sample_ids_T.dtype)
     return torch.searchsorted(sample_ids_T.contiguous(), edges)
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """Sum of `values[bounds[b]:bounds[b+1]]` for every b; at least fp32 inside and out."""
-    if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()
-    if values.shape[0] == 0:
-        return values.new_zeros((bounds.shape[0] - 1, *values.shape[1:]))
-    flat = values.reshape(values.shape[0], -1) if values.dim() > 2 else values
-    # Each segment is added up by one thread (or one fixed tree) in row order, so that two runs agree bit for bit; index_add_ would
-    # use atomics on a GPU. unsafe=True leaves out the checks of `offsets`, which read the device.
-    sums = torch.segment_reduce(flat.contiguous(), "sum", offsets=bounds, axis=0, unsafe=True)
-    return sums.reshape(bounds.shape[0] - 1, *values.shape[1:])
+    """Sum of `values[bounds[b]:bounds[b+1]]` for every b: [B, ...] from [T, ...]; fp32 inside and out, float64 for float64 values.
+
+    bounds: integers [B + 1], non-decreasing, within 0 to T; rows before the first and from the last on belong to nobody.
+    """
+    trailing = values.shape[1:]
+    flat = values.reshape(values.shape[0], trailing.numel()).contiguous()
+    form = _segment_sum_on_gpu if uses_kernels(values) else _segment_sum_on_host
+    return form(flat, bounds.contiguous()).view(bounds.shape[0] - 1, *trailing)
+
+
+@torch.library.custom_op("lead_kernels::segment_reduce", mutates_args=())
+def _segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
+    return segment_sum(values, segment_bounds(sample_ids, num_samples))
+
+
+@_segment_reduce.register_fake
+def _(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
+    return values.new_empty(num_samples, *values.shape[1:], dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
     """Sum the rows of each sample.
 
-    values: floating [T, ...]; sample_ids: int64 [T], non-decreasing, in [0, num_samples). Returns [num_samples, ...], fp32 (float64 for
-    float64 values); 0 for a sample without rows. Rows are added in order: two runs agree bit for bit.
-    Raises ValueError on integer values, on lengths that differ and, in host memory, on ids that decrease. Not differentiable.
+    values: floating [T, ...]; sample_ids: int64 or int32 [T], non-decreasing, in [0, num_samples). Returns [num_samples, ...], fp32
+    (float64 for float64 values); 0 for a sample without rows. The order of addition depends on lengths alone: two runs agree bit for bit.
+    Raises ValueError on integer values, on lengths or devices that differ and, in host memory, on ids that decrease. Not differentiable.
     """
     if not values.is_floating_point():
         raise ValueError(f"values is {values.dtype}, expected a floating-point dtype")
-    check_shape("sample_ids", sample_ids, (values.shape[0],))
-    return segment_sum(values.detach(), segment_bounds(sample_ids, num_samples))
+    check_shape("sample_ids", sample_ids, (values.shape[0],), (torch.int64, torch.int32))
+    check_device(values.device, sample_ids=sample_ids)
+    return _segment_reduce(values.detach(), sample_ids, num_samples)
+
+
+def builds() -> list[KernelBuild]:
+    """Both kernels for vectors, narrow and wide rows."""
+    listed = []
+    for label, width in (("D=1", 1), ("D<=16", 16), ("D>16", 4096)):
+        rows, step, columns = tile(width)
+        sizes = {"ROWS": rows, "STEP": step, "COLUMNS": columns} | ({"width": 1} if width == 1 else {})
+        kinds = {"width": "i32"} | dict.fromkeys(sizes, "constexpr")
+        for dtype in ("bf16", "fp16", "fp32"):
+            signature = {"values_ptr": f"*{dtype}", "bounds_ptr": "*i64", "partials_ptr": "*fp32", "num_segments": "i32", **kinds}
+            listed.append(KernelBuild(f"segment_reduce.sum_piece {dtype} {label}", sum_piece, signature, sizes, THREADS))
+        signature = {"partials_ptr": "*fp32", "bounds_ptr": "*i64", "out_ptr": "*fp32", **kinds}
+        listed.append(KernelBuild(f"segment_reduce.sum_pieces {label}", sum_pieces, signature, sizes, THREADS))
+    return listed
