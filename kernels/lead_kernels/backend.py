@@ -57,6 +57,8 @@ class KernelBuild:
     threads: int
     stages: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    divisible: tuple[str, ...] = ()
+    """Integer arguments that are multiples of 16, which the compiler turns into wide accesses. Pointers always are: PyTorch's memory is."""
 
 
 Builds = Callable[[], list[KernelBuild]]

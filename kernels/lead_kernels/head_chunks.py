@@ -1,7 +1,8 @@
 """The chunked pass behind `linear_cross_entropy`: losses and gradients of the rows without a [T, V] tensor.
 
-Legend: T rows, C rows of a chunk, H hidden size, V vocabulary. z logits, p = softmax(z), y target, g = gradient of a row's loss with
-respect to the row of h W^T.
+Legend: T rows, C rows of a chunk, H hidden size, V vocabulary, R rank of an adapter. g gradient of a row's loss at its logits.
+
+A chunk is one product (logits), the row pass over it, and a product for each gradient: g W for the hidden states, g^T h for the weight.
 """
 from __future__ import annotations
 
@@ -11,219 +12,219 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lead_kernels.backend import uses_kernels
+from lead_kernels.products import add_product, product_into, wide, wide_product
+from lead_kernels.row_pass import RowLoss, Rows, in_place_view, padded, row_pass, split
+
+CHUNK_BYTES_CPU = 64 * 2**20
+CHUNK_BYTES_DEVICE = 2**30
 CPU_CHUNK_ROWS = 1024
 """More rows do not make the products faster on a CPU."""
-CPU_TILE_BYTES = 4 * 2**20
-"""fp32 logits of a tile: the passes between two products run tile by tile, so that they stay in a CPU's cache. Smaller ones gain
-a few per cent on one thread, but each costs some six barriers between threads, which hurt where the cores are shared."""
+DEVICE_CHUNK_ROWS = 2048
+"""The fewest that the default budget gives on a GPU. Every chunk reads and writes the fp32 weight gradient, 8 V H bytes at 4 TB/s, beside
+6 C V H FLOPs at some 700 TFLOP/s: with 2048 rows a tenth of the products' time, partly hidden under them."""
+
+
+class Lora(NamedTuple):
+    """A low-rank term of the head: its weight is W + scale * B A."""
+
+    a: Tensor
+    """[R, H]"""
+    b: Tensor
+    """[V, R]"""
+    scale: float
+
+
+class HeadWeights(NamedTuple):
+    """The head's parameters, of one dtype."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    lora: Lora | None
 
 
 @dataclass(frozen=True)
-class HeadOptions:
-    """What the row's loss is made of, and which gradients are asked for."""
+class Wanted:
+    """The gradients asked for. `nll_hidden`: that of the plain NLL at the hidden states, for the signature."""
 
-    softcap: float | None
-    logit_scale: float
-    label_smoothing: float
-    z_loss: float
-    hidden_grad: bool
-    weight_grad: bool
-    bias_grad: bool
-    nll_grad: bool
-    """The gradient of the plain NLL at the hidden states, for the signature."""
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    lora: bool = False
+    nll_hidden: bool = False
 
     @property
-    def plain(self) -> bool:
-        """The row's loss is its NLL, so that one gradient serves the backward pass and the signature."""
-        return self.label_smoothing == 0.0 and self.z_loss == 0.0
+    def parameters(self) -> bool:
+        return self.weight or self.bias or self.lora
 
     @property
-    def loss_grad(self) -> bool:
-        """Whether the gradient of the row's loss is needed at all."""
-        return self.hidden_grad or self.weight_grad or self.bias_grad or (self.plain and self.nll_grad)
+    def any(self) -> bool:
+        return self.hidden or self.parameters
 
 
 class HeadRows(NamedTuple):
-    """Results per row. The gradients at the hidden states are of the unweighted row loss; the parameters' are weighted sums, in fp32."""
+    """Results per row and sums over the rows, in fp32 but for the gradients at the hidden states."""
 
     nll_T: Tensor
     objective_T: Tensor
     loss_grad_TH: Tensor | None
     nll_grad_TH: Tensor | None
+    """Gradients at the hidden states, of a row's loss and of its plain NLL, not multiplied by `row_scale`."""
     dweight_VH: Tensor | None
     dbias_V: Tensor | None
+    dlora_a_RH: Tensor | None
+    dlora_b_VR: Tensor | None
 
 
-def _split(rows: int, most: int) -> list[slice]:
-    """Equal parts of at most `most` rows: a short last one would make a thin product."""
-    count = -(-rows // most) if rows else 0
-    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+def two_gradients(loss: RowLoss, wanted: Wanted) -> bool:
+    """Whether a row's loss and its NLL are both to be differentiated, and differ: the row pass then fills a second block."""
+    return wanted.any and wanted.nll_hidden and not loss.plain
 
 
-def _wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b: on a GPU the fp32 accumulator itself, on a CPU, which does not hand it out, rounded to the operands' dtype."""
-    if a.dtype in (torch.float16, torch.bfloat16) and a.device.type != "cpu":
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out=out)
+def chunk_rows(chunk_bytes: int | None, vocabulary: int, logits_dtype: torch.dtype, device: torch.device, two_blocks: bool) -> int:
+    """Rows whose logits fill the budget, at least one. On a CPU fp32 is counted, to which the row pass widens tile by tile."""
+    on_cpu = device.type == "cpu"
+    size = max(4, logits_dtype.itemsize) if on_cpu else logits_dtype.itemsize
+    row_bytes = size * vocabulary * (2 if two_blocks else 1)
+    rows = max(1, (chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_DEVICE)) // row_bytes)
+    if on_cpu:
+        return min(rows, CPU_CHUNK_ROWS)
+    return rows if chunk_bytes else max(rows, DEVICE_CHUNK_ROWS)
 
 
-class _Buffers:
-    """The blocks of a pass, used again by every chunk and tile.
-
-    products [C, V], in the inputs' dtype: g, which enters two products, and on a CPU before that the logits.
-    logits, probabilities: fp32 (float64 for float64), one tile of rows; on a GPU, whose product hands out its fp32 accumulator, a tile is
-    the chunk.
-    """
-
-    def __init__(self, hidden_TH: Tensor, vocabulary: int, rows: int) -> None:
-        self.on_cpu = hidden_TH.device.type == "cpu"
-        self.wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-        self.tile_rows = min(rows, max(1, CPU_TILE_BYTES // (4 * vocabulary))) if self.on_cpu else rows
-        self.products = hidden_TH.new_empty(rows, vocabulary)
-        self.in_place = hidden_TH.dtype == self.wide
-        self.logits = self.products if self.in_place else self.products.new_empty(self.tile_rows, vocabulary, dtype=self.wide)
-        self.probabilities = self.products.new_empty(self.tile_rows, vocabulary, dtype=self.wide)
-
-    def project(self, hidden_CH: Tensor, weight_VH: Tensor) -> None:
-        """h W^T of a chunk, in fp32 where the device allows."""
-        out = self.products if self.in_place or self.on_cpu else self.logits
-        _wide_product(hidden_CH, weight_VH.t(), out=out[: hidden_CH.shape[0]])
-
-    def tile_logits(self, tile: slice) -> Tensor:
-        if self.in_place or not self.on_cpu:
-            return self.logits[tile]
-        return self.logits[: tile.stop - tile.start].copy_(self.products[tile])
+def narrow_sums(rows: int, most_rows: int, device: torch.device) -> bool:
+    """Whether the parameters' gradients stay in the parameters' dtype: where a single product, already rounded, is all there is to add."""
+    return device.type == "cpu" and rows <= most_rows
 
 
-def row_blocks(matrix: Tensor) -> list[slice]:
-    """Blocks of rows for an operation of mixed dtypes: on a CPU, PyTorch first copies whole operands to the wider dtype."""
-    rows, width = matrix.shape[0], matrix.numel() // max(matrix.shape[0], 1)
-    return _split(rows, max(1, CPU_TILE_BYTES // (4 * max(width, 1)))) if matrix.device.type == "cpu" else [slice(0, rows)]
+class _Sum:
+    """A parameter's gradient, added up over the chunks. The first chunk's product is written, not added to zeros."""
 
+    def __init__(self, parameter: Tensor, narrow: bool) -> None:
+        self.parameter, self.narrow = parameter, narrow
+        self.value: Tensor | None = None
 
-class _WeightGradient:
-    """sum over chunks of g^T h, in fp32; a single chunk's product is the sum, in whatever dtype it comes."""
-
-    def __init__(self, weight_VH: Tensor, num_chunks: int) -> None:
-        self.wide = torch.promote_types(weight_VH.dtype, torch.float32)
-        self.rounds = weight_VH.dtype != self.wide and weight_VH.device.type == "cpu"  # products come out in bf16 or fp16
-        self.single = num_chunks == 1
-        self.total = None if self.single else torch.zeros_like(weight_VH, dtype=self.wide)
-
-    def add(self, g_CV: Tensor, hidden_CH: Tensor) -> None:
-        if self.total is None:
-            self.total = _wide_product(g_CV.t(), hidden_CH)
-        elif self.rounds:
-            for block in row_blocks(self.total):
-                self.total[block].add_(torch.mm(g_CV[:, block].t(), hidden_CH))
-        elif g_CV.dtype == self.wide:
-            self.total.addmm_(g_CV.t(), hidden_CH)
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self.value is not None:
+            add_product(self.value, a, b)
         else:
-            self.total = torch.addmm(self.total, g_CV.t(), hidden_CH, out_dtype=torch.float32)
+            self.value = torch.mm(a, b) if self.narrow else wide_product(a, b)
 
+    def add_values(self, values: Tensor) -> None:
+        self.value = values.to(self._dtype()) if self.value is None else self.value.add_(values)
 
-def _transform_logits(z_CV: Tensor, bias_V: Tensor | None, options: HeadOptions) -> Tensor:
-    if bias_V is not None:
-        z_CV.add_(bias_V)
-    if options.logit_scale != 1.0:
-        z_CV.mul_(options.logit_scale)
-    if options.softcap is not None:
-        z_CV.div_(options.softcap).tanh_().mul_(options.softcap)
-    return z_CV
+    def total(self) -> Tensor:
+        return torch.zeros_like(self.parameter, dtype=self._dtype()) if self.value is None else self.value
 
-
-def _logit_gradient(
-    p_CV: Tensor, z_CV: Tensor, y_C: Tensor, lse_C: Tensor, smoothing: float, z_loss: float, options: HeadOptions
-) -> Tensor:
-    """Turn p, in place, into g.
-
-    d/dz [(1 - s) NLL + s mean_j(lse - z_j) + zl lse^2] = (1 + 2 zl lse) p - (1 - s) onehot - s/V, then through the cap and the scale.
-    The one-hot is subtracted in fp32, before any rounding: rounded first, a small 1 - p_y would be lost.
-    """
-    if z_loss:
-        p_CV.mul_((1.0 + 2.0 * z_loss * lse_C)[:, None])
-    if smoothing:
-        p_CV.sub_(smoothing / p_CV.shape[1])
-    rows = torch.arange(p_CV.shape[0], device=p_CV.device)
-    p_CV.index_put_((rows, y_C), p_CV[rows, y_C] - (1.0 - smoothing))
-    if options.softcap is not None:
-        p_CV.mul_(1.0 - (z_CV / options.softcap).square_())  # d cap tanh(x / cap) / dx = 1 - tanh^2
-    if options.logit_scale != 1.0:
-        p_CV.mul_(options.logit_scale)
-    return p_CV
-
-
-def chunk_rows(chunk_bytes: int, vocabulary: int, device: torch.device) -> int:
-    """Rows whose fp32 logits fill `chunk_bytes`, at least one; on a CPU at most CPU_CHUNK_ROWS."""
-    rows = max(1, chunk_bytes // (4 * vocabulary))
-    return min(rows, CPU_CHUNK_ROWS) if device.type == "cpu" else rows
+    def _dtype(self) -> torch.dtype:
+        return self.parameter.dtype if self.narrow else wide(self.parameter.dtype)
 
 
 class _Pass:
     """One pass over the rows: holds the results and what is added up, and fills them chunk by chunk."""
 
-    def __init__(self, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: HeadOptions, chunk_rows: int) -> None:
-        self.weight_VH, self.bias_V, self.options = weight_VH, bias_V, options
-        self.chunks = _split(hidden_TH.shape[0], chunk_rows)
-        self.buffers = _Buffers(hidden_TH, weight_VH.shape[0], max((c.stop - c.start for c in self.chunks), default=0))
-        self.nll_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=self.buffers.wide)
-        self.objective_T = self.nll_T if options.plain else torch.empty_like(self.nll_T)
-        self.extra_nll_pass = options.nll_grad and not options.plain
-        needs_loss_grad = options.hidden_grad or (options.plain and options.nll_grad)
+    def __init__(self, hidden_TH: Tensor, head: HeadWeights, loss: RowLoss, wanted: Wanted, most_rows: int, logits_dtype: torch.dtype,
+                 ignore_index: int, full_rows: int | None) -> None:  # fmt: skip
+        self.head, self.loss, self.wanted, self.ignore_index = head, loss, wanted, ignore_index
+        rows, vocabulary = hidden_TH.shape[0], head.weight_VH.shape[0]
+        self.wants_loss_gradient = wanted.any or (wanted.nll_hidden and loss.plain)
+        self.chunks = split(rows, most_rows)
+        largest = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
+        columns = padded(vocabulary) if uses_kernels(hidden_TH) else vocabulary
+        self.z = hidden_TH.new_empty(largest, columns, dtype=logits_dtype)[:, :vocabulary]
+        self.g = in_place_view(self.z, hidden_TH.dtype)
+        self.nll_g = hidden_TH.new_empty(largest, self.g.stride(0))[:, :vocabulary] if two_gradients(loss, wanted) else None
+
+        self.nll_T = hidden_TH.new_empty(rows, dtype=wide(hidden_TH.dtype))
+        self.objective_T = self.nll_T if loss.plain else torch.empty_like(self.nll_T)
+        needs_loss_grad = wanted.hidden or (wanted.nll_hidden and loss.plain)
         self.loss_grad_TH = torch.empty_like(hidden_TH) if needs_loss_grad else None
-        self.nll_grad_TH = torch.empty_like(hidden_TH) if self.extra_nll_pass else self.loss_grad_TH
-        self.dweight = _WeightGradient(weight_VH, len(self.chunks)) if options.weight_grad else None
-        self.dbias_V = torch.zeros_like(bias_V, dtype=self.buffers.wide) if options.bias_grad else None
+        self.nll_grad_TH = self.loss_grad_TH if loss.plain else torch.empty_like(hidden_TH) if wanted.nll_hidden else None
+        lora = head.lora
+        narrow = narrow_sums(rows if full_rows is None else full_rows, most_rows, hidden_TH.device)
+        self.dweight, self.dbias, self.da, self.db = (
+            _Sum(parameter, narrow) if asked and parameter is not None else None
+            for asked, parameter in (
+                (wanted.weight, head.weight_VH),
+                (wanted.bias, head.bias_V),
+                (wanted.lora, lora and lora.a),
+                (wanted.lora, lora and lora.b),
+            )
+        )
 
-    def tile(self, y_C: Tensor, rows: slice, tile: slice, row_weight_C: Tensor | None) -> None:
-        """Losses of a tile, and g in its place in `buffers.products`; `rows` are its rows among all, `tile` in the chunk."""
-        options = self.options
-        z_CV = _transform_logits(self.buffers.tile_logits(tile), self.bias_V, options)
-        p_CV = torch.softmax(z_CV, -1, out=self.buffers.probabilities[: z_CV.shape[0]])
-        # lse = max z - log(max p): one fused softmax instead of a slow logsumexp. The largest p is at least 1/V, so that the log is safe,
-        # and the differences are taken one by one, so that logits of 1e4 cost no digits.
-        top_C, log_top_C = z_CV.amax(-1), p_CV.amax(-1).log_()
-        target_C = z_CV.gather(1, y_C[:, None]).squeeze(1)
-        nll_C = torch.sub(top_C, target_C, out=self.nll_T[rows]).sub_(log_top_C)
-        lse_C = top_C - log_top_C
-        if not options.plain:
-            objective_C = (1.0 - options.label_smoothing) * nll_C + options.z_loss * lse_C.square()
-            if options.label_smoothing:
-                objective_C += options.label_smoothing * (lse_C - z_CV.mean(-1))
-            self.objective_T[rows] = objective_C
-        if self.extra_nll_pass:
-            g_CV = _logit_gradient(p_CV.clone(), z_CV, y_C, lse_C, 0.0, 0.0, options)
-            torch.mm(g_CV.to(self.weight_VH.dtype), self.weight_VH, out=self.nll_grad_TH[rows])
-        if options.loss_grad:
-            g_CV = _logit_gradient(p_CV, z_CV, y_C, lse_C, options.label_smoothing, options.z_loss, options)
-            self.buffers.products[tile].copy_(g_CV)
-            if self.dbias_V is not None:
-                self.dbias_V += g_CV.sum(0) if row_weight_C is None else torch.mv(g_CV.t(), row_weight_C)
+    def chunk(self, h_CH: Tensor, rows: Rows, at: slice, scale_C: Tensor | None) -> None:
+        size, wanted, lora = h_CH.shape[0], self.wanted, self.head.lora
+        z_CV, g_CV = self.z[:size], self.g[:size]
+        product_into(z_CV, h_CH, self.head.weight_VH.t())
+        if lora is not None:
+            add_product(z_CV, (h_CH @ lora.a.t()).mul_(lora.scale), lora.b.t())
 
-    def chunk(self, h_CH: Tensor, y_C: Tensor, rows: slice, row_weight_C: Tensor | None) -> None:
-        self.buffers.project(h_CH, self.weight_VH)
-        for tile in _split(h_CH.shape[0], self.buffers.tile_rows):
-            tile_rows = slice(rows.start + tile.start, rows.start + tile.stop)
-            self.tile(y_C[tile], tile_rows, tile, None if row_weight_C is None else row_weight_C[tile])
-        g_CV = self.buffers.products[: h_CH.shape[0]]
+        loss_g_CV = g_CV if self.wants_loss_gradient else None
+        nll_g_CV = self.nll_g[:size] if self.nll_g is not None else None if self.loss.plain or not wanted.nll_hidden else g_CV
+        row_pass(z_CV, loss_g_CV, nll_g_CV, self.head.bias_V, rows, self.loss, self.ignore_index)
+        if nll_g_CV is not None and self.nll_grad_TH is not None:
+            self._at_hidden(nll_g_CV, self.nll_grad_TH[at])
         if self.loss_grad_TH is not None:
-            torch.mm(g_CV, self.weight_VH, out=self.loss_grad_TH[rows])
-        if self.dweight is not None:  # the row weights go to the H columns of h, not to the V columns of g
-            self.dweight.add(g_CV, h_CH if row_weight_C is None else (h_CH * row_weight_C[:, None]).to(h_CH.dtype))
+            self._at_hidden(g_CV, self.loss_grad_TH[at])
+        if wanted.parameters:
+            self._parameters(g_CV, h_CH, scale_C)
+
+    def _at_hidden(self, g_CV: Tensor, out_CH: Tensor) -> None:
+        product_into(out_CH, g_CV, self.head.weight_VH)
+        lora = self.head.lora
+        if lora is not None:
+            out_CH.addmm_((g_CV @ lora.b).mul_(lora.scale), lora.a)
+
+    def _parameters(self, g_CV: Tensor, h_CH: Tensor, scale_C: Tensor | None) -> None:
+        """Add a chunk's part to the gradients of the parameters. The row scale goes to the H columns of h, not to the V columns of g."""
+        if scale_C is not None and (self.dweight is not None or self.da is not None):
+            h_CH = (h_CH * scale_C[:, None]).to(h_CH.dtype)
+        if self.dweight is not None:
+            self.dweight.add(g_CV.t(), h_CH)
+        if self.dbias is not None:
+            self.dbias.add_values(_weighted_column_sum(g_CV, scale_C))
+        if self.da is not None and self.db is not None:
+            assert self.head.lora is not None
+            a_RH, b_VR, scale = self.head.lora
+            self.db.add(g_CV.t(), (h_CH @ a_RH.t()).mul_(scale))
+            self.da.add((g_CV @ b_VR).mul_(scale).t(), h_CH)
+
+
+def _weighted_column_sum(g_CV: Tensor, scale_C: Tensor | None) -> Tensor:
+    """sum_c scale_c g_cv as a product with two columns, the scale rounded to g's dtype and what that left over."""
+    if scale_C is None:
+        scale_C = torch.ones(g_CV.shape[0], dtype=wide(g_CV.dtype), device=g_CV.device)
+    high_C = scale_C.to(g_CV.dtype)
+    low_C = (scale_C - high_C.to(scale_C.dtype)).to(g_CV.dtype)
+    return wide_product(g_CV.t(), torch.stack([high_C, low_C], 1)).sum(1)
 
 
 def head_rows(
     hidden_TH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
+    head: HeadWeights,
     targets_T: Tensor,
-    row_weight_T: Tensor | None,
-    options: HeadOptions,
-    chunk_rows: int,
+    loss: RowLoss,
+    wanted: Wanted,
+    *,
+    most_rows: int,
+    logits_dtype: torch.dtype,
+    ignore_index: int,
+    row_scale_T: Tensor | None = None,
+    objective_weight_T: Tensor | None = None,
+    nll_weight_T: Tensor | None = None,
+    full_rows: int | None = None,
 ) -> HeadRows:
-    """Loss of every row and the gradients asked for, a chunk of rows at a time. `row_weight_T` scales the parameters' gradients."""
-    work = _Pass(hidden_TH, weight_VH, bias_V, options, chunk_rows)
-    for rows in work.chunks:
-        work.chunk(hidden_TH[rows], targets_T[rows], rows, None if row_weight_T is None else row_weight_T[rows])
-    dweight_VH = None if work.dweight is None else work.dweight.total
-    return HeadRows(work.nll_T, work.objective_T, work.loss_grad_TH, work.nll_grad_TH, dweight_VH, work.dbias_V)
+    """Loss of every row and the gradients asked for, a chunk of at most `most_rows` rows at a time.
+
+    `row_scale_T` scales the rows in the parameters' gradients only; `objective_weight_T` and `nll_weight_T` weigh a row's loss and its NLL
+    in all gradients (a and b of `row_pass`). Rows with target `ignore_index` give 0; in host memory there must be none. `full_rows`:
+    rows before ignored ones were taken out, which alone decides about the dtype of sums.
+    """
+    work = _Pass(hidden_TH, head, loss, wanted, most_rows, logits_dtype, ignore_index, full_rows)
+    for at in work.chunks:
+        objective_C = None if loss.plain else work.objective_T[at]
+        weights = (None if x is None else x[at] for x in (objective_weight_T, nll_weight_T))
+        rows = Rows(targets_T[at], *weights, work.nll_T[at], objective_C)
+        work.chunk(hidden_TH[at], rows, at, None if row_scale_T is None else row_scale_T[at])
+    sums = (None if x is None else x.total() for x in (work.dweight, work.dbias, work.da, work.db))
+    return HeadRows(work.nll_T, work.objective_T, work.loss_grad_TH, work.nll_grad_TH, *sums)

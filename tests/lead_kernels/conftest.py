@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,15 +30,28 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 READS = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount"}
 
 
-class NoHostReads(TorchDispatchMode):
-    """Raises on every PyTorch operator that waits for a device to learn a value or a shape."""
+class InsideOperators(TorchDispatchMode):
+    """A mode that also sees what our custom operators do inside, which PyTorch hides from modes."""
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lead_kernels":
+            with self:
+                return OPDEFS[func.name().removesuffix(".default")]._init_fn(*args, **(kwargs or {}))
+        return self.see(func, args, kwargs or {})
+
+
+class NoHostReads(InsideOperators):
+    """Raises on every PyTorch operator that waits for a device to learn a value or a shape."""
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
         by_mask = name in ("index", "index_put", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
         assert name not in READS, f"{func} reads the device"
         assert not by_mask, f"{func} by a mask reads the device"
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @pytest.fixture
@@ -45,7 +59,7 @@ def no_host_reads() -> type[NoHostReads]:
     return NoHostReads
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(InsideOperators):
     """Notes every operator's name, its inputs' shapes and the bytes of the tensors it returns."""
 
     def __init__(self) -> None:
@@ -53,8 +67,8 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple[str, list[tuple[int, ...]]]] = []
         self.largest = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def see(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
         self.calls.append((func.overloadpacket.__name__, [tuple(x.shape) for x in tree_leaves(args) if isinstance(x, Tensor)]))
         sizes = [x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor)]
         self.largest = max([self.largest, *sizes])

@@ -1,7 +1,6 @@
 """The head against its dense float64 reference: values, gradients, options, ignored rows, refusals."""
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lead_kernels import linear_cross_entropy, reference
+from lead_kernels import head_chunks, linear_cross_entropy, reference, row_pass
 
 T, H, V, B, Q = 75, 24, 131, 7, 5
 CHUNK = 4 * V * 16  # 16 rows: five chunks, none of them full
@@ -72,8 +71,7 @@ def test_agrees_with_float64_reference(form: str, options: str, weight: str) -> 
 def test_tiles_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     case = make_case(dtype=dtype)
     whole = run(linear_cross_entropy, case, chunk_bytes=2**30, token_weight=WEIGHTS["rows"])
-    head_chunks = importlib.import_module("lead_kernels.head_chunks")
-    monkeypatch.setattr(head_chunks, "CPU_TILE_BYTES", 4 * V * 3)
+    monkeypatch.setattr(row_pass, "CPU_TILE_BYTES", 4 * V * 3)
     monkeypatch.setattr(head_chunks, "CPU_CHUNK_ROWS", 20)
     tiled = run(linear_cross_entropy, case, chunk_bytes=2**30, token_weight=WEIGHTS["rows"])
     assert_same(tiled, whole, 1e-12 if dtype == torch.float64 else 2e-6)
@@ -228,27 +226,32 @@ def test_ignored_rows_stay_out_of_the_products(recorder: Any) -> None:
     assert all(counted in (*shapes[0], *shapes[1]) and T not in (*shapes[0], *shapes[1]) for shapes in record.products())
 
 
-def test_only_the_loss_carries_a_gradient_and_only_once() -> None:
+def test_gradients_once_and_not_twice() -> None:
     case = make_case()
-    out = run(linear_cross_entropy, {**case})[0]
-    assert not any(x.requires_grad for x in (out.token_nll, out.sample_nll, out.signature))
+    assert not run(linear_cross_entropy, case)[0].signature.requires_grad
+    arguments = {"sample_ids": case["sample_ids"], "num_samples": B}
     hidden = case["hidden"].detach().clone().requires_grad_()
-    loss = linear_cross_entropy(hidden, case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B).loss
+    loss = linear_cross_entropy(hidden, case["weight"], case["targets"], **arguments).loss
     (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(3 * loss, hidden)
     torch.testing.assert_close(second, 3 * first)
-    loss = linear_cross_entropy(hidden, case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B).loss
     factor = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss * factor, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for name in ("loss", "sample_nll"):
+        out = linear_cross_entropy(hidden, case["weight"], case["targets"], **arguments)
+        with pytest.raises(RuntimeError):  # gradients of gradients are refused, not wrong
+            torch.autograd.grad((getattr(out, name) * factor).sum(), hidden, create_graph=True)[0].sum().backward()
 
 
-def test_autocast_of_the_caller_changes_nothing() -> None:
+def test_autocast_takes_the_operands_as_a_linear_layer_would() -> None:
     case = make_case(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = run(linear_cross_entropy, case)
-    assert_same(inside, run(linear_cross_entropy, case), 1e-12)
+        out, gradients = run(linear_cross_entropy, case)
+    low = {name: x.detach().bfloat16() if x.is_floating_point() else x for name, x in case.items()}
+    expected, expected_gradients = run(linear_cross_entropy, {**low, "P": case["P"], "Q": case["Q"]})
+    assert_same((out, []), (expected, []), 0.0)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

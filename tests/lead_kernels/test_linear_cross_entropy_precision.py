@@ -1,7 +1,6 @@
 """bf16 and fp16: the head's error against float64 is at most 1.2 times that of unfused PyTorch in the same precision."""
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lead_kernels import gradient_signature, linear_cross_entropy
+from lead_kernels.head_chunks import chunk_rows
 
 T, H, V, B, Q = 301, 48, 777, 6, 8
 EPSILON = 2e-6  # relative; below it, both are exact for every purpose
@@ -143,12 +143,14 @@ def test_no_intermediate_is_larger_than_a_chunk(recorder: Callable, form: str, d
 
 
 def test_chunk_rows_follow_the_budget() -> None:
-    chunk_rows = importlib.import_module("lead_kernels.head_chunks").chunk_rows
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert chunk_rows(64 * 2**20, 32_000, gpu) == 524
-    assert chunk_rows(512 * 2**20, 131_072, gpu) == 1024
-    assert chunk_rows(64 * 2**20, 4096, cpu) == 1024
-    assert chunk_rows(1, 4096, cpu) == 1
+    assert chunk_rows(64 * 2**20, 32_000, torch.float32, gpu, False) == 524
+    assert chunk_rows(512 * 2**20, 131_072, torch.bfloat16, gpu, False) == 2048
+    assert chunk_rows(512 * 2**20, 131_072, torch.bfloat16, gpu, True) == 1024
+    assert chunk_rows(None, 262_144, torch.float32, gpu, False) == 2048  # never fewer by default
+    assert chunk_rows(None, 131_072, torch.bfloat16, gpu, False) == 4096
+    assert chunk_rows(64 * 2**20, 4096, torch.bfloat16, cpu, False) == 1024
+    assert chunk_rows(1, 4096, torch.float32, cpu, False) == 1
 
 
 def test_signature_function_rounds_like_the_head() -> None:

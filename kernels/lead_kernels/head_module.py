@@ -1,0 +1,57 @@
+"""An LM head whose forward is the loss."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lead_kernels.head_chunks import Lora
+from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
+
+
+class LinearCrossEntropy(nn.Linear):
+    """`nn.Linear(in_features, out_features)` without logits: forward(hidden, targets, ...) -> HeadLoss, see `linear_cross_entropy`.
+
+    As a module it is a unit that `fully_shard` can wrap: in its forward the parameters are whole, in the dtype of the mixed-precision policy.
+    Taking `full_tensor()` of a sharded weight and calling the function instead gives a wrong gradient under mixed precision.
+
+    lora_rank, lora_alpha: an adapter of that rank, scaled by lora_alpha / lora_rank; weight and bias are then frozen. lora_a [R, H] starts as
+    `nn.Linear`'s weights do, lora_b [V, R] with zeros, as in arXiv 2106.09685. Parameters: weight, bias, lora_a, lora_b.
+    loss_options: keyword arguments for every call (softcap, label_smoothing, chunk_bytes, ...).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, lora_rank: int = 0, lora_alpha: float | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, **loss_options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.loss_options = loss_options
+        self.lora_a = self.lora_b = None
+        if lora_rank:
+            self._add_adapter(lora_rank, lora_rank if lora_alpha is None else lora_alpha)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, *, lora_rank: int = 0, lora_alpha: float | None = None, **loss_options: Any) -> LinearCrossEntropy:
+        """The same parameters (not copies, so that tied embeddings stay tied) behind the loss."""
+        head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", **loss_options)
+        head.weight, head.bias = linear.weight, linear.bias
+        if lora_rank:
+            head._add_adapter(lora_rank, lora_rank if lora_alpha is None else lora_alpha)
+        return head
+
+    def _add_adapter(self, rank: int, alpha: float) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
+        self.lora_scale = alpha / rank
+
+    def forward(self, hidden: Tensor, targets: Tensor, **options: Any) -> HeadLoss:  # type: ignore[override]
+        """hidden: [T, H]; targets: int64 [T]; options: those of `linear_cross_entropy`, before those of the constructor."""
+        if self.lora_a is not None and self.lora_b is not None:
+            options["lora"] = Lora(self.lora_a, self.lora_b, self.lora_scale)
+        return linear_cross_entropy(hidden, self.weight, targets, bias=self.bias, **{**self.loss_options, **options})

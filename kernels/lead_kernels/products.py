@@ -1,0 +1,59 @@
+"""Matrix products that keep their fp32 accumulator where the library hands it out: cuBLAS does, a CPU's rounds to the operands' dtype."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lead_kernels.row_pass import CPU_TILE_BYTES, split
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are kept: fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, as far as the library lets it: on a CPU a bf16 product is rounded first."""
+    if a.dtype in HALVES and a.device.type != "cpu":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).to(wide(a.dtype))
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, out as wide as the operands or, for bf16 and fp16, fp32."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cpu":
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cpu":
+        for block in row_blocks(total):
+            total[block].add_(torch.mm(a[block], b))
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def row_blocks(matrix: Tensor) -> list[slice]:
+    """Blocks of rows for an operation of mixed dtypes: on a CPU, PyTorch first copies whole operands to the wider dtype."""
+    rows, width = matrix.shape[0], matrix.numel() // max(matrix.shape[0], 1)
+    return split(rows, max(1, CPU_TILE_BYTES // (4 * max(width, 1)))) if matrix.device.type == "cpu" else [slice(0, rows)]
+
+
+def scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * scale, multiplied in fp32 and rounded once to `dtype`.
+
+    `scale` has as many dimensions as `values`: with fewer, it would be rounded to the dtype of bf16 values first.
+    """
+    out = torch.empty_like(values, dtype=dtype)
+    for block in row_blocks(values):
+        torch.mul(values[block], scale if scale.shape[0] == 1 else scale[block], out=out[block])
+    return out
