@@ -11,7 +11,7 @@ Inputs are bf16: hidden [T, H], weight [V, H]. The algorithm counted is that of 
 
 and once, in the backward pass, dh and dW times the upstream gradient, dW from fp32 to bf16. Each operand is counted once, to which a
 product whose tiles are well ordered comes close. A part takes at least the larger of FLOPs / rate and bytes / bandwidth; parts follow each
-other, so their floors add up. "No overlap" adds the two terms instead: a product that waits for its operands, which is where small chunks lose.
+other, so their floors add up. "No overlap" adds the two terms instead, a product that waits for its operands: small chunks lose there.
 
 The row pass also takes two exponentials an element: 132 SMs x 16 a clock at 1.98 GHz make 4.2e12 a second, 0.48 ps an element against
 0.93 ps for 4 bytes at 4.3 TB/s. Memory decides.

@@ -1,0 +1,123 @@
+"""The head's benchmark: what it computes from its measurements, its reference, and a small run on a CPU."""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import head
+import pytest
+import torch
+import torch.nn.functional as F
+from head_counts import Shape
+
+SHAPE = Shape(37, 12, 101)
+
+
+@pytest.fixture
+def inputs() -> head.Inputs:
+    return head.make_inputs(SHAPE, torch.float64, "cpu")
+
+
+def test_reference_is_autograd_s(inputs: head.Inputs) -> None:
+    loss = F.cross_entropy(inputs.hidden @ inputs.weight.T, inputs.targets)
+    loss.backward()
+    expected = head.reference(inputs, rows=10)
+    assert expected.loss == pytest.approx(float(loss.detach()), rel=1e-12)
+    torch.testing.assert_close(expected.dhidden, inputs.hidden.grad, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(expected.dweight, inputs.weight.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_inputs_are_like_a_language_model_s() -> None:
+    inputs = head.make_inputs(Shape(512, 256, 8192), torch.float32, "cpu")
+    assert 0.5 < float(F.cross_entropy(inputs.hidden @ inputs.weight.T, inputs.targets).detach()) < 3.0
+
+
+def test_error_is_the_relative_norm_of_the_difference() -> None:
+    expected = torch.full((5, 4), 2.0, dtype=torch.float64)
+    value = expected.clone()
+    value[4, 0] += 1.0
+    assert head.relative_error(value, expected) == pytest.approx(1.0 / math.sqrt(20 * 4))
+
+
+def test_a_wrong_contestant_is_not_admitted(inputs: head.Inputs) -> None:
+    def doubled(inputs: head.Inputs) -> head.Loss:
+        return lambda h, w, y: 2.0 * head.naive(inputs)(h, w, y)
+
+    def broken(inputs: head.Inputs) -> head.Loss:
+        raise ValueError("no such kernel\nand much more")
+
+    expected = head.reference(inputs)
+    loss, entry = head.admit(doubled, inputs, expected)
+    assert loss is None
+    assert entry["absent"] == "wrong result"
+    assert entry["error"]["dW"] == pytest.approx(1.0)
+    assert head.admit(broken, inputs, expected) == (None, {"absent": "ValueError: no such kernel"})
+    loss, entry = head.admit(head.naive, inputs, expected)
+    assert loss is not None
+    assert max(entry["error"].values()) < 1e-6, "its logits are rounded to fp32"
+
+
+def test_a_contestant_that_does_not_get_ready_is_left_out(inputs: head.Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(inputs: head.Inputs) -> head.Loss:
+        while True:
+            pass
+
+    monkeypatch.setattr(head, "BUILD_SECONDS", 1)
+    assert head.admit(endless, inputs, head.reference(inputs)) == (None, {"absent": "TimeoutError: not ready after 1 s"})
+
+
+def test_missing_packages_are_named_by_what_pip_calls_them() -> None:
+    assert head._reason(ModuleNotFoundError("No module named 'liger_kernel'", name="liger_kernel")) == "liger-kernel is not installed"
+    assert "cutlass" in head._reason(ModuleNotFoundError("No module named 'cutlass'", name="cutlass")), "a package's own missing need"
+
+
+def test_ratios_are_taken_within_turns() -> None:
+    # The machine was ten times slower in the second turn: the ratio of medians would be 0.2.
+    result = head.summary([1.0, 20.0, 2.0], {"naive": [2.0, 40.0, 10.0]})
+    assert result["ms"] == 2000.0
+    assert result["quartiles_ms"] == [1500.0, 11000.0]
+    assert result["over_naive"] == 0.5
+    assert result["over_naive_quartiles"] == pytest.approx([0.35, 0.5])
+
+
+def test_all_take_turns_in_a_rotating_order() -> None:
+    order: list[str] = []
+    times = head.take_turns({name: lambda name=name: order.append(name) for name in "abc"}, lambda run: run() or len(order), 4, 60.0)
+    assert "".join(order) == "abc" "bca" "cab" "abc" "bca"
+    assert times == {"a": [6, 8, 10, 15], "b": [4, 9, 11, 13], "c": [5, 7, 12, 14]}, "the first turn does not count"
+    assert len(head.take_turns({"a": lambda: None}, lambda run: 0.0, 9, 0.0)["a"]) == 3, "out of time: three turns all the same"
+
+
+def test_peak_memory_is_what_was_held_at_once_beyond_what_was_there(inputs: head.Inputs) -> None:
+    def run() -> None:
+        for _ in range(2):
+            a = torch.ones(2**24)
+            a = a + 1.0  # both at once, 128 MiB
+            del a
+
+    there = torch.ones(2**24)
+    assert head.peak_bytes(run, inputs) == pytest.approx(2**27, rel=0.05)
+    del there
+
+
+def test_a_small_run(tmp_path: Path) -> None:
+    out = tmp_path / "head.json"
+    chosen = ["ours", "naive", "torch-chunked", "cce"]
+    head.main(["--device", "cpu", "--shapes", "300x32x2003", "--dtype", "bf16", "--threads", "1", "--turns", "2", "--contestants", *chosen,
+               "--out", str(out)])  # fmt: skip
+    result: dict[str, Any] = json.loads(out.read_text())
+    case = result["cases"][0]
+    entries = case["entries"]
+    assert set(entries) == {*chosen, "ours, signature", "ours, row weights", "ours, frozen head", "1 product", "2 products", "3 products"}
+    assert entries["cce"] == {"absent": "NotImplementedError: runs on a GPU only"}
+    for name in ("ours", "naive"):
+        both = entries[name]["forward+backward"]
+        assert both["ms"] > 0
+        assert entries[name]["forward"]["ms"] > 0
+        assert 0 < entries[name]["error"]["dW"] < 0.01
+    assert entries["3 products"]["forward+backward"]["over_products"] == 1.0
+    assert entries["naive"]["forward+backward"]["over_naive"] == 1.0
+    assert "Not measured: cce: NotImplementedError: runs on a GPU only." in head.table(case)
+    assert out.with_suffix(".png").stat().st_size > 10_000
