@@ -29,6 +29,7 @@ import os
 import re
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -54,8 +55,6 @@ COUNTED_ROWS = 4096
 FORWARD, BOTH = "forward", "forward+backward"
 FAR_OFF = 0.1
 """A relative error that is not rounding any more."""
-BUILD_SECONDS = 300
-"""For a contestant's compilation, tuning and check."""
 PACKAGES = {"liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy", "quack": "quack-kernels"}
 """Import name -> what pip calls it."""
 
@@ -377,10 +376,10 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, old)
 
 
-def admit(build: Callable[[Inputs], Loss], inputs: Inputs, expected: Reference) -> tuple[Loss | None, dict[str, Any]]:
+def admit(build: Callable[[Inputs], Loss], inputs: Inputs, expected: Reference, seconds: int) -> tuple[Loss | None, dict[str, Any]]:
     """A contestant that runs and is right, or the reason why it does not take part."""
     try:
-        with time_limit(BUILD_SECONDS):
+        with time_limit(seconds):
             loss = build(inputs)
             found = errors(loss, inputs, expected)
     except Exception as error:
@@ -396,13 +395,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
-def run_case(inputs: Inputs, names: list[str], turns: int, seconds: float) -> dict[str, Any]:
+def run_case(inputs: Inputs, flags: argparse.Namespace) -> dict[str, Any]:
+    names = flags.contestants
     expected, precision = best_reference(inputs)
     builders = {name: CONTESTANTS[name] for name in names} | (VARIANTS if "ours" in names else {})
     losses: dict[str, Loss] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, build in builders.items():
-        loss, entries[name] = admit(build, inputs, expected)
+        loss, entries[name] = admit(build, inputs, expected, flags.build_seconds)
         if loss is not None:
             losses[name] = loss
         print(f"    {name}: {entries[name]}", flush=True)
@@ -418,8 +418,8 @@ def run_case(inputs: Inputs, names: list[str], turns: int, seconds: float) -> di
     alone = {name: products(inputs, logits, count) for name, count in PRODUCTS.items()}
     timer = Timer(inputs)
     measured = {
-        FORWARD: take_turns(once | {"1 product": alone["1 product"]}, timer, turns, seconds),
-        BOTH: take_turns(both | {name: alone[name] for name in ("2 products", "3 products")}, timer, turns, seconds),
+        FORWARD: take_turns(once | {"1 product": alone["1 product"]}, timer, flags.turns, flags.seconds),
+        BOTH: take_turns(both | {name: alone[name] for name in ("2 products", "3 products")}, timer, flags.turns, flags.seconds),
     }
     for mode, times in measured.items():
         for name, values in times.items():
@@ -556,6 +556,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--turns", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=60, help="stop a case's turns then, after at least 3")
+    parser.add_argument("--build-seconds", type=int, default=300, help="for a contestant's compilation, tuning and check")
     parser.add_argument("--out", type=Path, help="default bench/results/head-cpu.json or head-gpu.json; the plot goes beside it")
     flags = parser.parse_args(arguments)
     on_gpu = flags.device == "cuda"
@@ -578,7 +579,7 @@ def main(arguments: list[str] | None = None) -> None:
             for shape in flags.shapes:
                 print(f"{shape}, {dtype}, {threads} threads", flush=True)
                 inputs = make_inputs(shape, DTYPES[dtype], flags.device)
-                case = run_case(inputs, flags.contestants, flags.turns, flags.seconds)
+                case = run_case(inputs, flags)
                 if flags.device == "cuda":
                     seconds = expected_seconds(shape, COUNTED_ROWS, 2, machine=machine)
                     case["counted"] = {"chunk_rows": COUNTED_ROWS, "logits": "bf16", "ms": 1e3 * seconds}
@@ -589,6 +590,9 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"\n{table(case)}\n", flush=True)
                 del inputs
                 torch.cuda.empty_cache()
+    failed = sorted({name for case in cases for name, entry in case["entries"].items() if name.startswith("ours") and "absent" in entry})
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

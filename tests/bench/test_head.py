@@ -49,23 +49,22 @@ def test_a_wrong_contestant_is_not_admitted(inputs: head.Inputs) -> None:
         raise ValueError("no such kernel\nand much more")
 
     expected = head.reference(inputs)
-    loss, entry = head.admit(doubled, inputs, expected)
+    loss, entry = head.admit(doubled, inputs, expected, 60)
     assert loss is None
     assert entry["absent"] == "wrong result"
     assert entry["error"]["dW"] == pytest.approx(1.0)
-    assert head.admit(broken, inputs, expected) == (None, {"absent": "ValueError: no such kernel"})
-    loss, entry = head.admit(head.naive, inputs, expected)
+    assert head.admit(broken, inputs, expected, 60) == (None, {"absent": "ValueError: no such kernel"})
+    loss, entry = head.admit(head.naive, inputs, expected, 60)
     assert loss is not None
     assert max(entry["error"].values()) < 1e-6, "its logits are rounded to fp32"
 
 
-def test_a_contestant_that_does_not_get_ready_is_left_out(inputs: head.Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contestant_that_does_not_get_ready_is_left_out(inputs: head.Inputs) -> None:
     def endless(inputs: head.Inputs) -> head.Loss:
         while True:
             pass
 
-    monkeypatch.setattr(head, "BUILD_SECONDS", 1)
-    assert head.admit(endless, inputs, head.reference(inputs)) == (None, {"absent": "TimeoutError: not ready after 1 s"})
+    assert head.admit(endless, inputs, head.reference(inputs), 1) == (None, {"absent": "TimeoutError: not ready after 1 s"})
 
 
 def test_missing_packages_are_named_by_what_pip_calls_them() -> None:
@@ -121,3 +120,12 @@ def test_a_small_run(tmp_path: Path) -> None:
     assert entries["naive"]["forward+backward"]["over_naive"] == 1.0
     assert "Not measured: cce: NotImplementedError: runs on a GPU only." in head.table(case)
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_run_fails_if_our_own_loss_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head.CONTESTANTS, "ours", lambda inputs: lambda h, w, y: 1.2 * head.naive(inputs)(h, w, y))
+    monkeypatch.setattr(head, "VARIANTS", {})
+    with pytest.raises(SystemExit, match="failed: ours"):
+        head.main(["--device", "cpu", "--shapes", "30x8x101", "--dtype", "fp32", "--turns", "2", "--contestants", "ours", "naive",
+                   "--out", str(tmp_path / "head.json")])  # fmt: skip
+    assert json.loads((tmp_path / "head.json").read_text())["cases"][0]["entries"]["ours"]["absent"] == "wrong result"
