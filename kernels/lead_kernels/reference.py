@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lead_kernels.gather_batch import PackedBatch
 from lead_kernels.linear_cross_entropy import HeadLoss
-from lead_kernels.pack_plan import PackedPlan
+from lead_kernels.pack_plan import LOOK_AHEAD, PackedPlan
 
 
 def segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
@@ -103,19 +103,22 @@ def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int,
 def pack_plan(
     order: Tensor, lengths: Tensor, *, num_bins: int, capacity: int, slots: int, max_tokens: int | Tensor | None = None
 ) -> PackedPlan:
-    num_samples, budget = len(lengths), float("inf") if max_tokens is None else int(max_tokens)
-    bins: list[list[int]] = [[]]
-    for sample in order.tolist():
-        if sample == num_samples or sum(int(lengths[i]) for b in bins for i in b) + int(lengths[sample]) > budget:
-            break
-        if len(bins[-1]) == slots or sum(int(lengths[i]) for i in bins[-1]) + int(lengths[sample]) > capacity:
-            bins.append([])
-        if len(bins) > num_bins:
-            break
-        bins[-1].append(sample)
-    bins = (bins + [[]] * num_bins)[:num_bins]
-    ids = torch.tensor([b + [num_samples] * (slots - len(b)) for b in bins], dtype=torch.int64)
-    return PackedPlan(ids, torch.tensor([sum(int(lengths[i]) for i in b) for b in bins], dtype=torch.int64))
+    size, dummy = lengths.tolist(), len(lengths)
+    budget = float("inf") if max_tokens is None else int(max_tokens)
+    left = [sample for sample in order.tolist() if sample != dummy]
+    while sum(size[sample] for sample in left) > budget:
+        left.pop()
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for samples in bins:
+        while left and len(samples) < slots and sum(size[i] for i in [*samples, left[0]]) <= capacity:
+            samples.append(left.pop(0))
+        ahead = left[: min(LOOK_AHEAD, slots - len(samples))]
+        while fitting := [i for i in ahead if i in left and sum(size[j] for j in [*samples, i]) <= capacity]:
+            longest = max(size[i] for i in fitting)
+            samples.append(next(i for i in fitting if size[i] == longest))
+            left.remove(samples[-1])
+    ids = torch.tensor([samples + [dummy] * (slots - len(samples)) for samples in bins], dtype=torch.int64)
+    return PackedPlan(ids, torch.tensor([sum(size[i] for i in samples) for samples in bins], dtype=torch.int64))
 
 
 def gather_batch(

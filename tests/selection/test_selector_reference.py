@@ -8,6 +8,7 @@ import torch
 
 from lead_engine.selection import counter_rng
 from lead_engine.selection.selector import DRAW
+from lead_kernels.pack_plan import LOOK_AHEAD
 
 
 class SlowLead:
@@ -55,18 +56,24 @@ class SlowLead:
         return [i for _, _, i in sorted(keyed)]
 
     def pack(self, order, max_tokens):
-        bins, free, total = [[]], self.layout.capacity, 0
+        total, left = 0, []
         for i in order:
             total += self.lengths[i]
             if total > max_tokens:
                 break
-            if self.lengths[i] > free or len(bins[-1]) == self.layout.slots:
-                bins.append([])
-                free = self.layout.capacity
-            bins[-1].append(i)
-            free -= self.lengths[i]
-        count = self.layout.steps * self.layout.micro_batches
-        return (bins + [[]] * count)[:count]
+            left.append(i)
+        bins = [[] for _ in range(self.layout.steps * self.layout.micro_batches)]
+        for samples in bins:
+            free = self.layout.capacity
+            while left and len(samples) < self.layout.slots and self.lengths[left[0]] <= free:
+                samples.append(left.pop(0))
+                free -= self.lengths[samples[-1]]
+            ahead = left[: min(LOOK_AHEAD, self.layout.slots - len(samples))]
+            while fitting := [i for i in ahead if i in left and self.lengths[i] <= free]:
+                samples.append(max(fitting, key=lambda i: self.lengths[i]))
+                left.remove(samples[-1])
+                free -= self.lengths[samples[-1]]
+        return bins
 
     def plan(self, round, max_tokens):
         p = self.probabilities()
