@@ -1,4 +1,4 @@
-"""Packs pool samples into one micro-batch of fixed capacity, on the device that holds the pool."""
+"""Packs pool samples into one micro-batch of fixed capacity, from the device that holds the pool or over the bus from pinned memory."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -6,7 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.checks import check_device, check_shape
+from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.checks import check_shape
+
+BLOCK = 512
+"""Slots, token places or rows of a program. Small, so that a micro-batch read over the bus has many reads under way at once."""
+THREADS = 128
 
 
 class PackedBatch(NamedTuple):
@@ -28,6 +33,180 @@ class PackedBatch(NamedTuple):
     """int64 [B]; pool ids, N in empty slots."""
 
 
+# --- on the GPU: three launches ---
+
+
+@triton.jit
+def _segments_kernel(id_ptr, offset_ptr, start_ptr, cu_ptr, status_ptr, num_samples, slots, capacity, BLOCK: tl.constexpr):
+    """One program: where the samples of the B slots begin in the pool (start [B]) and in the micro-batch (cu [B+2]).
+
+    status[0]: tokens of all samples; status[1]: ids outside [0, N]. Segments end at `capacity` whatever the samples' lengths, so that no
+    later read leaves a sample.
+    """
+    lane = tl.arange(0, BLOCK)
+    used = tl.sum(tl.zeros((BLOCK,), tl.int64), 0)
+    unknown = tl.sum(tl.zeros((BLOCK,), tl.int64), 0)
+    tl.store(cu_ptr, 0)
+    tl.store(cu_ptr + slots + 1, capacity)
+    for first in range(0, slots, BLOCK):
+        slot = first + lane
+        inside = slot < slots
+        sample = tl.load(id_ptr + slot, mask=inside, other=num_samples)
+        real = (sample >= 0) & (sample < num_samples)
+        start = tl.load(offset_ptr + sample, mask=real, other=0)
+        length = tl.load(offset_ptr + sample + 1, mask=real, other=0) - start
+        end = used + tl.cumsum(length, 0)
+        tl.store(start_ptr + slot, start, mask=inside)
+        tl.store(cu_ptr + 1 + slot, tl.minimum(end, capacity).to(tl.int32), mask=inside)
+        used += tl.sum(length, 0)
+        unknown += tl.sum((inside & (sample != num_samples) & (real == 0)).to(tl.int64), 0)
+    tl.store(status_ptr, used)
+    tl.store(status_ptr + 1, unknown)
+
+
+@triton.jit
+def _tokens_kernel(
+    token_ptr, response_ptr, start_ptr, cu_ptr, input_ptr, position_ptr, mark_ptr, count_ptr, slots, search_steps, capacity,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Token places [BLOCK]: token, position in the sample, and mark: the slot if the next token is one to learn, else -1.
+
+    count[p]: marks of program p. Neighbouring places read neighbouring tokens, so reads of the pool are whole lines but at samples' ends.
+    """
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < capacity
+    # The slot is the number of segments that end at or before the place (B in the tail), by binary search.
+    slot = tl.zeros((BLOCK,), tl.int32)
+    high = tl.zeros((BLOCK,), tl.int32) + slots
+    for _ in range(search_steps):
+        middle = (slot + high) // 2
+        ends_before = (slot < high) & (tl.load(cu_ptr + 1 + middle) <= place)
+        high = tl.where(ends_before, high, middle)
+        slot = tl.where(ends_before, middle + 1, slot)
+
+    in_sample = inside & (slot < slots)
+    local = place - tl.load(cu_ptr + slot)
+    source = tl.load(start_ptr + slot, mask=in_sample, other=0) + local
+    token = tl.load(token_ptr + source, mask=in_sample, other=0)
+    has_next = in_sample & (place + 1 < tl.load(cu_ptr + slot + 1))
+    marked = has_next & (tl.load(response_ptr + source + 1, mask=has_next, other=0) != 0)
+    tl.store(input_ptr + place, token.to(tl.int64), mask=inside)
+    tl.store(position_ptr + place, local.to(tl.int64), mask=inside)
+    tl.store(mark_ptr + place, tl.where(marked, slot, -1), mask=inside)
+    tl.store(count_ptr + tl.program_id(0), tl.sum(marked.to(tl.int32), 0))
+
+
+@triton.jit
+def _rows_kernel(
+    mark_ptr, count_ptr, input_ptr, row_ptr, target_ptr, row_slot_ptr, status_ptr, capacity, num_rows, slots, num_counts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The marked places in order: row r goes to place r. Also the padding behind them. status[2]: rows."""
+    lane = tl.arange(0, BLOCK)
+    before = tl.sum(tl.zeros((BLOCK,), tl.int32), 0)
+    total = tl.sum(tl.zeros((BLOCK,), tl.int32), 0)
+    for first in range(0, num_counts, BLOCK):
+        block = first + lane
+        count = tl.load(count_ptr + block, mask=block < num_counts, other=0)
+        before += tl.sum(tl.where(block < tl.program_id(0), count, 0), 0)
+        total += tl.sum(count, 0)
+    if tl.program_id(0) == 0:
+        tl.store(status_ptr + 2, total)
+
+    place = tl.program_id(0) * BLOCK + lane
+    slot = tl.load(mark_ptr + place, mask=place < capacity, other=-1)
+    marked = slot >= 0
+    row = before + tl.cumsum(marked.to(tl.int32), 0) - 1
+    fits = marked & (row < num_rows)
+    tl.store(row_ptr + row, place.to(tl.int64), mask=fits)
+    tl.store(target_ptr + row, tl.load(input_ptr + place + 1, mask=fits, other=0), mask=fits)
+    tl.store(row_slot_ptr + row, slot.to(tl.int64), mask=fits)
+
+    padding = (place >= total) & (place < num_rows)
+    tl.store(row_ptr + place, capacity - 1, mask=padding)
+    tl.store(target_ptr + place, -100, mask=padding)
+    tl.store(row_slot_ptr + place, slots - 1, mask=padding)
+
+
+def _on_gpu(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+    for name, tensor in (("tokens", tokens), ("response", response), ("offsets", offsets)):
+        if tensor.device != sample_ids.device and not tensor.is_pinned():
+            raise ValueError(f"{name} is on {tensor.device}, where the GPU reads only pinned memory")
+    num_samples, slots = offsets.shape[0] - 1, sample_ids.shape[0]
+    launch = {"BLOCK": BLOCK, "num_warps": warps(THREADS, wave_size(sample_ids.device))}
+    inputs, positions, cu, rows, targets, row_slots = outputs = _empty(sample_ids, capacity, num_rows)
+    start, status = sample_ids.new_empty(slots), sample_ids.new_empty(3)
+    num_counts = triton.cdiv(capacity, BLOCK)
+    marks, counts = cu.new_empty(capacity), cu.new_empty(num_counts)
+
+    _segments_kernel[(1,)](sample_ids, offsets, start, cu, status, num_samples, slots, capacity, **launch)
+    steps = slots.bit_length()
+    _tokens_kernel[(num_counts,)](tokens, response, start, cu, inputs, positions, marks, counts, slots, steps, capacity, **launch)
+    grid = (triton.cdiv(max(capacity, num_rows), BLOCK),)
+    _rows_kernel[grid](marks, counts, inputs, rows, targets, row_slots, status, capacity, num_rows, slots, num_counts, **launch)
+    torch._assert_async(status[1] == 0, UNKNOWN)
+    torch._assert_async(status[0] <= capacity, TOO_LONG)
+    torch._assert_async(status[2] <= num_rows, TOO_MANY)
+    return outputs
+
+
+# --- in host memory ---
+
+
+def _on_host(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+    num_samples, slots = offsets.shape[0] - 1, sample_ids.shape[0]
+    if bool(((sample_ids < 0) | (sample_ids > num_samples)).any()):
+        raise RuntimeError(UNKNOWN)
+    start_B = offsets[sample_ids]
+    length_B = offsets[(sample_ids + 1).clamp(max=num_samples)] - start_B  # 0 for the dummy id N
+    end_B = length_B.cumsum(0)
+    used = int(end_B[-1])
+    if used > capacity:
+        raise RuntimeError(TOO_LONG)
+    inputs, positions, cu, rows, targets, row_slots = outputs = _empty(sample_ids, capacity, num_rows)
+    cu[0], cu[1:-1], cu[-1] = 0, end_B, capacity
+
+    slot_U = torch.repeat_interleave(torch.arange(slots), length_B, output_size=used)
+    torch.arange(used, out=positions[:used]).sub_((end_B - length_B)[slot_U])
+    torch.arange(capacity - used, out=positions[used:])
+    source_U = start_B[slot_U] + positions[:used]
+    inputs[:used], inputs[used:] = tokens[source_U], 0
+
+    # Position t predicts t + 1, if that is a response token and not the first of its sample.
+    predicted = (response[source_U] & (positions[:used] > 0)).nonzero().squeeze(1)
+    count = len(predicted)
+    if count > num_rows:
+        raise RuntimeError(TOO_MANY)
+    rows[:count], rows[count:] = predicted - 1, capacity - 1
+    targets[:count], targets[count:] = inputs[predicted], -100
+    row_slots[:count], row_slots[count:] = slot_U[predicted], slots - 1
+    return outputs
+
+
+# --- the operator ---
+
+UNKNOWN = "gather_batch: a sample id is not in [0, N]"
+TOO_LONG = "gather_batch: the samples do not fit into `capacity` tokens"
+TOO_MANY = "gather_batch: more response rows than `num_rows`"
+
+
+def _empty(sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+    """input_ids, position_ids, cu_seqlens, rows, targets, row_slots, not filled in."""
+    wide = [sample_ids.new_empty(size) for size in (capacity, capacity, num_rows, num_rows, num_rows)]
+    return [*wide[:2], sample_ids.new_empty(sample_ids.shape[0] + 2, dtype=torch.int32), *wide[2:]]
+
+
+@torch.library.custom_op("lead_kernels::gather_batch", mutates_args=())
+def _gather_batch(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+    gather = _on_gpu if uses_kernels(sample_ids) else _on_host
+    return gather(tokens, response, offsets, sample_ids, capacity, num_rows)
+
+
+@_gather_batch.register_fake
+def _(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+    return _empty(sample_ids, capacity, num_rows)
+
+
 def gather_batch(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, *, capacity: int, num_rows: int) -> PackedBatch:
     """Lay samples one after another in `capacity` token places and list the positions at which a loss is taken.
 
@@ -35,45 +214,44 @@ def gather_batch(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: 
     predicts it); offsets: int64 [N+1], sample i being tokens[offsets[i]:offsets[i+1]]; sample_ids: int64 [B], N in empty slots, in any
     places. `num_rows` (R) must be at least the number of response rows, and the samples must fit into `capacity`.
 
-    Raises ValueError on shapes or dtypes; RuntimeError (on a GPU a device-side assertion, as nothing is read back) where the samples
-    or their rows do not fit.
+    The result lies beside `sample_ids`. On a GPU, each of the other three may lie there too or in pinned host memory: the kernels then read
+    just the samples over the bus, about 5 bytes a token, and nothing waits for the host. total may pass 2^31.
+
+    Raises ValueError on shapes, dtypes or places; RuntimeError (on a GPU a device-side assertion, as nothing is read back) where an id is
+    not in [0, N] or the samples or their rows do not fit.
     """
     check_shape("response", response, (tokens.shape[0],), (torch.bool,))
     check_shape("offsets", offsets, (offsets.shape[0],), (torch.int64,))
     check_shape("sample_ids", sample_ids, (sample_ids.shape[0],), (torch.int64,))
-    check_device(tokens.device, response=response, offsets=offsets, sample_ids=sample_ids)
-    device, num_samples, slots = tokens.device, offsets.shape[0] - 1, sample_ids.shape[0]
+    for name, tensor in (("tokens", tokens), ("response", response), ("offsets", offsets)):
+        if tensor.device != sample_ids.device and tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}, expected {sample_ids.device} or pinned host memory")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")
+    inputs, positions, cu, rows, targets, row_slots = _gather_batch(tokens, response, offsets, sample_ids.contiguous(), capacity, num_rows)
+    return PackedBatch(inputs, positions, cu, rows, targets, row_slots, sample_ids)
 
-    start_B = offsets[sample_ids]
-    length_B = offsets[(sample_ids + 1).clamp(max=num_samples)] - start_B  # 0 for the dummy id N
-    end_B = length_B.cumsum(0)
-    torch._assert_async(end_B[-1] <= capacity, "gather_batch: the samples do not fit into `capacity` tokens")
 
-    position_T = torch.arange(capacity, device=device)
-    slot_T = torch.searchsorted(end_B, position_T, right=True)  # the number of samples that end at or before t; B in the tail
-    cu = torch.cat([end_B.new_zeros(1), end_B, end_B.new_full((1,), capacity)])
-    local_T = position_T - cu[slot_T]
-    in_sample_T = slot_T < slots
-    source_T = torch.where(in_sample_T, torch.cat([start_B, start_B.new_zeros(1)])[slot_T] + local_T, 0)
-    input_T = torch.where(in_sample_T, tokens[source_T].long(), 0)
-
-    # Position t predicts t + 1, if that is a response token that is not the first of its sample.
-    counted_T = response[source_T] & in_sample_T & (local_T > 0)
-    predicts_T = torch.cat([counted_T[1:], counted_T.new_zeros(1)])
-    rank_T = predicts_T.cumsum(0)
-    count = rank_T[-1]
-    torch._assert_async(count <= num_rows, "gather_batch: more response rows than `num_rows`")
-
-    # A compaction without a data-dependent shape: row number r goes to place r, everything else to a place R that is cut off.
-    place_T = torch.where(predicts_T, rank_T - 1, num_rows).clamp(max=num_rows)
-    rows_R = position_T.new_full((num_rows + 1,), capacity - 1).index_put_((place_T,), position_T)[:num_rows]
-    filled_R = torch.arange(num_rows, device=device) < count
-    return PackedBatch(
-        input_ids=input_T,
-        position_ids=local_T,
-        cu_seqlens=cu.int(),
-        rows=rows_R,
-        targets=torch.where(filled_R, input_T[(rows_R + 1).clamp(max=capacity - 1)], -100),
-        row_slots=torch.where(filled_R, slot_T[rows_R], slots - 1),
-        sample_ids=sample_ids,
-    )
+def builds() -> list[KernelBuild]:
+    """Each kernel in its one configuration, for tokens of 32 and of 64 bits."""
+    segments = {
+        "id_ptr": "*i64", "offset_ptr": "*i64", "start_ptr": "*i64", "cu_ptr": "*i32", "status_ptr": "*i64",
+        "num_samples": "i32", "slots": "i32", "capacity": "i32", "BLOCK": "constexpr",
+    }  # fmt: skip
+    tokens = {
+        "token_ptr": "*i32", "response_ptr": "*i1", "start_ptr": "*i64", "cu_ptr": "*i32", "input_ptr": "*i64", "position_ptr": "*i64",
+        "mark_ptr": "*i32", "count_ptr": "*i32", "slots": "i32", "search_steps": "i32", "capacity": "i32", "BLOCK": "constexpr",
+    }  # fmt: skip
+    rows = {
+        "mark_ptr": "*i32", "count_ptr": "*i32", "input_ptr": "*i64", "row_ptr": "*i64", "target_ptr": "*i64", "row_slot_ptr": "*i64",
+        "status_ptr": "*i64", "capacity": "i32", "num_rows": "i32", "slots": "i32", "num_counts": "i32", "BLOCK": "constexpr",
+    }  # fmt: skip
+    return [
+        KernelBuild(f"gather_batch {name}", kernel, signature, {"BLOCK": BLOCK}, threads=THREADS)
+        for name, kernel, signature in (
+            ("segments", _segments_kernel, segments),
+            ("tokens i32", _tokens_kernel, tokens),
+            ("tokens i64", _tokens_kernel, {**tokens, "token_ptr": "*i64"}),
+            ("rows", _rows_kernel, rows),
+        )
+    ]
