@@ -19,9 +19,7 @@ GRAIN = 4096
 
 
 class HostPool(NamedTuple):
-    """tokens int32 [total] and response bool [total], in memory or mapped from disk; offsets int64 [N + 1] in
-    memory.
-    """
+    """tokens int32 [total] and response bool [total], mapped from disk; offsets int64 [N + 1] in memory."""
 
     tokens: Tensor
     response: Tensor

@@ -5,9 +5,10 @@ A store is a folder: tokens.npy int32 [total], response.npy bool [total] (the to
 1] (sample i is tokens[offsets[i] : offsets[i + 1]]), response_rows.npy int64 [N] and meta.json. It is written beside
 its final place and renamed when complete, so a folder of that name is always whole.
 
-Placements: `device` keeps everything on the training device and gathers there. `pinned` (whole pool in host memory) and
-`mmap` (pool on disk, read through the page cache) copy a micro-batch's samples into a small staging buffer in a
-background thread, then run the same gather on the device over that buffer, so all three give equal batches.
+Placements: `device` keeps everything on the training device and gathers there. `pinned` keeps everything in host memory,
+where a GPU's gather reads a micro-batch's samples over the bus, like any others. `mmap` (pool on disk, read through the
+page cache) copies them into a small staging buffer in a background thread, then runs the same gather on the device over
+that buffer. All three give equal batches.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ AGAIN = "prepare the pool again (lead-engine prepare)"
 
 
 class TokenStore:
-    """N tokenised samples. Made by `open`; `close` (or leaving a `with` block) ends the background thread of host
-    placements.
+    """N tokenised samples. Made by `open`; `close` (or leaving a `with` block) ends the background thread of placement
+    `mmap`.
 
     tokens int32 [num_tokens], response bool [num_tokens], offsets int64 [N + 1]: on `device` for placement `device`,
-    else on the host. lengths int64 [N] (tokens) and response_rows int64 [N] (tokens with a loss; a sample's first token
-    never has one): on the CPU.
+    else on the host, in pinned memory for placement `pinned` on a GPU. lengths int64 [N] (tokens) and response_rows
+    int64 [N] (tokens with a loss; a sample's first token never has one): on the CPU.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any], placement: Placement, device: torch.device) -> None:
@@ -58,7 +59,12 @@ class TokenStore:
         if placement == "device":
             self.tokens, self.response, self.offsets = (x.to(device, copy=True) for x in mapped)
             return
-        self.tokens, self.response, self.offsets = (x.clone() for x in mapped) if placement == "pinned" else mapped
+        if placement == "pinned":
+            # A CPU reads any memory. Mind that PyTorch rounds a pinned tensor's memory up to a power of two.
+            pin = device.type == "cuda"
+            self.tokens, self.response, self.offsets = (x.pin_memory() if pin else x.clone() for x in mapped)
+            return
+        self.tokens, self.response, self.offsets = mapped
         pool = HostPool(self.tokens, self.response, np.array(arrays["offsets"]))
         self._prefetcher = Prefetcher(pool, device)
         weakref.finalize(self, self._prefetcher.close)
@@ -106,11 +112,16 @@ class TokenStore:
         else:
             os.replace(partial, folder)
 
+    @property
+    def wants_prefetch(self) -> bool:
+        """Whether `batch` hands out only what `prefetch` has asked for, which needs the ids on the host."""
+        return self._prefetcher is not None
+
     def prefetch(self, sample_ids_host: Tensor) -> None:
-        """Start gathering micro-batches in the background, for host placements; `batch` then takes them in this order.
+        """Start gathering micro-batches in the background, for placement `mmap`; `batch` then takes them in this order.
 
         sample_ids_host int64 [n, B] on the CPU, N in empty slots. May be called again before all are taken. Nothing to
-        do for `device`.
+        do for other placements (`wants_prefetch` is False).
         """
         if self._prefetcher is not None:
             self._prefetcher.request(sample_ids_host)
@@ -119,7 +130,7 @@ class TokenStore:
         """The packed micro-batch of sample_ids int64 [B] (on the device; N in empty slots), see
         `lead_kernels.gather_batch`.
 
-        For host placements this is the next micro-batch asked for by `prefetch`, whose ids must be the same;
+        For placement `mmap` this is the next micro-batch asked for by `prefetch`, whose ids must be the same;
         RuntimeError where none was asked for, and whatever the background thread failed with.
         """
         if self._prefetcher is None:

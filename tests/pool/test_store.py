@@ -223,6 +223,7 @@ class TestBatches:
         wanted = self.gather(TokenStore.open(folder, "device", "cpu"), plan)
         for placement in PLACEMENTS:
             with TokenStore.open(folder, placement, "cuda") as store:
+                assert {x.is_pinned() for x in (store.tokens, store.response, store.offsets)} == {placement == "pinned"}
                 store.prefetch(plan)
                 on_device = plan.cuda()
                 torch.cuda.set_sync_debug_mode("error")
@@ -260,6 +261,19 @@ class TestBatches:
                 time.sleep(0.005)
             time.sleep(0.05)
             assert ready.qsize() == prefetch.DEPTH
+
+    @pytest.mark.parametrize("placement", ["device", "pinned"])
+    def test_a_pool_in_memory_needs_no_prefetch(self, placement: str, folder: Path, samples: Samples) -> None:
+        before, plan = prefetch_threads(), self.plan(samples, 5)
+        with TokenStore.open(folder, "mmap") as mapped, TokenStore.open(folder, placement) as store:
+            assert (mapped.wants_prefetch, store.wants_prefetch) == (True, False)
+            wanted = self.gather(mapped, plan)
+            threads = prefetch_threads()
+            for place in (3, 0, 4, 3):  # in any order
+                batch = store.batch(plan[place], capacity=self.CAPACITY, num_rows=self.CAPACITY)
+                assert all(torch.equal(x, y) for x, y in zip(batch, wanted[place], strict=True))
+            store.prefetch(plan)
+            assert prefetch_threads() == threads == before + 1
 
     def test_out_of_order(self, folder: Path, samples: Samples) -> None:
         with TokenStore.open(folder, "mmap") as store:
