@@ -19,7 +19,8 @@ from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, w
 from lead_kernels.checks import check_device, check_shape
 
 LOOK_AHEAD = 32
-"""Samples that a bin considers after the first that does not fit. 16 leave twice as many places empty; with 64, the gain is below 0.1 %."""
+"""Samples that a bin considers after the first that does not fit: one load of a warp. Half as many leave 1.5 times the places empty, twice
+as many save 0.1 to 0.2 % of them at 2048 places."""
 
 
 class PackedPlan(NamedTuple):
