@@ -13,11 +13,11 @@ from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
 class LinearCrossEntropy(nn.Linear):
     """`nn.Linear(in_features, out_features)` without logits: forward(hidden, targets, ...) -> HeadLoss, see `linear_cross_entropy`.
 
-    As a module it is a unit that `fully_shard` can wrap: in its forward the parameters are whole, in the dtype of the mixed-precision policy.
+    As a module it is a unit that `fully_shard` can wrap: in its forward the parameters are whole, in the mixed-precision policy's dtype.
     Taking `full_tensor()` of a sharded weight and calling the function instead gives a wrong gradient under mixed precision.
 
-    lora_rank, lora_alpha: an adapter of that rank, scaled by lora_alpha / lora_rank; weight and bias are then frozen. lora_a [R, H] starts as
-    `nn.Linear`'s weights do, lora_b [V, R] with zeros, as in arXiv 2106.09685. Parameters: weight, bias, lora_a, lora_b.
+    lora_rank, lora_alpha: an adapter of that rank, scaled by lora_alpha / lora_rank; weight and bias are then frozen. lora_a [R, H] starts
+    as `nn.Linear`'s weights do, lora_b [V, R] with zeros, as in arXiv 2106.09685. Parameters: weight, bias, lora_a, lora_b.
     loss_options: keyword arguments for every call (softcap, label_smoothing, chunk_bytes, ...).
     """
 

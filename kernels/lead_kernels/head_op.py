@@ -218,22 +218,26 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None
 
 def head_gradient_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, targets: Tensor,
-    objective_weight: Tensor | None, nll_weight: Tensor | None, wanted: Wanted, options: Options,
+    sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samples: int, loss_weight: Tensor | None, token_grad: Tensor | None,
+    sample_grad: Tensor | None, wanted: Wanted, options: Options,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Implementation of `lead_kernels::head_gradient`; see there."""
     counted = CountedRows.of(targets, options.ignore_index, options.max_rows)
-    weights = [None if x is None else counted.take(x) for x in (objective_weight, nll_weight)]
-    # The largest weight is taken out of the products, as weights like 1/T would push fp16 gradients below its range, and put back in fp32.
-    largest = torch.stack([x.abs().amax() if x.numel() else x.new_zeros(()) for x in weights if x is not None]).amax()
+    nll_weight = token_grad
+    if sample_grad is not None:
+        bounds = _bounds(sample_ids, cu_seqlens, num_samples, targets.shape[0])
+        spread = _spread(sample_grad / counted.before[bounds].diff().clamp(min=1), bounds, targets.shape[0])
+        nll_weight = spread if nll_weight is None else nll_weight + spread
+    zeros = torch.zeros_like(targets, dtype=wide(hidden.dtype))
+    weights = [counted.take(zeros if x is None else x) for x in (loss_weight, nll_weight)]
+    # The largest weight is taken out of the products and put back in fp32: weights like 1/T would push fp16 gradients below its range.
+    largest = torch.cat([*weights, zeros.new_zeros(1)]).abs().amax()
     largest = torch.where(largest > 0, largest, 1.0)
-    objective_weight, nll_weight = (None if x is None else x / largest for x in weights)
-    if objective_weight is None:
-        objective_weight = torch.zeros_like(nll_weight)  # type: ignore[arg-type]
     out = head_rows(
         counted.take(hidden), _head(weight, bias, lora_a, lora_b, options.lora_scale), counted.take(targets, options.ignore_index),
         options.row_loss, wanted, most_rows=options.most_rows(weight.shape[0], hidden.device, wanted),
-        logits_dtype=options.logits_dtype, ignore_index=options.ignore_index, objective_weight_T=objective_weight, nll_weight_T=nll_weight,
-        full_rows=targets.shape[0],
+        logits_dtype=options.logits_dtype, ignore_index=options.ignore_index, objective_weight_T=weights[0] / largest,
+        nll_weight_T=weights[1] / largest, full_rows=targets.shape[0],
     )  # fmt: skip
     gradients = (
         (None if out.loss_grad_TH is None else counted.put(out.loss_grad_TH), hidden), (out.dweight_VH, weight), (out.dbias_V, bias),
@@ -245,23 +249,39 @@ def head_gradient_rows(
     )
 
 
+def _spread(values_B: Tensor, bounds: Tensor, rows: int) -> Tensor:
+    """The value of every row's sample [T], 0 for rows outside all samples."""
+    samples = values_B.shape[0]
+    sample_T = torch.searchsorted(bounds, torch.arange(rows, device=values_B.device), right=True) - 1
+    inside = (sample_T >= 0) & (sample_T < samples)
+    return torch.where(inside, values_B[sample_T.clamp(0, samples - 1)], 0.0)
+
+
 @torch.library.custom_op("lead_kernels::head_gradient", mutates_args=())
 def head_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, targets: Tensor,
-    objective_weight: Tensor | None, nll_weight: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool, want_lora: bool,
-    lora_scale: float, softcap: float | None, logit_scale: float, label_smoothing: float, z_loss: float, ignore_index: int,
+    sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samples: int, loss_weight: Tensor | None, token_grad: Tensor | None,
+    sample_grad: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool, want_lora: bool, lora_scale: float,
+    softcap: float | None, logit_scale: float, label_smoothing: float, z_loss: float, ignore_index: int,
     max_rows: int | None, chunk_bytes: int | None, logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of sum_t objective_weight_t * loss_t + nll_weight_t * NLL_t at hidden, weight, bias, lora_a, lora_b, in their dtypes; those
-    not wanted are empty. Four products, three where the head is frozen."""
+    """Gradients at hidden, weight, bias, lora_a and lora_b, in their dtypes, of
+
+        sum_t loss_weight_t * loss_t + sum_t token_grad_t * NLL_t + sum_i sample_grad_i * (mean NLL of sample i),
+
+    each of loss_weight [T], token_grad [T] and sample_grad [B] where given. Those not wanted are empty. Four products of 2 T V H FLOPs,
+    three where the head is frozen.
+    """
     options = Options(lora_scale, softcap, logit_scale, label_smoothing, z_loss, ignore_index, max_rows, chunk_bytes, logits_dtype)
     wanted = Wanted(want_hidden, want_weight, want_bias, want_lora)
-    return head_gradient_rows(hidden, weight, bias, lora_a, lora_b, targets, objective_weight, nll_weight, wanted, options)  # type: ignore[return-value]
+    return head_gradient_rows(hidden, weight, bias, lora_a, lora_b, targets, sample_ids, cu_seqlens, num_samples, loss_weight, token_grad,
+                              sample_grad, wanted, options)  # type: ignore[return-value]  # fmt: skip
 
 
 @head_gradient.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, targets: Tensor,
-      objective_weight: Tensor | None, nll_weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
+      sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samples: int, loss_weight: Tensor | None, token_grad: Tensor | None,
+      sample_grad: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
     wants = (rest[0], rest[1], rest[2], rest[3], rest[3])
     inputs = (hidden, weight, bias, lora_a, lora_b)
     return tuple(torch.empty_like(x) if asked and x is not None else hidden.new_empty(0) for x, asked in zip(inputs, wants, strict=True))
@@ -273,7 +293,7 @@ class _Slots:
     PARAMETERS = slice(0, 5)
     TARGETS, SAMPLE_IDS, CU_SEQLENS, NUM_SAMPLES = 5, 6, 7, 8
     WANTS, ROWS_DIFFERENTIABLE, NUMBERS = slice(12, 16), 16, slice(17, None)
-    COUNTS, SCALE, ROW_SCALE, GRADIENTS = 3, 4, 6, slice(7, 12)
+    SCALE, ROW_SCALE, GRADIENTS = 4, 6, slice(7, 12)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -284,7 +304,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.wants, ctx.numbers = inputs[_Slots.WANTS], inputs[_Slots.NUMBERS]
     ctx.num_samples, ctx.num_inputs = inputs[_Slots.NUM_SAMPLES], len(inputs)
     ctx.dtypes = [None if x is None else x.dtype for x in parameters]
-    again = (*parameters, inputs[_Slots.TARGETS], inputs[_Slots.SAMPLE_IDS], inputs[_Slots.CU_SEQLENS], output[_Slots.COUNTS])
+    again = (*parameters, inputs[_Slots.TARGETS], inputs[_Slots.SAMPLE_IDS], inputs[_Slots.CU_SEQLENS])
     ctx.save_for_backward(
         output[_Slots.SCALE], output[_Slots.ROW_SCALE], *output[_Slots.GRADIENTS], *(again if ctx.rows_differentiable else ())
     )
@@ -317,29 +337,16 @@ def _gradients_anew(
     saved: list[Tensor],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients with weights per row that only the backward pass knows."""
-    *parameters, targets, sample_ids, cu_seqlens, counts_B = saved
-    objective_weight = nll_weight = None
+    *parameters, targets, sample_ids, cu_seqlens = saved
+    loss_weight = None
     if loss_grad is not None:
         rows = torch.ones_like(targets, dtype=scale.dtype) if row_scale.numel() == 0 else row_scale
-        objective_weight = rows * (loss_grad * scale)
-    if token_grad is not None:
-        nll_weight = token_grad
-    if sample_grad is not None:
-        per_row = _spread(sample_grad / counts_B.clamp(min=1), sample_ids, cu_seqlens, ctx.num_samples, targets.shape[0])
-        nll_weight = per_row if nll_weight is None else nll_weight + per_row
+        loss_weight = rows * (loss_grad * scale)
     needed = ctx.needs_input_grad
     wants = (needed[0], needed[1], needed[2], needed[3] or needed[4])
-    computed = head_gradient(*parameters, targets, objective_weight, nll_weight, *wants, *ctx.numbers)
+    computed = head_gradient(*parameters, targets, sample_ids, cu_seqlens, ctx.num_samples, loss_weight, token_grad, sample_grad, *wants,
+                             *ctx.numbers)  # fmt: skip
     return [value if asked else None for value, asked in zip(computed, needed[:5], strict=True)]
-
-
-def _spread(values_B: Tensor, sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samples: int, rows: int) -> Tensor:
-    """The value of every row's sample, 0 for rows outside all samples."""
-    bounds = segment_bounds(sample_ids, num_samples) if sample_ids is not None else cu_seqlens[: num_samples + 1].long()
-    place = torch.arange(rows, device=values_B.device)
-    sample = torch.searchsorted(bounds, place, right=True) - 1
-    inside = (sample >= 0) & (sample < num_samples)
-    return torch.where(inside, values_B[sample.clamp(0, num_samples - 1)], 0.0)
 
 
 head.register_autograd(_backward, setup_context=_setup_context)

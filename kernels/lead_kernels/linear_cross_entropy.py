@@ -37,8 +37,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
     for name, tensor in (("weight", weight), ("bias", bias), *(() if lora is None else (("lora.a", lora.a), ("lora.b", lora.b)))):
         if isinstance(tensor, DTensor):
             raise ValueError(
-                f"{name} is a DTensor, a shard of the head's parameters: call linear_cross_entropy in the forward of a module that fully_shard "
-                "wraps (lead_kernels.LinearCrossEntropy is one), where parameters are whole"
+                f"{name} is a DTensor, a shard: call linear_cross_entropy in the forward of a module that fully_shard wraps, where "
+                "parameters are whole (lead_kernels.LinearCrossEntropy is such a module)"
             )
     if hidden.dim() != 2 or weight.dim() != 2:
         raise ValueError(f"hidden and weight must be matrices, got shapes {list(hidden.shape)} and {list(weight.shape)}")
@@ -132,16 +132,17 @@ def linear_cross_entropy(
     gradients: when they are computed.
       "forward": those of `loss` with the loss, chunk by chunk, and scaled by the upstream scalar in the backward pass: 3 products of
       2 T V H FLOPs, 2 where the weight is frozen. token_nll and sample_nll carry none.
-      "recompute": in the backward pass, from the logits computed anew (4 products), for any upstream gradients at loss, token_nll and sample_nll.
-      "auto": as "forward" while a gradient arrives at loss alone, else as "recompute"; it holds on to hidden for that. In a function compiled by
-      torch.compile, results that it returns are taken to have upstream gradients: give "forward" there, or detach them.
+      "recompute": in the backward pass, from the logits computed anew (4 products), for any upstream gradients at loss, token_nll and
+      sample_nll.
+      "auto": as "forward" while a gradient arrives at loss alone, else as "recompute"; it holds on to hidden for that. In a function
+      compiled by torch.compile, results that it returns are taken to have upstream gradients: give "forward" there, or detach them.
 
     signature: (P, Q), each [H, q]: phi_i = (1/n_i) sum_t (P^T e_t)(Q^T h_t)^T over sample i's counted rows, e_t the gradient of the plain
     NLL of row t at its hidden state, whatever its token_weight. It costs two thin products; with smoothing or z-loss, where e_t differs
     from the loss's gradient, one more V x H product and a second block of logits.
 
-    Memory beside inputs and gradients: one chunk of logits of at most `chunk_bytes` (by default 64 MiB on a CPU; 1 GiB, and at least 2048 rows,
-    on a GPU), and, with several chunks, the weight's gradient in fp32. logits_dtype: by default the inputs', as in unfused PyTorch;
+    Memory beside inputs and gradients: one chunk of logits of at most `chunk_bytes` (by default 64 MiB on a CPU; 1 GiB, and at least 2048
+    rows, on a GPU), and, with several chunks, the weight's gradient in fp32. logits_dtype: by default the inputs', as in unfused PyTorch;
     torch.float32 keeps the products' accumulator, at twice the bytes.
 
     Ignored rows are left out of the products. On a GPU their number is read from the device, unless max_rows, the most that can count, is

@@ -47,6 +47,8 @@ class LossHead(nn.Module):
             bias=self.projection.bias,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
+            gradients="forward",
+            max_rows=batch.targets.shape[0],  # nearly all of them count, and the device need not be asked how many
             chunk_bytes=self.chunk_bytes,
         )
 
