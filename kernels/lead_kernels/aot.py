@@ -3,7 +3,8 @@
     python -m lead_kernels.aot [--target sm_90 ...] [--jobs 2]
 
 Each module of the package that launches kernels lists its configurations in `builds()`. Every one is compiled twice, as Triton does
-at run time: with pointers and sizes that are multiples of 16, which allows vector loads and asynchronous copies, and with none that is.
+at run time: with pointers and sizes that are multiples of 16, which allows vector loads and asynchronous copies, and with none that is,
+except where the type in the signature ends in ":16" (as for triton.tools.compile): what the launch makes sure of.
 
 Fails (exit status 1, the lines repeated at the end) where a kernel does not compile, spills registers, or needs more shared memory than
 the target gives one program. What counts as a spill: on NVIDIA the spill stores and loads that ptxas itself reports. A stack frame alone
@@ -122,8 +123,10 @@ def _compile(build: KernelBuild, target: Target, aligned: bool) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(build.signature.values()) if kind[0] in "*iu"}
-    source = ASTSource(build.kernel, dict(build.signature), dict(build.constants), divisible if aligned else {})
+    kinds = {name: kind.removesuffix(":16") for name, kind in build.signature.items()}
+    always = [kind.endswith(":16") for kind in build.signature.values()]
+    divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if always[i] or (aligned and kind[0] in "*iu")}
+    source = ASTSource(build.kernel, kinds, dict(build.constants), divisible)
     options = {"num_warps": warps(build.threads, target.wave), "num_stages": build.stages, **build.options}
     log = io.StringIO()
     with contextlib.redirect_stdout(log):  # ptxas's report, and on an error the whole program

@@ -20,7 +20,7 @@ THREADS = 128
 
 @triton.jit
 def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
-    """First and last + 1 row of a piece; equal where there is none of this number."""
+    """First row of a piece and the one after its last; the second is not above the first where no piece has this number."""
     low = piece * 0
     high = low + num_segments
     while low < high:  # segments whose first piece comes no later than this one
@@ -32,7 +32,7 @@ def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
     block = piece - segment
     first = tl.maximum(tl.load(bounds_ptr + segment), block * ROWS)
     last = tl.minimum(tl.load(bounds_ptr + segment + 1), (block + 1) * ROWS)
-    return first, tl.where(low > 0, last, first)
+    return first, last
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -88,13 +88,12 @@ def num_pieces(rows: int, segments: int, block: int) -> int:
     return triton.cdiv(rows, block) + segments
 
 
-def sum_of_pieces(partials: Tensor, bounds: Tensor, rows: int) -> Tensor:
-    """Second kernel: [pieces, D] -> [segments, D] for pieces of blocks of `rows` rows."""
+def sum_of_pieces(partials: Tensor, bounds: Tensor, cut: Tile) -> Tensor:
+    """Second kernel: [pieces, D] -> [segments, D], for the pieces of blocks of `cut.rows` rows."""
     width, segments = partials.shape[1], bounds.shape[0] - 1
-    _, step, columns = tile(width)
     out = partials.new_empty(segments, width)
-    sum_pieces[(segments, triton.cdiv(width, columns))](
-        partials, bounds, out, width, rows, step, columns, num_warps=warps(THREADS, wave_size(out.device))
+    sum_pieces[(segments, triton.cdiv(width, cut.columns))](
+        partials, bounds, out, width, *cut, num_warps=warps(THREADS, wave_size(out.device))
     )
     return out
 
@@ -105,13 +104,13 @@ def _segment_sum_on_gpu(values: Tensor, bounds: Tensor) -> Tensor:
     wide = torch.promote_types(values.dtype, torch.float32)
     if 0 in (num_rows, width, segments):
         return values.new_zeros(segments, width, dtype=wide)
-    rows, step, columns = tile(width)
-    partials = values.new_empty(num_pieces(num_rows, segments, rows), width, dtype=wide)
+    cut = tile(width)
+    partials = values.new_empty(num_pieces(num_rows, segments, cut.rows), width, dtype=wide)
     with torch.cuda.device_of(values):
-        sum_piece[(partials.shape[0], triton.cdiv(width, columns))](
-            values, bounds, partials, segments, width, rows, step, columns, num_warps=warps(THREADS, wave_size(values.device))
+        sum_piece[(partials.shape[0], triton.cdiv(width, cut.columns))](
+            values, bounds, partials, segments, width, *cut, num_warps=warps(THREADS, wave_size(values.device))
         )
-        return sum_of_pieces(partials, bounds, rows)
+        return sum_of_pieces(partials, bounds, cut)
 
 
 def _segment_sum_on_host(values: Tensor, bounds: Tensor) -> Tensor:
