@@ -45,6 +45,11 @@ SHAPES = tuple(
 CHUNK_ROWS = (1024, 2048, 4096, 8192)
 
 
+def default_rows(vocabulary: int, logit_bytes: int) -> int:
+    """The most rows that the operator puts into a chunk on a GPU unless told otherwise: 1 GiB of logits, and at least 2048 rows."""
+    return max(2048, 2**30 // (logit_bytes * vocabulary))
+
+
 @dataclass(frozen=True)
 class Machine:
     """By default an H200."""
@@ -182,18 +187,20 @@ def floors_table(machine: Machine) -> str:
     return markdown(["T x H x V", *columns], rows)
 
 
-def parts_table(machine: Machine, chunk_rows: int, logit_bytes: int) -> str:
-    names = [part.name for part in all_parts(SHAPES[0], chunk_rows, logit_bytes)]
-    rows = []
+def parts_table(machine: Machine, chunk_rows: int | None, logit_bytes: int) -> str:
+    names = [part.name for part in all_parts(SHAPES[0], 1024, logit_bytes)]
+    rows, given = [], chunk_rows
     for shape in SHAPES:
+        chunk_rows = given or default_rows(shape.vocabulary, logit_bytes)
         parts = all_parts(shape, chunk_rows, logit_bytes, machine=machine)
         total = sum(part.seconds for part in parts)
         cells = [f"{_ms(part.seconds)} ({_gb(part.bytes)})" for part in parts]
         frozen = expected_seconds(shape, chunk_rows, logit_bytes, 2, machine)
         ratios = [total / floor_seconds(shape, 3, machine), frozen / floor_seconds(shape, 2, machine)]
         both = f"{_ms(total)} ({_gb(sum(part.bytes for part in parts))})"
-        rows.append([str(shape), *cells, both, f"{ratios[0]:.3f}", _ms(frozen), f"{ratios[1]:.3f}"])
-    return markdown(["T x H x V", *names, "all", "/ floor of 3", "frozen head, ms", "/ floor of 2"], rows)
+        largest = max(chunk_sizes(shape.rows, chunk_rows))
+        rows.append([str(shape), str(largest), *cells, both, f"{ratios[0]:.3f}", _ms(frozen), f"{ratios[1]:.3f}"])
+    return markdown(["T x H x V", "rows", *names, "all", "/ floor of 3", "frozen head, ms", "/ floor of 2"], rows)
 
 
 def chunk_table(machine: Machine) -> str:
@@ -217,12 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", type=float, default=Machine.flops / 1e12, help="TFLOP/s of large bf16 products")
     parser.add_argument("--bandwidth", type=float, default=Machine.bandwidth / 1e12, help="TB/s")
-    parser.add_argument("--chunk-rows", type=int, default=4096)
+    parser.add_argument("--chunk-rows", type=int, help="of the tables by part; by default the operator's own choice")
     flags = parser.parse_args()
     machine = Machine(flops=flags.rate * 1e12, bandwidth=flags.bandwidth * 1e12)
     print(f"## Products alone, at {flags.rate:g} TFLOP/s\n\n{floors_table(machine)}\n")
     for logit_bytes, dtype in ((2, "bf16"), (4, "fp32")):
-        print(f"## By part: {flags.chunk_rows} rows a chunk, logits in {dtype}, {flags.bandwidth:g} TB/s; ms (GB moved)\n")
+        print(f"## By part, logits in {dtype}, {flags.bandwidth:g} TB/s; ms (GB moved)\n")
         print(f"{parts_table(machine, flags.chunk_rows, logit_bytes)}\n")
     print("## By rows of a chunk, with logits in bf16 and in fp32; memory beyond the inputs\n")
     print(chunk_table(machine))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from head_counts import (
     SHAPES,
     Machine,
@@ -10,12 +11,15 @@ from head_counts import (
     allowed_memory,
     chunk_parts,
     chunk_sizes,
+    default_rows,
     expected_seconds,
     floor_seconds,
     naive_memory,
     our_memory,
     product_flops,
 )
+
+from lead_kernels.head_chunks import chunk_rows
 
 SMALL = Shape(4, 3, 10)
 ROOMY = Machine(flops=100.0, bandwidth=10.0, cache=40.0, units=1, programs=2)  # two rows of 10 bf16 logits are 40 bytes
@@ -70,3 +74,10 @@ def test_published_sizes() -> None:
     # 1024 rows: 2 x 1024 operations for 8 bytes of fp32 accumulator, 256 a byte, where the machine does 181; 512 rows are too few.
     assert all_parts(SHAPES[1], 1024, 2)[3].seconds == pytest.approx(floor_seconds(SHAPES[1], 1))
     assert all_parts(SHAPES[1], 512, 2)[3].seconds > 1.3 * floor_seconds(SHAPES[1], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_default_chunks_are_the_operator_s(dtype: torch.dtype) -> None:
+    for vocabulary in (32_000, *(shape.vocabulary for shape in SHAPES)):
+        theirs = chunk_rows(None, vocabulary, dtype, torch.device("cuda"), False)
+        assert default_rows(vocabulary, dtype.itemsize) == theirs
