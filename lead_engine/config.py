@@ -141,13 +141,13 @@ class RuntimeConfig:
     """Attention over packed samples; auto takes the fastest that this machine has."""
     placement: Placement = "auto"
     """Where the pool's tokens lie: on the training device, in pinned host memory, or on disk."""
-    head_chunk_mib: int = 64
-    """Most memory for one chunk of logits."""
+    head_chunk_mib: int = 0
+    """Most memory for one chunk of logits; 0: 64 MiB on a CPU, 1 GiB on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
 
     def __post_init__(self) -> None:
-        require(self.head_chunk_mib >= 1, "--runtime.head-chunk-mib", self.head_chunk_mib, "at least 1")
+        require(self.head_chunk_mib >= 0, "--runtime.head-chunk-mib", self.head_chunk_mib, "at least 0")
 
 
 @dataclass(frozen=True)

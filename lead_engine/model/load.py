@@ -78,7 +78,7 @@ def build_model(
     hf.tie_weights()  # the move to the meta device parted shared parameters
     if runtime.gradient_checkpointing and trainable:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=runtime.head_chunk_mib << 20)
+    model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=(runtime.head_chunk_mib << 20) or None)
     if mesh is not None:
         parallelize(model, mesh, dtype)
     weights.materialise(model, device, torch.float32 if trainable else dtype)

@@ -21,7 +21,7 @@ class LossHead(nn.Module):
     keep_gradient: keep the normed rows and, after the backward pass, the loss gradient there (for the exact inner product).
     """
 
-    def __init__(self, norm: nn.Module, projection: nn.Linear, *, softcap: float | None, logit_scale: float, chunk_bytes: int):
+    def __init__(self, norm: nn.Module, projection: nn.Linear, *, softcap: float | None, logit_scale: float, chunk_bytes: int | None):
         super().__init__()
         self.norm, self.projection = norm, projection
         self.softcap, self.logit_scale, self.chunk_bytes = softcap, logit_scale, chunk_bytes
@@ -62,7 +62,7 @@ class PackedLM(nn.Module):
     Parameter names are `decoder.*`, `head.norm.*` and `head.projection.*`; `checkpoint_names` maps them to Hugging Face's.
     """
 
-    def __init__(self, model: PreTrainedModel, *, attention: str, max_length: int, chunk_bytes: int):
+    def __init__(self, model: PreTrainedModel, *, attention: str, max_length: int, chunk_bytes: int | None):
         super().__init__()
         decoder, projection = model.get_decoder(), model.get_output_embeddings()
         for owner, name in ((decoder, "norm"), (decoder, "layers"), (decoder, "embed_tokens")):
