@@ -1,48 +1,392 @@
-"""The fine stage of the selection: an order in which every prefix holds the tasks in proportion and the best samples of each."""
+"""The fine stage of the selection: an order in which every prefix holds the tasks in proportion and the best samples of each.
+
+Only k samples are wanted, so the pool is never sorted. A sample's *key* is (utility descending, id ascending) as one integer of 32 bits
+and those of an id: keys are unique, smaller is better. Task j can fill at most c_j of the first k places (`_quota`), so a radix select
+finds the key of its c_j-th best sample: a pass over the pool counts, per task, the values of the key's next digit among the samples that
+agree with what is known of the wanted key; the digit in which the c_j-th falls is then known too. The samples up to those keys, at most
+k - 1 + J altogether, are copied out in the order of their ids, and only they are sorted.
+
+Source of the select: Alabi, Blanchard, Gordon, Steinbach, "Fast k-selection algorithms for graphics processing units", ACM JEA 17 (2012),
+here for all tasks at once.
+"""
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape
 
+ORDER_BITS = 32
+MAX_SAMPLES = 2**30
+"""So that a key has at most 62 bits, and a quota's products and a share's fraction fit into int64."""
+TASK_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+NONE = 2**63 - 1  # sorts behind every key
 
-def _descending_bits(utility: Tensor) -> Tensor:
-    """Map fp32 to int64 in [0, 2^32) so that larger utilities become smaller integers; NaN counts as -inf, -0 as 0."""
-    utility = torch.where(utility.isnan(), -torch.inf, utility) + 0.0
-    bits = utility.view(torch.int32).long()
-    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # IEEE 754: negative floats order the wrong way round
-    return 2**31 - 1 - ascending
+
+@triton.jit
+def _load(vector, start, num_samples, BLOCK: tl.constexpr):
+    """vector[start : start + BLOCK], 0 behind the end. Only the last block has a mask: with one, neighbours are not loaded together."""
+    ids = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= num_samples:
+        value = tl.load(vector + ids)
+    else:
+        value = tl.load(vector + ids, mask=ids < num_samples, other=0)
+    return value
+
+
+@triton.jit
+def _descending(value):
+    """fp32 -> int64 in [0, 2^32), larger values first; NaN counts as -inf, -0 as 0. In integers: a GPU may flush subnormal numbers."""
+    bits = value.to(tl.int32, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, -0x00800000, bits)
+    bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # IEEE 754: negative floats order the wrong way round
+    return 0x7FFFFFFF - ascending.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["num_tasks", "copies", "shift", "width", "bits", "id_bits", "tiles"])
+def _histogram_kernel(
+    utility, eligible, task, prefix, closed, histogram, num_samples, num_tasks, copies, shift, width, bits, id_bits, tiles,
+    BLOCK: tl.constexpr
+):  # fmt: skip
+    """histogram[copy, task, digit] += 1 for the eligible samples whose key begins like the one that their task looks for."""
+    if tl.load(closed) == num_tasks:
+        return
+    program = tl.program_id(0)
+    mine = histogram + (program % copies).to(tl.int64) * (num_tasks << bits)
+    for tile in range(tiles):
+        start = (program.to(tl.int64) * tiles + tile) * BLOCK
+        counts = _load(eligible, start, num_samples, BLOCK) != 0
+        group = _load(task, start, num_samples, BLOCK).to(tl.int64)
+        key = (_descending(_load(utility, start, num_samples, BLOCK)) << id_bits) | (start + tl.arange(0, BLOCK))
+        counts = counts & ((key >> (shift + width)) == tl.load(prefix + group, mask=counts, other=-1))
+        digit = (key >> shift) & ((1 << width) - 1)
+        tl.atomic_add(mine + (group << bits) + digit, 1, mask=counts, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_tasks", "copies", "shift", "width", "number", "weight"])
+def _choose_kernel(
+    histogram, eligible_samples, prefix, need, threshold, size, quota, closed, num_tasks, copies, shift, width, number, weight,
+    DIGITS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """One task: add up the copies of its histogram, leave them empty for the next pass, and take the digit that holds the `need`-th key.
+    A task is closed when that digit's samples are all needed: prefix -1, and the largest key with its digits as threshold."""
+    task = tl.program_id(0)
+    known = tl.load(prefix + task)
+    if known < 0:
+        return
+    digit = tl.arange(0, DIGITS)
+    count = tl.zeros([DIGITS], tl.int32)
+    for first in range(0, copies, ROWS):
+        copy = first + tl.arange(0, ROWS)
+        at_RD = histogram + ((copy.to(tl.int64) * num_tasks + task) * DIGITS)[:, None] + digit[None, :]
+        exists = (copy < copies)[:, None]
+        count += tl.sum(tl.load(at_RD, mask=exists, other=0), 0)
+        tl.store(at_RD, tl.zeros([ROWS, DIGITS], tl.int32), mask=exists)
+    if number == 0:
+        samples = tl.sum(count).to(tl.int64)
+        everyone = tl.load(eligible_samples)
+        wanted = tl.minimum(samples, (samples * weight + everyone) // tl.maximum(2 * everyone, 1))
+        tl.store(size + task, samples)
+        tl.store(quota + task, wanted)
+    else:
+        wanted = tl.load(need + task)
+    chosen = tl.sum((tl.cumsum(count, 0) < wanted).to(tl.int32))
+    here = tl.sum(tl.where(digit == chosen, count, 0))
+    rest = wanted - tl.sum(tl.where(digit < chosen, count, 0))
+    known = (known << width) | chosen
+    if (wanted == 0) | (rest == here):
+        tl.store(threshold + task, tl.where(wanted == 0, -1, ((known + 1) << shift) - 1))
+        tl.store(prefix + task, -1)
+        tl.atomic_add(closed, 1, sem="relaxed")
+    else:
+        tl.store(prefix + task, known)
+        tl.store(need + task, rest)
+
+
+@triton.jit(do_not_specialize=["id_bits", "tiles"])
+def _winners_kernel(
+    utility, eligible, task, threshold, place, sort_key, sample, num_samples, id_bits, tiles, WRITE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Counts the samples up to their task's threshold into place[program]; or, with WRITE, copies them out from place[program] on."""
+    program = tl.program_id(0)
+    to = tl.zeros([], tl.int64)
+    if WRITE:
+        to = tl.load(place + program)
+    for tile in range(tiles):
+        start = (program.to(tl.int64) * tiles + tile) * BLOCK
+        ids = start + tl.arange(0, BLOCK)
+        wins = _load(eligible, start, num_samples, BLOCK) != 0
+        group = _load(task, start, num_samples, BLOCK).to(tl.int64)
+        descending = _descending(_load(utility, start, num_samples, BLOCK))
+        wins = wins & (((descending << id_bits) | ids) <= tl.load(threshold + group, mask=wins, other=-1))
+        one = wins.to(tl.int32)
+        if WRITE:
+            at = to + tl.cumsum(one, 0) - one
+            tl.store(sort_key + at, (group << 32) | descending, mask=wins)
+            tl.store(sample + at, ids, mask=wins)
+        to += tl.sum(one)
+    if not WRITE:
+        tl.store(place + program, to)
+
+
+@triton.jit
+def _share_kernel(sorted_key, by_task, sample, size, start, share, sample_by_task, num_candidates, BLOCK: tl.constexpr):
+    """`_share` of the candidates, which stand task after task, and their ids in that order."""
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < num_candidates
+    key = tl.load(sorted_key + position, mask=inside, other=0)
+    real = inside & (key != 0x7FFFFFFFFFFFFFFF)
+    rank = position - tl.load(start + (key >> 32), mask=real, other=0)
+    twice = 2 * tl.load(size + (key >> 32), mask=real, other=1)
+    high = ((2 * rank + 1) << 31) // twice
+    low = ((((2 * rank + 1) << 31) - high * twice) << 31) // twice
+    tl.store(share + position, tl.where(real, (high << 31) | low, 0x7FFFFFFFFFFFFFFF), mask=inside)
+    tl.store(sample_by_task + position, tl.load(sample + tl.load(by_task + position, mask=inside, other=0), mask=inside), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _present_kernel(mask, group, present, num_samples, tiles, BLOCK: tl.constexpr):
+    """present[group] = 1 where `mask` holds. Who finds a 1 writes nothing, so that a whole pool does not wait at a few addresses."""
+    for tile in range(tiles):
+        start = (tl.program_id(0).to(tl.int64) * tiles + tile) * BLOCK
+        holds = _load(mask, start, num_samples, BLOCK) != 0
+        label = _load(group, start, num_samples, BLOCK).to(tl.int64)
+        new = holds & (tl.load(present + label, mask=holds, other=1) == 0)
+        tl.store(present + label, tl.full([BLOCK], 1, tl.uint8), mask=new)
+
+
+class Launch(NamedTuple):
+    """How a pool is cut up. All of it follows from shapes alone."""
+
+    block: int
+    """Samples that a program takes at a time."""
+    tiles: int
+    """Blocks of one program."""
+    programs: int
+    bits: int
+    """Most bits of a digit."""
+    copies: int
+    """Histograms; program p counts in the one of number p mod copies."""
+
+
+THREADS = 256
+COUNTERS = 2**22
+CHOOSE_TILE = 2**13
+
+
+def _launch(num_samples: int, num_tasks: int) -> Launch:
+    """Blocks, digits and histograms for a pool of N samples and J tasks.
+
+    Bytes. A pass reads 4 of utility, 1 of eligibility and the bytes of a task, at most once: 6 per sample with a task of 1 byte. Real
+    utilities need ceil(32 / bits) passes at most (the fp32 values near the wanted one are told apart), ties at the wanted one up to
+    ceil((32 + bits of an id) / bits); a pass with nothing left to find returns at once. Counting and copying the chosen out are two more,
+    the count of the eligible reads 1. At N = 100 million, J <= 64: 3 + 2 passes, 31 N = 3.1 GB, 0.65 ms at the 4.8 TB/s of an H200; all
+    equal 6 + 2 passes, 4.9 GB, 1.0 ms. Sorting it all as int64 costs 8 radix passes of 32 N (a read and a write of key and index) and 3 GB
+    of scratch. Scratch here: 16 MiB, and 32 bytes a candidate.
+
+    Contention. Counting is one integer atomic for every sample still in question: all eligible ones in the first pass, in later
+    passes those of one digit; with equal utilities all, at one address. 100 million at one address would take about 60 ms (one a
+    clock), so there are up to 256 copies of the histogram, all together of 2^22 counters, which stay in the second-level cache. A
+    digit has 11 bits, fewer where J x 2^bits would pass 2^17 counters, so that 32 copies fit up to 8192 tasks.
+    """
+    block = 2048
+    tiles = min(max(num_samples // (block * 1024), 1), 16)
+    programs = max(1, -(-num_samples // (block * tiles)))
+    bits = min(max(17 - (num_tasks - 1).bit_length(), 4), 11)
+    copies = max(1, min(COUNTERS // (num_tasks << bits), programs // 4, 256))
+    return Launch(block, tiles, programs, bits, copies)
+
+
+def _digits(total_bits: int, bits: int) -> list[tuple[int, int]]:
+    """(shift, width) of the digits of a key, from the top; the last may be narrower."""
+    shifts = [*range(total_bits - bits, 0, -bits), 0]
+    return [(shift, min(bits, total_bits - index * bits)) for index, shift in enumerate(shifts)]
+
+
+def _weight(k: int, num_samples: int, num_tasks: int) -> int:
+    """2 (k - 1) + J, see `_quota`; more than N places change nothing."""
+    return 2 * min(k, num_samples) - 2 + num_tasks
+
+
+def _quota(size_J: Tensor, eligible_samples: int, weight: int) -> Tensor:
+    """c_j = min(n_j, floor((n_j (2 (k - 1) + J) + n) / (2 n))): the most samples of task j among the first k.
+
+    Let x be the k-th key of the order. Of task j, ceil(x n_j - 1/2) samples have keys below x, and these are fewer than k over all tasks:
+    x n - J/2 <= k - 1. And floor(x n_j + 1/2) of its samples have keys up to x, so that c_j = floor(n_j (k - 1 + J/2) / n + 1/2) is
+    enough. The sum over the tasks is at most k - 1 + J/2 + J/2.
+    """
+    return torch.minimum(size_J, (size_J * weight + eligible_samples) // max(2 * eligible_samples, 1))
+
+
+def _share(rank: Tensor, size: Tensor) -> Tensor:
+    """floor(2^62 (2 r + 1) / (2 n)): orders candidates by (r + 1/2) / n exactly, in int64.
+
+    Two unequal fractions with denominators 2 n and 2 m differ by at least 1 / (2 n m) > 2^-62, as n + m <= 2^30; equal ones stay equal.
+    """
+    high = ((2 * rank + 1) << 31) // (2 * size)
+    rest = ((2 * rank + 1) << 31) - high * (2 * size)
+    return (high << 31) | ((rest << 31) // (2 * size))
+
+
+def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+    utility, eligible, task = utility.contiguous(), eligible.contiguous(), task.contiguous()
+    num_samples, device = utility.shape[0], utility.device
+    launch, wave = _launch(num_samples, num_tasks), wave_size(utility.device)
+    id_bits = (num_samples - 1).bit_length()
+    num_warps, grid = warps(THREADS, wave), (launch.programs,)
+    weight = _weight(k, num_samples, num_tasks)
+
+    prefix, need, threshold, size, quota = torch.zeros(5, num_tasks, dtype=torch.int64, device=device)
+    closed = torch.zeros(1, dtype=torch.int32, device=device)
+    histogram = torch.zeros(launch.copies * num_tasks << launch.bits, dtype=torch.int32, device=device)
+    eligible_samples = eligible.sum()
+    pool, rows = (utility, eligible, task), max(1, CHOOSE_TILE >> launch.bits)
+    for number, (shift, width) in enumerate(_digits(ORDER_BITS + id_bits, launch.bits)):
+        _histogram_kernel[grid](
+            *pool, prefix, closed, histogram, num_samples, num_tasks, launch.copies, shift, width, launch.bits, id_bits, launch.tiles,
+            BLOCK=launch.block, num_warps=num_warps,
+        )  # fmt: skip
+        _choose_kernel[(num_tasks,)](
+            histogram, eligible_samples, prefix, need, threshold, size, quota, closed, num_tasks, launch.copies, shift, width, number,
+            weight, DIGITS=1 << launch.bits, ROWS=rows, num_warps=num_warps,
+        )  # fmt: skip
+
+    # The winners in the order of their ids, so that a stable sort keeps it among equal ones: count, scan, copy.
+    candidates = min(num_samples, k - 1 + num_tasks)
+    sort_key = torch.full((candidates,), NONE, dtype=torch.int64, device=device)
+    sample = torch.full((candidates,), num_samples, dtype=torch.int64, device=device)
+    count = torch.empty(launch.programs, dtype=torch.int64, device=device)
+    arguments = (sort_key, sample, num_samples, id_bits, launch.tiles)
+    _winners_kernel[grid](*pool, threshold, count, *arguments, WRITE=False, BLOCK=launch.block, num_warps=num_warps)
+    _winners_kernel[grid](*pool, threshold, count.cumsum(0) - count, *arguments, WRITE=True, BLOCK=launch.block, num_warps=num_warps)
+
+    sort_key, by_task = torch.sort(sort_key, stable=True)
+    share, sample_by_task = torch.empty_like(sort_key), torch.empty_like(sample)
+    _share_kernel[(triton.cdiv(candidates, launch.block),)](
+        sort_key, by_task, sample, size, quota.cumsum(0) - quota, share, sample_by_task, candidates,
+        BLOCK=launch.block, num_warps=num_warps,
+    )  # fmt: skip
+    return _padded(sample_by_task[torch.sort(share, stable=True).indices[:k]], k, num_samples)
+
+
+def _padded(order: Tensor, k: int, num_samples: int) -> Tensor:
+    return order if order.shape[0] == k else torch.cat([order, order.new_full((k - order.shape[0],), num_samples)])
+
+
+def _descending_on_host(utility: Tensor) -> Tensor:
+    """`_descending` in PyTorch."""
+    bits = (torch.where(utility.isnan(), -torch.inf, utility) + 0.0).view(torch.int32)
+    return 0x7FFFFFFF - (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+
+
+def _on_host(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+    """Here the eligible samples are known by number, and sorting all of them as integers costs no more than selecting among them."""
+    num_samples = utility.shape[0]
+    ids = eligible.nonzero().squeeze(1)
+    group = task.index_select(0, ids).long()
+    by_task = torch.sort((group << 32) | _descending_on_host(utility.index_select(0, ids)), stable=True).indices
+
+    size_J = torch.bincount(group, minlength=num_tasks)
+    quota_J = _quota(size_J, ids.shape[0], _weight(k, num_samples, num_tasks))
+    group = torch.repeat_interleave(quota_J)
+    rank = torch.arange(group.shape[0]) - (quota_J.cumsum(0) - quota_J).index_select(0, group)
+    best = torch.sort(_share(rank, size_J.index_select(0, group)), stable=True).indices[:k]
+    place = (size_J.cumsum(0) - size_J).index_select(0, group[best]) + rank[best]
+    return _padded(ids[by_task[place]], k, num_samples)
+
+
+@torch.library.custom_op("lead_kernels::select_topk", mutates_args=())
+def _select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+    return (_on_gpu if uses_kernels(utility) else _on_host)(utility, eligible, task, num_tasks, k)
+
+
+@_select_topk.register_fake
+def _(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+    return utility.new_empty((k,), dtype=torch.int64)
+
+
+@torch.library.custom_op("lead_kernels::groups_present", mutates_args=())
+def _groups_present(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    present = torch.zeros(num_groups, dtype=torch.uint8, device=mask.device)
+    if uses_kernels(mask):
+        launch = _launch(mask.shape[0], 1)
+        _present_kernel[(launch.programs,)](
+            mask.contiguous(), group.contiguous(), present, mask.shape[0], launch.tiles,
+            BLOCK=launch.block, num_warps=warps(THREADS, wave_size(mask.device)),
+        )  # fmt: skip
+    else:
+        present.scatter_reduce_(0, group.long(), mask.to(torch.uint8), "amax")
+    return present.view(torch.bool)
+
+
+@_groups_present.register_fake
+def _(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    return mask.new_empty((num_groups,))
 
 
 def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
     """The first `k` eligible samples, tasks interleaved in proportion to their eligible samples, the highest utility first.
 
-    utility: fp32 [N] (NaN ranks last); eligible: bool [N]; task: int64 [N] in [0, num_tasks). Returns int64 [k]; entries past the number
-    of eligible samples are N.
+    utility: fp32 [N] (NaN ranks last, with -inf); eligible: bool [N]; task: integer [N] (int64 or smaller: a byte is read fastest), in
+    [0, num_tasks), which is not checked. Returns int64 [k]; entries past the number of eligible samples are N.
 
     Within a task, samples are ranked r = 0, 1, ... by utility descending (ties by id); a sample's key is (r + 0.5) / (eligible samples of
-    the task), and the order is by key ascending (ties by task). The samples of task j with key <= x number x n_j to within 1/2, so
-    that with J tasks the share of task j in any prefix of m samples is within 1/2 + J/2 n_j / n of m n_j / n (n = all eligible).
+    the task), and the order is by key ascending (ties by task), compared exactly. The samples of task j with key <= x number x n_j to
+    within 1/2, so that with J tasks the share of task j in any prefix of m samples is within 1/2 + J/2 n_j / n of m n_j / n (n = all
+    eligible).
+
+    Raises ValueError on shapes, dtypes, devices, k or num_tasks below 1, or N above 2^30. Time and memory: see `_launch`.
     """
     num_samples = utility.shape[0]
     check_shape("utility", utility, (num_samples,), (torch.float32,))
     check_shape("eligible", eligible, (num_samples,), (torch.bool,))
-    check_shape("task", task, (num_samples,), (torch.int64,))
+    check_shape("task", task, (num_samples,), TASK_DTYPES)
     check_device(utility.device, eligible=eligible, task=task)
+    if not 1 <= num_samples <= MAX_SAMPLES or num_tasks < 1 or k < 1:
+        raise ValueError(f"{num_samples} samples, num_tasks {num_tasks}, k {k}: expected 1 to 2^30 samples, and at least 1 of the others")
+    return _select_topk(utility, eligible, task, num_tasks, k)
 
-    # One stable sort for (task, utility, id): the task in the upper bits, ineligible samples in a task of their own at the end.
-    group = torch.where(eligible, task, num_tasks)
-    sorted_keys, by_task = torch.sort(group * 2**32 + _descending_bits(utility), stable=True)
-    edges = torch.searchsorted(sorted_keys, torch.arange(num_tasks + 1, device=task.device) * 2**32)
-    starts, counts = edges[:-1], edges.diff()
 
-    # No task can give more than its first k: the keys of this grid decide, and the pool need not be sorted again.
-    width = min(k, num_samples)
-    rank = torch.arange(width, device=task.device)
-    keys = (rank + 0.5).double() / counts.clamp(min=1)[:, None]
-    exists = rank < counts[:, None]
-    best = torch.sort(torch.where(exists, keys, torch.inf).flatten(), stable=True).indices[:k]
-    sample = by_task[(starts[:, None] + rank).clamp(max=num_samples - 1)]
-    order = torch.where(exists, sample, num_samples).flatten()[best]
-    return torch.cat([order, order.new_full((k - order.shape[0],), num_samples)])
+def groups_present(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """bool [num_groups]: whether `mask` (bool [N]) holds for any sample of a group (integer [N] in [0, num_groups), not checked).
+
+    Which clusters still have eligible samples, without counting them: atomics of a whole pool on a few counters would queue up. Reads each
+    sample once. Raises ValueError on shapes, dtypes and devices.
+    """
+    check_shape("group", group, (mask.shape[0],), TASK_DTYPES)
+    check_shape("mask", mask, (mask.shape[0],), (torch.bool,))
+    check_device(mask.device, group=group)
+    return _groups_present(mask, group, num_groups)
+
+
+def builds() -> list[KernelBuild]:
+    """Every kernel with every type of `task` and every width of a digit."""
+    pool = {"utility": "*fp32", "eligible": "*i1"}
+    found = []
+    block = _launch(1, 1).block
+    for kind in ("u8", "i16", "i32", "i64"):
+        state = {**pool, "task": f"*{kind}", "threshold": "*i64", "place": "*i64", "sort_key": "*i64", "sample": "*i64"}
+        for write in (False, True):
+            signature = {**state, "num_samples": "i32", "id_bits": "i32", "tiles": "i32", "WRITE": "constexpr", "BLOCK": "constexpr"}
+            name = f"select_topk {'copy' if write else 'count'} {kind}"
+            found.append(KernelBuild(name, _winners_kernel, signature, {"WRITE": write, "BLOCK": block}, THREADS))
+        numbers = ("num_samples", "num_tasks", "copies", "shift", "width", "bits", "id_bits", "tiles")
+        signature = {**pool, "task": f"*{kind}", "prefix": "*i64", "closed": "*i32", "histogram": "*i32", **dict.fromkeys(numbers, "i32")}
+        signature |= {"BLOCK": "constexpr"}
+        found.append(KernelBuild(f"select_topk histogram {kind}", _histogram_kernel, signature, {"BLOCK": block}, THREADS))
+        signature = {"mask": "*i1", "group": f"*{kind}", "present": "*u8", "num_samples": "i32", "tiles": "i32", "BLOCK": "constexpr"}
+        found.append(KernelBuild(f"groups_present {kind}", _present_kernel, signature, {"BLOCK": block}, THREADS))
+    vectors = dict.fromkeys(("eligible_samples", "prefix", "need", "threshold", "size", "quota"), "*i64")
+    numbers = dict.fromkeys(("num_tasks", "copies", "shift", "width", "number", "weight"), "i32")
+    signature = {"histogram": "*i32", **vectors, "closed": "*i32", **numbers, "DIGITS": "constexpr", "ROWS": "constexpr"}
+    for bits in range(4, 12):
+        constants = {"DIGITS": 1 << bits, "ROWS": max(1, CHOOSE_TILE >> bits)}
+        found.append(KernelBuild(f"select_topk choose {bits} bits", _choose_kernel, signature, constants, THREADS))
+    vectors = dict.fromkeys(("sorted_key", "by_task", "sample", "size", "start", "share", "sample_by_task"), "*i64")
+    signature = {**vectors, "num_candidates": "i32", "BLOCK": "constexpr"}
+    found.append(KernelBuild("select_topk share", _share_kernel, signature, {"BLOCK": block}, THREADS))
+    return found

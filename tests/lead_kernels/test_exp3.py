@@ -1,12 +1,15 @@
 """EXP3 and EXP3.S against a literal transcription, 10^4 rounds of extreme rewards, masked arms, the draw."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Decimal, getcontext
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lead_kernels import draw_arm, exp3_probabilities, exp3_update, reference
 
@@ -122,3 +125,27 @@ def test_draw_follows_the_probabilities() -> None:
 def test_the_largest_uniform_number_rounds_to_the_last_possible_arm() -> None:
     assert int(draw_arm(torch.tensor([0.7, 0.3, 0.0]), torch.tensor(1 - 2**-24))) == 1
     assert int(draw_arm(torch.tensor([1.0, 0.0]), torch.tensor(1 - 2**-24))) == 0
+
+
+def one_round(log_weights: Tensor, available: Tensor, uniform: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
+    p = exp3_probabilities(log_weights, available, GAMMA)
+    arm = draw_arm(p, uniform)
+    return arm, exp3_update(log_weights, p, arm, reward, GAMMA, 0.01)
+
+
+def test_a_round_reads_nothing(no_host_reads: type, blind_host: Callable[[], Any]) -> None:
+    arguments = torch.randn(K), EVERYONE, torch.tensor(0.3), torch.tensor(-0.5)
+    with no_host_reads():
+        arm, new = one_round(*arguments)
+        with pytest.raises(AssertionError, match="reads the device"):
+            int(arm)
+    assert new.isfinite().all()
+    with blind_host() as device:
+        arm, new = one_round(*(torch.empty(x.shape, dtype=x.dtype, device=device) for x in arguments))
+        assert (arm.shape, arm.dtype, new.shape) == ((), torch.int64, (K,))
+
+
+def test_a_round_is_one_graph() -> None:
+    arguments = torch.randn(K, generator=torch.Generator().manual_seed(0)), EVERYONE, torch.tensor(0.3), torch.tensor(-0.5)
+    compiled = torch.compile(one_round, fullgraph=True, backend="aot_eager")(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, one_round(*arguments), strict=True))

@@ -1,24 +1,89 @@
-"""The order of the fine stage: proportional prefixes, the highest utility first, ties, dummies."""
+"""The order of the fine stage: proportional prefixes, the highest utility first, ties, dummies; the radix select and what it rests on."""
 from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lead_kernels import reference, select_topk
 
-VALUES = st.sampled_from([0.0, -0.0, 1.5, -2.0, 1e-40, -1e-40, 3e38, -3e38, torch.inf, -torch.inf, 0.1, 0.2])
+module = importlib.import_module("lead_kernels.select_topk")
+groups_present = module.groups_present
+
+VALUES = st.sampled_from([0.0, -0.0, 1.5, -2.0, 1e-40, -1e-40, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 0.1, 0.2])
+DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+property_test = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@settings(max_examples=80, deadline=None)
-@given(rows=st.lists(st.tuples(VALUES, st.booleans(), st.integers(0, 3)), min_size=1, max_size=40), k=st.integers(1, 50))
-def test_agrees_with_reference(rows: list[tuple[float, bool, int]], k: int) -> None:
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pools then have several programs, each of two blocks, which share three histograms."""
+
+    def launch(num_samples: int, num_tasks: int) -> Any:
+        block = 8 if num_samples < 100 else 256
+        return module.Launch(block, 2, max(1, -(-num_samples // (2 * block))), 5 if num_tasks < 10 else 3, 3)
+
+    monkeypatch.setattr(module, "_launch", launch)
+
+
+def expected(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+    return reference.select_topk(torch.where(utility.isnan(), -torch.inf, utility), eligible, task, num_tasks, k)
+
+
+@property_test
+@given(
+    rows=st.lists(st.tuples(VALUES, st.booleans(), st.integers(0, 3)), min_size=1, max_size=40),
+    k=st.integers(1, 50),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_agrees_with_reference(form: str, rows: list[tuple[float, bool, int]], k: int, dtype: torch.dtype) -> None:
     utility, eligible, task = (torch.tensor(column) for column in zip(*rows, strict=True))
-    assert torch.equal(select_topk(utility, eligible, task, 4, k), reference.select_topk(utility, eligible, task, 4, k))
+    want = expected(utility, eligible, task, 4, k)
+    assert torch.equal(select_topk(utility, eligible, task.to(dtype), 4, k), want)
 
 
-def test_every_prefix_is_proportional_and_takes_the_best() -> None:
+SHAPES = {  # samples, tasks, k, share of the first task, share of eligible samples, values
+    "one task": (300, 1, 20, 1.0, 0.8, "any"),
+    "one best": (300, 3, 1, 0.5, 0.8, "any"),
+    "more places than samples": (50, 3, 80, 0.4, 1.0, "any"),
+    "as many places as samples": (50, 3, 50, 0.4, 1.0, "any"),
+    "more tasks than samples": (40, 90, 25, 0.1, 1.0, "any"),
+    "one task has nearly all": (600, 5, 40, 0.99, 1.0, "any"),
+    "empty tasks": (300, 40, 30, 0.9, 0.1, "any"),
+    "nobody": (300, 4, 10, 0.5, 0.0, "any"),
+    "one sample": (1, 1, 3, 1.0, 1.0, "any"),
+    "all equal": (530, 2, 33, 0.7, 1.0, "equal"),
+    "few values": (530, 3, 100, 0.4, 0.9, "few"),
+    "neighbours": (530, 3, 100, 0.4, 0.9, "neighbours"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pools_of_every_kind(form: str, shape: str) -> None:
+    count, tasks, k, first, open_share, values = SHAPES[shape]
+    g = torch.Generator().manual_seed(3)
+    task = torch.where(torch.rand(count, generator=g) < first, 0, torch.randint(0, tasks, (count,), generator=g))
+    eligible = torch.rand(count, generator=g) < open_share
+    utility = {
+        "any": torch.randn(count, generator=g),
+        "equal": torch.full((count,), 2.5),
+        "few": torch.randint(-2, 3, (count,), generator=g).float(),
+        "neighbours": (torch.randint(-40, 40, (count,), generator=g, dtype=torch.int32) + 0x40000000).view(torch.float32),
+    }[values]
+    want = expected(utility, eligible, task, tasks, k)
+    for _ in range(2):
+        assert torch.equal(select_topk(utility, eligible, task.to(torch.uint8), tasks, k), want)
+
+
+def test_every_prefix_is_proportional_and_takes_the_best(form: str) -> None:
     g = torch.Generator().manual_seed(0)
     count, tasks = 3000, 5
     utility, eligible = torch.randn(count, generator=g), torch.rand(count, generator=g) < 0.7
@@ -34,15 +99,16 @@ def test_every_prefix_is_proportional_and_takes_the_best() -> None:
     for label in range(tasks):
         chosen = utility[valid[task[valid] == label]]
         assert torch.equal(chosen, chosen.sort(descending=True).values)
+    assert torch.equal(select_topk(utility, eligible, task, tasks, 300), order[:300])
 
 
-def test_ties_go_by_task_and_then_by_id() -> None:
+def test_ties_go_by_task_and_then_by_id(form: str) -> None:
     utility, eligible = torch.zeros(6), torch.ones(6, dtype=torch.bool)
     assert select_topk(utility, eligible, torch.tensor([1, 0, 1, 0, 1, 0]), 2, 6).tolist() == [1, 0, 3, 2, 5, 4]
     assert select_topk(utility, eligible, torch.zeros(6, dtype=torch.int64), 1, 4).tolist() == [0, 1, 2, 3]
 
 
-def test_nan_comes_last_and_ineligible_never() -> None:
+def test_nan_comes_last_and_ineligible_never(form: str) -> None:
     utility = torch.tensor([torch.nan, 1.0, -torch.inf, 5.0])
     eligible = torch.tensor([True, True, True, False])
     assert select_topk(utility, eligible, torch.zeros(4, dtype=torch.int64), 1, 6).tolist() == [1, 0, 2, 4, 4, 4]
@@ -50,8 +116,154 @@ def test_nan_comes_last_and_ineligible_never() -> None:
     assert select_topk(utility, nobody, torch.zeros(4, dtype=torch.int64), 1, 2).tolist() == [4, 4]
 
 
+def test_views_of_a_larger_vector(form: str) -> None:
+    """The engine's utility has an entry for the dummy at its end; a stride is allowed too."""
+    utility = torch.tensor([3.0, 9.0, 1.0, 9.0, 2.0, 9.0])
+    every, task = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.uint8)
+    assert select_topk(utility[::2], every, task, 1, 3).tolist() == [0, 2, 1]
+    assert select_topk(utility[:3], every, task, 1, 3).tolist() == [1, 0, 2]
+
+
+def test_a_task_fills_no_more_places_than_its_quota() -> None:
+    """Against the definition, for every k; and the candidates fit into the memory that is set aside for them."""
+    g = torch.Generator().manual_seed(0)
+    reached = 0
+    for tasks in (1, 2, 3, 5, 9):
+        for _ in range(15):
+            size = torch.randint(0, 12, (tasks,), generator=g)
+            n = int(size.sum())
+            keys = sorted((Fraction(2 * r + 1, 2 * int(c)), j) for j, c in enumerate(size) for r in range(int(c)))
+            for k in range(1, n + 3):
+                first = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
+                quota = module._quota(size, n, module._weight(k, n, tasks))
+                assert bool((first <= quota).all())
+                assert bool((quota <= size).all())
+                assert int(quota.sum()) <= min(n, k - 1 + tasks)
+                reached += int((first == quota).all() and n > k > 1)
+    assert reached > 100  # so the bound is no idle one
+
+
+SIZES = st.integers(1, 2**29)
+
+
+@settings(max_examples=200, deadline=None)
+@given(size=SIZES, other=SIZES, share=st.floats(0, 1, exclude_max=True), near=st.integers(-1, 1))
+def test_shares_are_compared_exactly(size: int, other: int, share: float, near: int) -> None:
+    """Ranks of two tasks whose shares are next to each other, tasks of up to 2^29 samples."""
+    rank = int(share * size)
+    rival = min(max((2 * rank + 1) * other // (2 * size) + near, 0), other - 1)
+    ours, theirs = module._share(torch.tensor([rank, rival]), torch.tensor([size, other])).tolist()
+    exact, rival_exact = Fraction(2 * rank + 1, 2 * size), Fraction(2 * rival + 1, 2 * other)
+    assert (ours < theirs, ours == theirs) == (exact < rival_exact, exact == rival_exact)
+    assert 0 <= ours < module.NONE
+
+
+def test_shares_that_doubles_cannot_tell_apart() -> None:
+    """1/2 - 1/n for n = 2^29 - 1 and n = 2^29 - 3 differ by 2^-57, less than the spacing of doubles there."""
+    size = torch.tensor([2**29 - 1, 2**29 - 3])
+    rank = (size - 1) // 2 - 1
+    a, b = module._share(rank, size).tolist()
+    assert a > b
+    a, b = ((rank.double() + 0.5) / size).tolist()
+    assert a == b
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 7, 64, 65, 1000, 4096, 100_000])
+@pytest.mark.parametrize("num_samples", [1, 2049, 600_000, 10_000_000, 100_000_000, 2**30])
+def test_launches_cover_the_pool_and_no_index_overflows(monkeypatch: pytest.MonkeyPatch, num_samples: int, num_tasks: int) -> None:
+    monkeypatch.undo()
+    block, tiles, programs, bits, copies = module._launch(num_samples, num_tasks)
+    assert programs * tiles * block >= num_samples > (programs - 1) * tiles * block
+    assert programs * tiles < 2**31
+    assert 1 <= copies <= programs
+    assert copies * num_tasks << bits <= max(module.COUNTERS, num_tasks << 4)  # 16 MiB, or the least that so many tasks need
+    assert num_tasks > 8192 or programs < 128 or copies >= 32
+    id_bits = (num_samples - 1).bit_length()
+    digits = module._digits(module.ORDER_BITS + id_bits, bits)
+    assert sum(width for _, width in digits) == module.ORDER_BITS + id_bits <= 62
+    assert [shift for shift, _ in digits] == [sum(width for _, width in digits[i + 1 :]) for i in range(len(digits))]
+    assert max(width for _, width in digits) <= bits
+    # The largest products: of a quota, and of a share.
+    k = num_samples
+    assert num_samples * module._weight(k, num_samples, num_tasks) + num_samples < 2**63
+    assert 2 * num_samples << 31 < 2**63
+
+
+def test_every_configuration_is_listed_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    listed = {build.constants["DIGITS"]: build.constants["ROWS"] for build in module.builds() if "DIGITS" in build.constants}
+    for num_tasks in range(1, 20_000, 7):
+        bits = module._launch(10**8, num_tasks).bits
+        assert listed[1 << bits] == max(1, module.CHOOSE_TILE >> bits)
+    assert {build.constants["BLOCK"] for build in module.builds() if "BLOCK" in build.constants} == {module._launch(10**8, 1).block}
+
+
+@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
+def test_the_kernels_path_reads_nothing(no_host_reads: type) -> None:
+    g = torch.Generator().manual_seed(0)
+    utility, eligible, task = torch.randn(90, generator=g), torch.rand(90, generator=g) < 0.6, torch.randint(0, 3, (90,), generator=g)
+    want = expected(utility, eligible, task, 3, 20)
+    with no_host_reads():
+        order = module._on_gpu(utility, eligible, task, 3, 20)
+        with pytest.raises(AssertionError, match="reads the device"):
+            module._on_host(utility, eligible, task, 3, 20)
+    assert torch.equal(order, want)
+
+
+def test_without_data(blind_host: Callable[[], Any]) -> None:
+    with blind_host() as device:
+        utility, eligible = torch.empty(50, device=device), torch.empty(50, device=device, dtype=torch.bool)
+        task = torch.empty(50, device=device, dtype=torch.uint8)
+        order, present = select_topk(utility, eligible, task, 3, 70), groups_present(eligible, task, 5)
+        assert (order.shape, order.dtype, order.device.type) == ((70,), torch.int64, device)
+        assert (present.shape, present.dtype, present.device.type) == ((5,), torch.bool, device)
+
+
+def test_under_torch_compile(form: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    utility, task = torch.randn(30, generator=g), torch.randint(0, 3, (30,), generator=g)
+
+    def plan(utility: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        eligible = utility > -1
+        return select_topk(utility, eligible, task, 3, 9) + 1, ~groups_present(eligible, task, 4)
+
+    compiled = torch.compile(plan, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(compiled(utility, task), plan(utility, task), strict=True))
+
+
+@property_test
+@given(rows=st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=60), dtype=st.sampled_from(DTYPES))
+def test_groups_present(form: str, rows: list[tuple[bool, int]], dtype: torch.dtype) -> None:
+    mask, group = (torch.tensor(column) for column in zip(*rows, strict=True))
+    present = groups_present(mask, group.to(dtype), 7)
+    assert present.tolist() == [any(holds and label == j for holds, label in rows) for j in range(7)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("tasks", "values"), [(1, "any"), (7, "few"), (1000, "any"), (3, "equal")])
+def test_on_a_gpu_as_on_the_host(monkeypatch: pytest.MonkeyPatch, tasks: int, values: str) -> None:
+    monkeypatch.undo()  # the real blocks
+    g = torch.Generator().manual_seed(0)
+    count = 1_000_003
+    few = torch.randint(0, 9, (count,), generator=g).float()
+    utility = {"any": torch.randn(count, generator=g), "few": few, "equal": torch.ones(count)}
+    pool = utility[values], torch.rand(count, generator=g) < 0.7, (torch.rand(count, generator=g) ** 2 * tasks).to(torch.int16)
+    want = select_topk(*pool, tasks, 20_000)
+    assert torch.equal(select_topk(*(x.cuda() for x in pool), tasks, 20_000).cpu(), want)
+    assert torch.equal(groups_present(pool[1].cuda(), pool[2].cuda(), tasks).cpu(), groups_present(*pool[1:], tasks))
+
+
 def test_refusals() -> None:
+    every, task = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"utility is torch\.float64"):
-        select_topk(torch.zeros(3).double(), torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64), 1, 2)
+        select_topk(torch.zeros(3).double(), every, task, 1, 2)
     with pytest.raises(ValueError, match="eligible has shape"):
-        select_topk(torch.zeros(3), torch.ones(2, dtype=torch.bool), torch.zeros(3, dtype=torch.int64), 1, 2)
+        select_topk(torch.zeros(3), every[:2], task, 1, 2)
+    with pytest.raises(ValueError, match=r"task is torch\.float32"):
+        select_topk(torch.zeros(3), every, task.float(), 1, 2)
+    with pytest.raises(ValueError, match="k 0"):
+        select_topk(torch.zeros(3), every, task, 1, 0)
+    with pytest.raises(ValueError, match="0 samples"):
+        select_topk(torch.zeros(0), every[:0], task[:0], 1, 2)
+    with pytest.raises(ValueError, match="group has shape"):
+        groups_present(every, task[:2], 1)
