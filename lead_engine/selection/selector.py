@@ -3,6 +3,11 @@
 Shapes: N samples, K arms (clusters), S steps a round, M micro-batches a step over all ranks, B slots a micro-batch.
 Sample id N is the dummy of empty slots; vectors that are indexed by planned ids have an entry for it, at their end.
 
+What lies on the device, in bytes a sample: utility 4, visits 4, tokens 8, response tokens 4, dropped 1, cluster and task 1 each (2
+where there are more than 256 of them; another 1 for what stands in for them without a bandit or without tasks). That is 23: 14 MB for
+600 thousand samples, 2.3 GB for 100 million. While it plans, a round needs 3 more (masks) and, for LEAD, the scratch of `select_topk`,
+which does not grow with the pool; a pass in random order needs about 40 more (keys of 8 bytes, and what computes them).
+
 Every rank holds the same state and computes the same plan: random numbers are functions of (seed, round) or of
 (seed, pass, sample id), and statistics arrive gathered in one fixed order. Between construction and `state_dict`
 the host reads nothing from the device.
@@ -22,7 +27,8 @@ from lead_engine.errors import UserError
 from lead_engine.pool.state import PoolState
 from lead_engine.selection import counter_rng
 from lead_engine.selection.bandit import Bandit, RewardScale
-from lead_kernels import idu_update, pack_plan, select_topk
+from lead_kernels import PackedPlan, idu_update, pack_plan, select_topk
+from lead_kernels.select_topk import groups_present
 
 DRAW, SHUFFLE = 0, 1  # random streams: the bandit's draw, the order of a pass
 
@@ -105,11 +111,13 @@ class Selector:
         self.num_arms = state.num_clusters if by_cluster else 1
 
         self.lengths = lengths.to(device)
-        self.rows = F.pad(response_rows.to(device), (0, 1))
-        self.cluster, self.task = state.cluster.to(device), state.task.to(device)
+        self.rows = F.pad(response_rows.to(device, torch.int32), (0, 1))
+        self.cluster = state.cluster.to(_narrowest(self.num_clusters)).to(device)
+        self.task = state.task.to(_narrowest(self.num_tasks)).to(device)
         self.dropped = state.dropped.to(device)
-        self.arm = self.cluster if by_cluster else torch.zeros_like(self.cluster)
-        self.quota_task = self.task if config.use_tasks else torch.zeros_like(self.task)
+        self.arm = self.cluster if by_cluster else torch.zeros_like(self.cluster, dtype=torch.uint8)
+        self.quota_task = self.task if config.use_tasks else torch.zeros_like(self.task, dtype=torch.uint8)
+        self.num_quotas = self.num_tasks if config.use_tasks else 1
 
         self.utility = F.pad(state.utility.to(device, torch.float32), (0, 1))
         self.visits = torch.zeros(self.num_samples + 1, dtype=torch.int32, device=device)
@@ -120,18 +128,12 @@ class Selector:
         """The samples of round `round` (0, 1, ...), of at most `max_tokens` tokens together."""
         shape = self.layout
         if self.method == "lead":
-            cluster, probabilities, order = self._lead_order(round)
+            cluster, probabilities, eligible = self._draw(round)
+            order = self._lead_order(eligible)
         else:
             cluster = torch.zeros((), dtype=torch.int64, device=self.device)
             probabilities, order = torch.ones(1, device=self.device), self._pass_order()
-        packed = pack_plan(
-            order,
-            self.lengths,
-            num_bins=shape.steps * shape.micro_batches,
-            capacity=shape.capacity,
-            slots=shape.slots,
-            max_tokens=max_tokens,
-        )
+        packed = self._pack(order, max_tokens)
         ids = packed.sample_ids.view(shape.steps, shape.micro_batches, shape.slots)
         tokens = packed.tokens.view(shape.steps, shape.micro_batches)
         return Plan(cluster, probabilities, ids, tokens, self.rows[ids].sum(-1), self.utility[ids], self.visits[ids])
@@ -185,15 +187,17 @@ class Selector:
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
-    def _lead_order(self, round: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(cluster, probabilities, order int64 [S*M*B]) of LEAD's two stages."""
-        eligible = ~self.dropped & (self.visits[:-1] < self.config.max_visits)
-        available = _count(self.arm, eligible, self.num_arms) > 0
+    def _draw(self, round: int) -> tuple[Tensor, Tensor, Tensor]:
+        """LEAD's coarse stage: (cluster, probabilities, who is eligible in it: bool [N])."""
+        open_samples = (self.visits[:-1] < self.config.max_visits) & ~self.dropped
+        available = groups_present(open_samples, self.arm, self.num_arms)
         uniform = counter_rng.uniform(self.seed, self._scalar(DRAW), self._scalar(round))
         cluster, probabilities = self.bandit.draw(available, uniform)
-        eligible &= self.arm == cluster
-        order = select_topk(self.utility[:-1], eligible, self.quota_task, self.num_tasks, self._places())
-        return cluster, probabilities, order
+        return cluster, probabilities, open_samples & (self.arm == cluster)
+
+    def _lead_order(self, eligible: Tensor) -> Tensor:
+        """LEAD's fine stage: int64 [S*M*B]."""
+        return select_topk(self.utility[:-1], eligible, self.quota_task, self.num_quotas, self._places())
 
     def _pass_order(self) -> Tensor:
         """The next S*M*B ids of the current pass: those visited least, by keys of the pass and the id alone."""
@@ -206,6 +210,17 @@ class Selector:
         keys, order = keys.topk(places, largest=False, sorted=True)
         order = torch.where(keys < 1 << counter_rng.ORDER_BITS, order, self.num_samples)
         return F.pad(order, (0, self._places() - places), value=self.num_samples)
+
+    def _pack(self, order: Tensor, max_tokens: int | Tensor) -> PackedPlan:
+        shape = self.layout
+        return pack_plan(
+            order,
+            self.lengths,
+            num_bins=shape.steps * shape.micro_batches,
+            capacity=shape.capacity,
+            slots=shape.slots,
+            max_tokens=max_tokens,
+        )
 
     def _places(self) -> int:
         return self.layout.steps * self.layout.micro_batches * self.layout.slots
@@ -226,7 +241,12 @@ def _check_lengths(lengths: Tensor, num_samples: int, layout: Layout) -> None:
         )
 
 
+def _narrowest(count: int) -> torch.dtype:
+    """The smallest integer type that holds 0 to count - 1: planning reads clusters and tasks of the whole pool."""
+    return torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
+
+
 def _count(index: Tensor, mask: Tensor, size: int) -> Tensor:
     """int64 [size]: how often each index occurs where `mask` holds. (`bincount` would make the host wait.)"""
     counts = torch.zeros(size, dtype=torch.int64, device=index.device)
-    return counts.scatter_add_(0, index.reshape(-1), mask.reshape(-1).long())
+    return counts.scatter_add_(0, index.reshape(-1).long(), mask.reshape(-1).long())

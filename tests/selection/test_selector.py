@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from lead_engine.config import SelectionConfig
 from lead_engine.errors import UserError
 from lead_engine.selection.selector import Layout, Selector
+from lead_kernels import backend
 
 LOTS = 10**9
 
@@ -245,6 +247,43 @@ def test_rounds_never_look_at_the_device(make_selector, blind, options):
         ):
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, RuntimeError, NotImplementedError)):
                 read()  # so that the test can fail
+
+
+@pytest.mark.parametrize(("clusters", "tasks", "dtypes"), [
+    (4, 256, (torch.uint8, torch.uint8)), (4, 257, (torch.uint8, torch.int16)), (300, 40_000, (torch.int16, torch.int32)),
+])  # fmt: skip
+def test_narrow_types_hold_every_cluster_and_task(make_selector, clusters, tasks, dtypes):
+    """The same plans and counts as with int64, where the numbers reach the ends of the types."""
+    narrow, wide = (make_selector(400, clusters=clusters, tasks=tasks, steps=1) for _ in range(2))
+    for selector in (narrow, wide):
+        ends = torch.arange(400) % 2 == 0
+        selector.task = torch.where(ends, tasks - 1, selector.task.long()).to(selector.task.dtype)
+        selector.cluster = torch.where(ends, clusters - 1, selector.cluster.long()).to(selector.cluster.dtype)
+        selector.arm, selector.quota_task = selector.cluster, selector.task
+    assert (narrow.cluster.dtype, narrow.task.dtype) == dtypes
+    wide.arm, wide.quota_task, wide.task, wide.cluster = (x.long() for x in (wide.arm, wide.quota_task, wide.task, wide.cluster))
+    for round in range(4):
+        plans = narrow.plan(round, LOTS), wide.plan(round, LOTS)
+        assert real(narrow, plans[0])
+        stats = [train(selector, plan, loss=1 / (1 + round)) for selector, plan in zip((narrow, wide), plans, strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip((*plans[0], *stats[0]), (*plans[1], *stats[1]), strict=True))
+
+
+@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
+@pytest.mark.parametrize("options", [{}, {"bandit": "none", "use_tasks": False}, {"max_visits": 1, "steps": 1}], ids=str)
+def test_plans_of_the_kernels_are_those_of_the_host(make_selector, monkeypatch, options):
+    """Bit by bit: the state after training too, so that no later plan can differ."""
+
+    def rounds(selector):
+        seen = []
+        for round in range(3):
+            plan = selector.plan(round, 150)
+            seen += [*plan, *train(selector, plan, loss=1 / (1 + round), change=-0.1)]
+        return [*seen, *selector.state_dict().values()]
+
+    host = rounds(make_selector(**options))
+    monkeypatch.setattr(backend, "_kernels_on_cpu", True)
+    assert all(torch.equal(a, b) for a, b in zip(host, rounds(make_selector(**options)), strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
