@@ -21,9 +21,14 @@ from lead_kernels import backend
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interpreter_rounds_to_nearest() -> Iterator[None]:
-    """Triton's interpreter truncates fp32 to bf16, where a GPU rounds to nearest, ties to even: twice the error, and a biased one."""
+def interpreter_computes_as_a_gpu() -> Iterator[None]:
+    """Two things that Triton's interpreter (3.6 to 3.9) does to bf16, put right.
+
+    It truncates fp32 to bf16, where a GPU rounds to nearest, ties to even: twice the error, and a biased one. And it keeps bf16 as 16-bit
+    integers, which `tl.dot` multiplies as such.
+    """
     cast = interpreter.InterpreterBuilder.cast_impl
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def nearest(self: Any, source: Any, target: Any) -> Any:
         if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
@@ -32,8 +37,12 @@ def interpreter_rounds_to_nearest() -> Iterator[None]:
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return interpreter.TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
 
+    def widened(self: Any, *operands: Any) -> Any:
+        return dot(self, *(cast(self, x, tl.float32) if getattr(x, "dtype", None) == tl.bfloat16 else x for x in operands))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", nearest)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
         yield
 
 
