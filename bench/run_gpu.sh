@@ -53,11 +53,11 @@ head=("$python" bench/head.py --device cuda --out "$results/gpu-head.json")
 plan=("$python" bench/plan.py --device cuda --out "$results/gpu-plan.json")
 if [ "$quick" ]; then
     step "head" 240 "${head[@]}" --shapes 4096x2048x128256 16384x4096x128256 --turns 7 --seconds 15 --build-seconds 30
-    step "plan" 90 "${plan[@]}"
+    step "plan" 90 "${plan[@]}" --samples 600000 10000000
 else
     step "head" 600 "${head[@]}" --seconds 20 --build-seconds 60
-    step "plan" 120 "${plan[@]}"
-    step "other tests" 240 "$python" -m pytest -q tests/lead_kernels tests/model tests/training tests/selection
+    step "plan" 150 "${plan[@]}"
+    step "other tests" 210 "$python" -m pytest -q tests/lead_kernels tests/model tests/training tests/selection
 
     if [ $# -ge 1 ]; then
         pool="$1"
