@@ -40,8 +40,8 @@ class PackedBatch(NamedTuple):
 def _segments_kernel(id_ptr, offset_ptr, start_ptr, cu_ptr, status_ptr, num_samples, slots, capacity, BLOCK: tl.constexpr):
     """One program: where the samples of the B slots begin in the pool (start [B]) and in the micro-batch (cu [B+2]).
 
-    status[0]: tokens of all samples; status[1]: ids outside [0, N]. Segments end at `capacity` whatever the samples' lengths, so that no
-    later read leaves a sample.
+    status[0]: tokens of all samples; status[1]: ids outside [0, N]. Segments end at `capacity` also where samples do not fit, so that the
+    other kernels stay inside their arrays until the assertion is met.
     """
     lane = tl.arange(0, BLOCK)
     used = tl.sum(tl.zeros((BLOCK,), tl.int64), 0)

@@ -62,6 +62,18 @@ def test_agrees_with_reference(
     assert_equal(gather_batch(tokens, response, offsets, ids, **exact), reference.gather_batch(tokens, response, offsets, ids, **exact))
 
 
+def test_more_blocks_than_a_block_has_places(form: str, small_blocks: None) -> None:
+    """Sums over blocks go on beyond one block of counts, and slots beyond one block of slots."""
+    lengths = [3, 9, 1, 7] * 10
+    tokens, response, offsets = make_store(lengths, 1)
+    ids = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    sizes = {"capacity": 8 * 8 * 3 + 21, "num_rows": 230}
+    assert_equal(gather_batch(tokens, response, offsets, ids, **sizes), reference.gather_batch(tokens, response, offsets, ids, **sizes))
+    for place in (1, 20, 39):
+        with pytest.raises(RuntimeError, match=r"not in \[0, N\]"):
+            gather_batch(tokens, response, offsets, ids.index_fill(0, torch.tensor([place]), 41), **sizes)
+
+
 def test_agrees_with_reference_in_blocks_of_the_real_size(form: str) -> None:
     g = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 40, (120,), generator=g).tolist()
