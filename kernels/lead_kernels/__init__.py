@@ -14,7 +14,7 @@ from lead_kernels.head_chunks import Lora
 from lead_kernels.head_module import LinearCrossEntropy
 from lead_kernels.idu_update import idu_update
 from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
-from lead_kernels.pack_plan import PackedPlan, pack_plan
+from lead_kernels.pack_plan import PackedPlan, pack_plan, packing_waste
 from lead_kernels.segment_reduce import segment_reduce
 from lead_kernels.select_topk import select_topk
 
@@ -33,6 +33,7 @@ __all__ = [
     "idu_update",
     "linear_cross_entropy",
     "pack_plan",
+    "packing_waste",
     "segment_reduce",
     "select_topk",
 ]

@@ -51,7 +51,7 @@ def _forward(
     slots = torch.full((len(groups), batch.num_slots), store.num_samples, dtype=torch.int64)
     for place, group in enumerate(groups):
         slots[place, : len(group)] = ids[torch.from_numpy(group)]
-    if store.placement != "device":
+    if store.wants_prefetch:
         store.prefetch(slots)
     on_device = slots.to(store.device)
     with _bar(description, int(lengths.sum())) as bar:

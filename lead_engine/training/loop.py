@@ -94,7 +94,7 @@ class Engine:
             header = read_header(plan)
             if sum(header.tokens) == 0:
                 return
-            if self.store.placement != "device":
+            if self.store.wants_prefetch:
                 self.store.prefetch(self._local(plan, header))
             steps, rates, tokens = [], [], progress.tokens
             for step, step_tokens in enumerate(header.tokens):

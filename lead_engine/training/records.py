@@ -11,6 +11,7 @@ import torch
 
 from lead_engine.pool.state import PoolState
 from lead_engine.training.loop import Round
+from lead_kernels import packing_waste
 
 
 def step_lines(finished: Round) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def step_lines(finished: Round) -> list[dict[str, Any]]:
     return lines
 
 
-def round_line(finished: Round, method: str, state: PoolState, names: list[str]) -> dict[str, Any]:
+def round_line(finished: Round, method: str, state: PoolState, names: list[str], capacity: int) -> dict[str, Any]:
     """What a round selected, and what the bandit made of it."""
     ids = finished.plan.sample_ids.flatten().cpu()
     ids = ids[ids < finished.dummy].tolist()
@@ -57,6 +58,7 @@ def round_line(finished: Round, method: str, state: PoolState, names: list[str])
         "reward": float(stats.reward),
         "reward_raw": float(stats.reward_raw),
         "tokens": finished.after.tokens - finished.before.tokens,
+        "waste": float(packing_waste(finished.plan.tokens, capacity)),  # share of the computed token places that are empty
         "samples": len(ids),
         "samples_per_task": dict(zip(state.task_names, stats.samples_per_task.tolist(), strict=True)),
         "samples_per_cluster": stats.samples_per_cluster.tolist(),

@@ -142,7 +142,7 @@ def _record(finished: Round | None, folder: RunFolder, session: Session, names: 
     lines = step_lines(finished)
     for line in lines:
         folder.step(line)
-    folder.round(round_line(finished, session.config.method, session.state, names))
+    folder.round(round_line(finished, session.config.method, session.state, names, session.config.batch.capacity))
     bar.advance(finished.after.tokens - finished.before.tokens, loss=lines[-1]["loss"], round=finished.before.round)
 
 

@@ -92,6 +92,12 @@ def test_run_folder(world: Path) -> None:
     assert any((run / "checkpoints").iterdir())
 
 
+def config_of(world: Path) -> tuple[int, int]:
+    """(capacity, micro-batches a step) of the run."""
+    batch = yaml.safe_load((world / "run" / "config.yaml").read_text())["batch"]
+    return batch["capacity"], batch["micro_batches"]
+
+
 def test_metrics_and_selection_agree(world: Path) -> None:
     steps, rounds = lines(world / "run" / "metrics.jsonl"), lines(world / "run" / "selection.jsonl")
     summary = json.loads((world / "run" / "summary.json").read_text())
@@ -102,6 +108,10 @@ def test_metrics_and_selection_agree(world: Path) -> None:
     for line in rounds:
         assert sum(line["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert sum(line["samples_per_task"].values()) == line["samples"] == len(line["ids"])
+    capacity, micro_batches = config_of(world)
+    for line in rounds:
+        mine = [step["step_tokens"] for step in steps if step["round"] == line["round"]]
+        assert line["waste"] == pytest.approx(1 - sum(mine) / (len(mine) * micro_batches * capacity), abs=1e-6)
     visits = np.load(world / "run" / "utility.npz")["visits"]
     assert visits.sum() == sum(line["samples"] for line in rounds)
 

@@ -28,7 +28,7 @@ LAYOUT = Layout(steps=3, micro_batches=2, slots=4, capacity=64)
 class DeviceStore:
     """What the loop uses of a TokenStore in placement `device`; the real one opens files, which has no fake counterpart."""
 
-    placement = "device"
+    wants_prefetch = False
 
     def __init__(self) -> None:
         total = SAMPLES * LENGTH
