@@ -155,7 +155,7 @@ def _present_kernel(mask, group, present, num_samples, tiles, BLOCK: tl.constexp
         start = (tl.program_id(0).to(tl.int64) * tiles + tile) * BLOCK
         holds = _load(mask, start, num_samples, BLOCK) != 0
         label = _load(group, start, num_samples, BLOCK).to(tl.int64)
-        new = holds & (tl.load(present + label, mask=holds, other=1) == 0)
+        new = tl.load(present + label, mask=holds, other=1) == 0
         tl.store(present + label, tl.full([BLOCK], 1, tl.uint8), mask=new)
 
 
@@ -181,12 +181,12 @@ CHOOSE_TILE = 2**13
 def _launch(num_samples: int, num_tasks: int) -> Launch:
     """Blocks, digits and histograms for a pool of N samples and J tasks.
 
-    Bytes. A pass reads 4 of utility, 1 of eligibility and the bytes of a task, at most once: 6 per sample with a task of 1 byte. Real
-    utilities need ceil(32 / bits) passes at most (the fp32 values near the wanted one are told apart), ties at the wanted one up to
-    ceil((32 + bits of an id) / bits); a pass with nothing left to find returns at once. Counting and copying the chosen out are two more,
-    the count of the eligible reads 1. At N = 100 million, J <= 64: 3 + 2 passes, 31 N = 3.1 GB, 0.65 ms at the 4.8 TB/s of an H200; all
-    equal 6 + 2 passes, 4.9 GB, 1.0 ms. Sorting it all as int64 costs 8 radix passes of 32 N (a read and a write of key and index) and 3 GB
-    of scratch. Scratch here: 16 MiB, and 32 bytes a candidate.
+    Bytes. A pass reads 4 of utility, 1 of eligibility and the bytes of a task: 6 per sample with a task of 1 byte. Values take
+    ceil(32 / bits) passes, ids, where the wanted value is not unique in its task, up to ceil((32 + bits of an id) / bits) together; a
+    pass with nothing left to find returns at once. Counting and copying the chosen out are two more, the count of the eligible reads 1.
+    At N = 100 million, J <= 64: 3 to 6 and 2 passes, 31 to 49 N = 3.1 to 4.9 GB, 0.65 to 1.0 ms at the 4.8 TB/s of an H200 (one pass
+    0.13 ms). Sorting it all as int64 costs 8 radix passes of 32 N (a read and a write of key and index) and 3 GB of scratch. Scratch
+    here: 16 MiB, and about 80 bytes a candidate. Small pools cost launches: about 45 for 600 thousand samples.
 
     Contention. Counting is one integer atomic for every sample still in question: all eligible ones in the first pass, in later
     passes those of one digit; with equal utilities all, at one address. 100 million at one address would take about 60 ms (one a
@@ -240,7 +240,8 @@ def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: 
     num_warps, grid = warps(THREADS, wave), (launch.programs,)
     weight = _weight(k, num_samples, num_tasks)
 
-    prefix, need, threshold, size, quota = torch.zeros(5, num_tasks, dtype=torch.int64, device=device)
+    # Rows of even length start at multiples of 16 bytes, as whole tensors do: one compilation serves all.
+    prefix, need, threshold, size, quota = torch.zeros(5, num_tasks + num_tasks % 2, dtype=torch.int64, device=device)
     closed = torch.zeros(1, dtype=torch.int32, device=device)
     histogram = torch.zeros(launch.copies * num_tasks << launch.bits, dtype=torch.int32, device=device)
     eligible_samples = eligible.sum()

@@ -116,12 +116,29 @@ def test_nan_comes_last_and_ineligible_never(form: str) -> None:
     assert select_topk(utility, nobody, torch.zeros(4, dtype=torch.int64), 1, 2).tolist() == [4, 4]
 
 
+def test_the_sign_of_zero_is_no_rank(form: str) -> None:
+    every, task = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    assert select_topk(torch.tensor([-0.0, 0.0, -1e-45]), every, task, 1, 3).tolist() == [0, 1, 2]
+
+
+def test_a_task_without_a_place_gives_no_candidate(form: str) -> None:
+    """Eight of 300 samples get none of the first places, however high they stand."""
+    g = torch.Generator().manual_seed(0)
+    utility = torch.cat([torch.full((8,), torch.inf), torch.randn(292, generator=g)])
+    every, task = torch.ones(300, dtype=torch.bool), (torch.arange(300) >= 8).long()
+    assert select_topk(utility, every, task, 2, 1).tolist() == [8 + int(utility[8:].argmax())]
+
+
 def test_views_of_a_larger_vector(form: str) -> None:
     """The engine's utility has an entry for the dummy at its end; a stride is allowed too."""
     utility = torch.tensor([3.0, 9.0, 1.0, 9.0, 2.0, 9.0])
     every, task = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.uint8)
     assert select_topk(utility[::2], every, task, 1, 3).tolist() == [0, 2, 1]
     assert select_topk(utility[:3], every, task, 1, 3).tolist() == [1, 0, 2]
+    mixed = torch.tensor([1, 1, 0, 0, 1, 0])
+    assert select_topk(utility[:3], (mixed == 0)[3:], mixed[::2], 2, 3).tolist() == [0, 2, 3]
+    assert select_topk(utility[:3], every, mixed[::2], 2, 3).tolist() == [0, 1, 2]
+    assert groups_present((mixed < 1)[1::2], mixed[::2], 3).tolist() == [True, True, False]
 
 
 def test_a_task_fills_no_more_places_than_its_quota() -> None:
@@ -166,6 +183,21 @@ def test_shares_that_doubles_cannot_tell_apart() -> None:
     assert a > b
     a, b = ((rank.double() + 0.5) / size).tolist()
     assert a == b
+
+
+@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
+def test_the_kernel_computes_the_same_shares() -> None:
+    """Candidates of three large tasks: the kernel's ranks are places behind the start of the task."""
+    g = torch.Generator().manual_seed(0)
+    size, start = torch.tensor([2**29 - 1, 2**29 - 3, 5]), torch.tensor([0, -(2**28), 12])
+    group, position = torch.tensor([0] * 5 + [1] * 7 + [2] * 5), torch.arange(19)
+    sorted_key = torch.cat([(group << 32) | torch.randint(0, 2**32, (17,), generator=g), torch.full((2,), module.NONE)])
+    by_task, sample = torch.randperm(19, generator=g), torch.randint(0, 2**29, (19,), generator=g)
+    share, sample_by_task = torch.empty_like(sorted_key), torch.empty_like(sorted_key)
+    module._share_kernel[(3,)](sorted_key, by_task, sample, size, start, share, sample_by_task, 19, BLOCK=8)
+    assert torch.equal(share[:17], module._share(position[:17] - start[group], size[group]))
+    assert share[17:].tolist() == [module.NONE] * 2
+    assert torch.equal(sample_by_task, sample[by_task])
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 7, 64, 65, 1000, 4096, 100_000])
