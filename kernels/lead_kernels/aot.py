@@ -7,8 +7,9 @@ at run time: with pointers and sizes that are multiples of 16, which allows vect
 except where the type in the signature ends in ":16" (as for triton.tools.compile): what the launch makes sure of.
 
 Fails (exit status 1, the lines repeated at the end) where a kernel does not compile, spills registers, or needs more shared memory than
-the target gives one program. What counts as a spill: on NVIDIA the spill stores and loads that ptxas itself reports. A stack frame alone
-is none: libdevice's sine, say, keeps a table there. On AMD spilled vector and scalar registers and any scratch memory.
+the target gives one program. What counts as a spill: on NVIDIA the bytes of spill stores and loads that ptxas itself reports; a stack
+frame alone is none (libdevice's float64 sine has one of 40 bytes and spills nothing). On AMD spilled vector registers, scalar ones,
+which go to lanes of vector registers, and bytes of scratch memory.
 """
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 import lead_kernels
 from lead_kernels.backend import KernelBuild, warps
 
+ALIGNED = ":16"
 MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 MAX_TENSOR_MEMORY = 512
 """Columns that a program may allocate on sm_100."""
@@ -118,14 +120,27 @@ def _usage_on_hip(asm: str) -> tuple[int, int, int]:
     return field("vgpr_count") + field("agpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count") + scratch, scratch
 
 
+def _may_be_aligned(kind: str) -> bool:
+    return kind[0] in "*iu"
+
+
+def _alignments(build: KernelBuild) -> list[bool]:
+    """Aligned and not; only the first where the launch aligns every argument."""
+    free = [kind for kind in build.signature.values() if _may_be_aligned(kind) and not kind.endswith(ALIGNED)]
+    return [True, False] if free else [True]
+
+
 def _compile(build: KernelBuild, target: Target, aligned: bool) -> Usage:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {name: kind.removesuffix(":16") for name, kind in build.signature.items()}
-    always = [kind.endswith(":16") for kind in build.signature.values()]
-    divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if always[i] or (aligned and kind[0] in "*iu")}
+    kinds = {name: kind.removesuffix(ALIGNED) for name, kind in build.signature.items()}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(build.signature.values())
+        if kind.endswith(ALIGNED) or (aligned and _may_be_aligned(kind))
+    }
     source = ASTSource(build.kernel, kinds, dict(build.constants), divisible)
     options = {"num_warps": warps(build.threads, target.wave), "num_stages": build.stages, **build.options}
     log = io.StringIO()
@@ -138,13 +153,14 @@ def _compile(build: KernelBuild, target: Target, aligned: bool) -> Usage:
 
 
 def _fault(usage: Usage, target: Target) -> str | None:
+    faults = []
     if usage.spills:
-        return f"SPILLS {usage.spills}"
+        faults.append(f"SPILLS {usage.spills}")
     if usage.shared > target.shared_limit:
-        return "TOO MUCH SHARED MEMORY"
+        faults.append("TOO MUCH SHARED MEMORY")
     if usage.tensor_memory > MAX_TENSOR_MEMORY:
-        return f"TOO MUCH TENSOR MEMORY: {usage.tensor_memory} columns of {MAX_TENSOR_MEMORY}"
-    return None
+        faults.append(f"TOO MUCH TENSOR MEMORY ({usage.tensor_memory} columns)")
+    return ", ".join(faults) or None
 
 
 _builds: list[KernelBuild] = []
@@ -170,7 +186,7 @@ def compile_builds(builds: Sequence[KernelBuild], targets: Sequence[str] = tuple
     names = [build.name for build in _builds]
     if len(set(names)) < len(names):
         raise ValueError(f"builds with one name: {sorted({name for name in names if names.count(name) > 1})}")
-    work = [(index, target, aligned) for index in range(len(_builds)) for target in targets for aligned in (True, False)]
+    work = [(i, target, aligned) for i, build in enumerate(_builds) for target in targets for aligned in _alignments(build)]
     with tempfile.TemporaryDirectory(prefix="lead_kernels_aot_") as cache:
         os.environ.update(TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:

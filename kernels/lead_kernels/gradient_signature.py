@@ -39,7 +39,7 @@ def outer_piece(
     first, last = find_piece(bounds_ptr, piece, num_segments, ROWS)
     total = tl.zeros((SIDE, SIDE), partials_ptr.dtype.element_ty)
     for start in range(first, last, STEP):
-        row = (start + tl.arange(0, STEP))[:, None]
+        row = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
         left = tl.load(left_ptr + row * num_left + i[None, :], mask=(row < last) & (i < num_left)[None, :], other=0.0)
         right = tl.load(right_ptr + row * num_right + j[None, :], mask=(row < last) & (j < num_right)[None, :], other=0.0)
         if USE_DOT:

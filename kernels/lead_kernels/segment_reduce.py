@@ -43,7 +43,7 @@ def sum_piece(values_ptr, bounds_ptr, partials_ptr, num_segments, width, ROWS: t
     first, last = find_piece(bounds_ptr, piece, num_segments, ROWS)
     total = tl.zeros((STEP, COLUMNS), partials_ptr.dtype.element_ty)
     for start in range(first, last, STEP):
-        row = start + tl.arange(0, STEP)
+        row = (start + tl.arange(0, STEP)).to(tl.int64)
         mask = (row < last)[:, None] & (column < width)[None, :]
         total += tl.load(values_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(total.dtype)
     tl.store(partials_ptr + piece * width + column, tl.sum(total, 0), mask=column < width)
@@ -60,7 +60,7 @@ def sum_pieces(partials_ptr, bounds_ptr, out_ptr, width, ROWS: tl.constexpr, STE
     last = tl.where(last_row > first_row, (last_row + ROWS - 1) // ROWS + segment, first)
     total = tl.zeros((STEP, COLUMNS), out_ptr.dtype.element_ty)
     for start in range(first, last, STEP):
-        piece = start + tl.arange(0, STEP)
+        piece = (start + tl.arange(0, STEP)).to(tl.int64)
         mask = (piece < last)[:, None] & (column < width)[None, :]
         total += tl.load(partials_ptr + piece[:, None] * width + column[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + segment * width + column, tl.sum(total, 0), mask=column < width)

@@ -102,6 +102,20 @@ def test_values_need_not_be_contiguous(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["kernels"], indirect=True)
+def test_rows_beyond_two_to_the_31_elements(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 GiB of addresses, of which only the last rows are ever touched."""
+    from triton.runtime.interpreter import GridExecutor
+
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)  # it would copy the arguments onto themselves
+    monkeypatch.setattr(module, "tile", lambda width: module.Tile(rows=2**18, step=4, columns=2048))
+    rows, width = 2**20 + 8, 2048
+    values = torch.empty(rows, width, dtype=torch.float16)
+    values[-7:] = torch.randn(7, width)
+    bounds = torch.tensor([rows - 7, rows - 6, rows], dtype=torch.int32)
+    torch.testing.assert_close(module.segment_sum(values, bounds), loop(values[-7:].float(), torch.tensor([0, 1, 7])))
+
+
+@pytest.mark.parametrize("form", ["kernels"], indirect=True)
 def test_kernels_never_look_at_the_device(form: str, small_tiles: None, no_host_reads: Callable[[], Any]) -> None:
     values, ids = torch.randn(40, 5), torch.arange(40) // 9
     with no_host_reads():

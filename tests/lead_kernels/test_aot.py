@@ -1,0 +1,118 @@
+"""Every kernel compiles for every GPU without a spill, and the report that says so fails where one does not."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = '''
+import sys
+import triton
+import triton.language as tl
+from lead_kernels import aot
+from lead_kernels.backend import KernelBuild
+
+@triton.jit
+def spilling(a_ptr, out_ptr, SIDE: tl.constexpr):
+    i = tl.arange(0, SIDE)
+    a = tl.load(a_ptr + i)  # needed again after the sum, which needs all of it
+    tl.store(out_ptr + i, a / tl.sum(a, 0))
+
+@triton.jit
+def sharing(a_ptr, out_ptr, num_tiles, SIDE: tl.constexpr):
+    i = tl.arange(0, SIDE)
+    tile = i[:, None] * SIDE + i[None, :]
+    total = tl.zeros((SIDE, SIDE), tl.float32)
+    for k in range(num_tiles):
+        a = tl.load(a_ptr + 2 * k * SIDE * SIDE + tile)
+        b = tl.load(a_ptr + (2 * k + 1) * SIDE * SIDE + tile)
+        total = tl.dot(a, b, total)
+    tl.store(out_ptr + tile, total)
+
+@triton.jit
+def wrong(a_ptr):
+    tl.store(a_ptr + tl.arange(0, 3), 0.0)
+
+@triton.jit
+def stacking(a_ptr):
+    i = a_ptr + tl.arange(0, 128)
+    tl.store(i, tl.extra.cuda.libdevice.sin(tl.load(i)))
+
+def build(kernel, types, threads, stages=1, **constants):
+    return KernelBuild(kernel.fn.__name__, kernel, types | dict.fromkeys(constants, "constexpr"), constants, threads, stages)
+
+pair, half = {"a_ptr": "*fp32:16", "out_ptr": "*fp32:16"}, {"a_ptr": "*fp16:16", "out_ptr": "*fp32:16", "num_tiles": "i32:16"}
+case, target = sys.argv[1:]
+build = {
+    "spilling": build(spilling, pair, 64, SIDE=32768 if target == "gfx942" else 16384),
+    "sharing": build(sharing, half, 128, 6 if target == "gfx942" else 17, SIDE=64),
+    "wrong": build(wrong, {"a_ptr": "*fp32"}, 128),
+    "stacking": build(stacking, {"a_ptr": "*fp64:16"}, 128),
+}[case]
+sys.exit(aot.report([build], [target]))
+'''
+
+
+def run(*arguments: str, cwd: Path, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_INTERPRET": "1"} if interpreted else {}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_without_a_spill(tmp_path: Path, target: str) -> None:
+    report = run("-m", "lead_kernels.aot", "--target", target, cwd=tmp_path)
+    lines = report.stdout.splitlines()
+    assert report.returncode == 0, "\n".join(line for line in lines if line.startswith("FAULT")) or report.stderr
+    for kernel in ("segment_reduce.sum_piece ", "gradient_signature.outer_piece ", "grad_inner_product.row_products ", "row_pass "):
+        assert any(line.startswith(kernel) and f" {target} " in line for line in lines), f"{kernel} is not in the report"
+    # 16-bit products are made for the matrix units; Hopper's full rate needs warp-group instructions.
+    instruction = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}[target]
+    assert any(line.startswith("grad_inner_product.row_products bf16") and instruction in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "message", "faults"),
+    [
+        ("spilling", "sm_90", "SPILLS", 1),
+        ("spilling", "gfx942", "SPILLS", 1),
+        ("sharing", "sm_80", "TOO MUCH SHARED MEMORY", 1),
+        ("sharing", "sm_90", "TOO MUCH SHARED MEMORY", 1),
+        ("sharing", "gfx942", "TOO MUCH SHARED MEMORY", 1),
+        ("wrong", "sm_90", "power of 2", 2),  # aligned and not
+    ],
+)
+def test_a_kernel_that_runs_badly_fails_the_report(tmp_path: Path, case: str, target: str, message: str, faults: int) -> None:
+    (tmp_path / "kernels_to_judge.py").write_text(KERNELS)
+    report = run("kernels_to_judge.py", case, target, cwd=tmp_path)
+    assert report.returncode == 1, report.stdout + report.stderr
+    lines = [line for line in report.stdout.splitlines() if line.startswith("FAULT")]
+    assert len(lines) == faults
+    assert all(message in line for line in lines)
+
+
+def test_a_stack_frame_is_no_spill(tmp_path: Path) -> None:
+    (tmp_path / "kernels_to_judge.py").write_text(KERNELS)
+    report = run("kernels_to_judge.py", "stacking", "sm_90", cwd=tmp_path)
+    assert report.returncode == 0, report.stdout + report.stderr
+    registers, spills, stack = map(int, report.stdout.splitlines()[1].split()[4:7])
+    assert (registers > 0, spills, stack > 0) == (True, 0, True)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    report = run("-m", "lead_kernels.aot", cwd=tmp_path, interpreted=True)
+    assert report.returncode == 2
+    assert "TRITON_INTERPRET is set" in report.stderr
+    without = "import sys; sys.modules['triton'] = None; from lead_kernels import aot; sys.exit(aot.main([]))"
+    report = run("-c", without, cwd=tmp_path)
+    assert report.returncode == 2
+    assert "Triton is not installed" in report.stderr
+    report = run("-m", "lead_kernels.aot", "--target", "sm_75", cwd=tmp_path)
+    assert report.returncode == 2
+    assert "invalid choice" in report.stderr
