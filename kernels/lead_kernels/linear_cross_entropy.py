@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lead_kernels.checks import check_device, check_shape, without_autocast
 from lead_kernels.head_chunks import Lora
@@ -35,7 +34,7 @@ class HeadLoss(NamedTuple):
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, lora: Lora | None) -> None:
     for name, tensor in (("weight", weight), ("bias", bias), *(() if lora is None else (("lora.a", lora.a), ("lora.b", lora.b)))):
-        if isinstance(tensor, DTensor):
+        if hasattr(tensor, "full_tensor"):  # importing DTensor, only to ask, would take as long as importing torch
             raise ValueError(
                 f"{name} is a DTensor, a shard: call linear_cross_entropy in the forward of a module that fully_shard wraps, where "
                 "parameters are whole (lead_kernels.LinearCrossEntropy is such a module)"

@@ -244,6 +244,20 @@ def test_a_bound_that_is_too_small_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         linear_cross_entropy(case["hidden"], case["weight"], case["targets"].clamp(min=0) + V, sample_ids=IDS, num_samples=B)
 
 
+@pytest.mark.parametrize("cut", [11, 25])
+def test_signatures_add_up_over_micro_batches(form: str, cut: int) -> None:
+    """Samples in two calls, and a sample whose rows are divided between them: n phi is a sum over rows."""
+    case = make_case()
+    left, right = torch.randn(H, 4, dtype=torch.float64), torch.randn(H, 4, dtype=torch.float64)
+
+    def weighted(rows: slice) -> Tensor:
+        out = linear_cross_entropy(case["hidden"][rows], case["weight"], case["targets"][rows], sample_ids=IDS[rows], num_samples=B,
+                                   signature=(left, right), chunk_bytes=CHUNK)  # fmt: skip
+        return out.signature * out.sample_tokens[:, None, None]
+
+    torch.testing.assert_close(weighted(slice(0, cut)) + weighted(slice(cut, T)), weighted(slice(0, T)))
+
+
 @settings(deadline=None, max_examples=30)
 @given(valid=st.lists(st.booleans(), min_size=1, max_size=40), spare=st.integers(0, 5))
 def test_counted_rows_are_taken_and_put_back(valid: list[bool], spare: int) -> None:
