@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ except ImportError:  # a torch without a GPU needs no Triton: the kernels are th
 
     triton = tl = _Absent()
 
-__all__ = ["KernelBuild", "tl", "triton", "uses_kernels", "warps", "wave_size"]
+__all__ = ["KernelBuild", "current_device", "tl", "triton", "uses_kernels", "warps", "wave_size"]
 
 _kernels_on_cpu = False
 """Set by the tests, under TRITON_INTERPRET=1: CPU tensors take the way of the kernels too."""
@@ -36,6 +37,11 @@ def uses_kernels(tensor: Tensor) -> bool:
 def wave_size(device: torch.device) -> int:
     """Threads that execute together: 32 on NVIDIA, 32 or 64 on AMD."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def current_device(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one, on which Triton launches; of no effect on CPU tensors."""
+    return torch.cuda.device_of(tensor)
 
 
 def warps(threads: int, wave: int) -> int:
@@ -52,13 +58,12 @@ class KernelBuild:
     """What the report calls it, configuration included."""
     kernel: Any
     signature: Mapping[str, str]
-    """Argument name -> Triton type ("*bf16", "i32", ...); "constexpr" for those in `constants`."""
+    """Argument name -> Triton type ("*bf16", "i32", ...); "constexpr" for those in `constants`. A type that ends in ":16" is one that the
+    launch keeps a multiple of 16: a pointer to fresh memory, a padded width."""
     constants: Mapping[str, Any]
     threads: int
     stages: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    divisible: tuple[str, ...] = ()
-    """Integer arguments that are multiples of 16, which the compiler turns into wide accesses. Pointers always are: PyTorch's memory is."""
 
 
 Builds = Callable[[], list[KernelBuild]]

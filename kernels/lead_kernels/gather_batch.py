@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_shape
 
 BLOCK = 512
@@ -199,7 +199,8 @@ def _empty(sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
 @torch.library.custom_op("lead_kernels::gather_batch", mutates_args=())
 def _gather_batch(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
     gather = _on_gpu if uses_kernels(sample_ids) else _on_host
-    return gather(tokens, response, offsets, sample_ids, capacity, num_rows)
+    with current_device(sample_ids):
+        return gather(tokens, response, offsets, sample_ids, capacity, num_rows)
 
 
 @_gather_batch.register_fake

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape, without_autocast
 from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
@@ -118,7 +118,7 @@ def _row_products_on_gpu(hidden_TH: Tensor, hidden_grad_TH: Tensor, matrix_HH: T
     cut = tiles(dtype)
     column_tiles = triton.cdiv(width, cut.columns)
     partials = matrix_HH.new_empty(column_tiles, rows)
-    with torch.cuda.device_of(hidden_TH):
+    with current_device(hidden_TH):
         row_products[(triton.cdiv(rows, cut.rows) * column_tiles,)](
             _aligned(hidden_grad_TH, width), _aligned(operand_HH, width), _aligned(hidden_TH, width), partials, rows, width,
             cut.rows, cut.columns, cut.depth, GROUP, dtype != torch.float64,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape, without_autocast
 from lead_kernels.segment_reduce import find_piece, num_pieces, segment_bounds, sum_of_pieces, tile
 
@@ -65,7 +65,7 @@ def _outer_products_on_gpu(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor) ->
     cut = tile(num_left * num_right)
     step, side = outer_tile(num_left, num_right, left_Tq.dtype)
     partials = left_Tq.new_empty(num_pieces(num_rows, segments, cut.rows), num_left * num_right)
-    with torch.cuda.device_of(left_Tq):
+    with current_device(left_Tq):
         outer_piece[(partials.shape[0], triton.cdiv(num_left, side) * triton.cdiv(num_right, side))](
             left_Tq, right_Tq, bounds, partials, segments, num_left, num_right, cut.rows, step, side, left_Tq.dtype != torch.float64,
             num_warps=warps(THREADS, wave_size(left_Tq.device)), num_stages=1,

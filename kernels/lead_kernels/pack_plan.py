@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape
 
 LOOK_AHEAD = 32
@@ -145,7 +145,8 @@ def _lengths(order: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("lead_kernels::pack_plan", mutates_args=())
 def _pack_plan(order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int) -> tuple[Tensor, Tensor]:
     pack = _on_gpu if uses_kernels(order) else _on_host
-    return pack(order, lengths, max_tokens, num_bins, capacity, slots)
+    with current_device(order):
+        return pack(order, lengths, max_tokens, num_bins, capacity, slots)
 
 
 @_pack_plan.register_fake

@@ -21,6 +21,13 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b).to(wide(a.dtype))
 
 
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 with no rounding on the way: a CPU multiplies copies in fp32."""
+    if a.dtype in HALVES and a.device.type != "cpu":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.to(wide(a.dtype)), b.to(wide(b.dtype)))
+
+
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, out as wide as the operands or, for bf16 and fp16, fp32."""
     if out.dtype == a.dtype:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 
 
 @triton.jit
@@ -157,16 +157,17 @@ class Rows(NamedTuple):
         return Rows(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
-def _launch_shape(vocabulary: int) -> tuple[int, int]:
-    """(BLOCK, threads): 16 elements a thread, up to 512 threads.
+def _launch_shape(vocabulary: int, simple: bool) -> tuple[int, int]:
+    """(BLOCK, threads): up to 1024 threads with 16 elements each; 512 with 8 where options need their registers.
 
-    The plain kernel takes 50 registers on sm_90 (`python -m lead_kernels.aot`), so that two programs run on an SM of an H200. Together they
-    have 32 KiB of bf16 logits in flight, about what 4.3 TB/s take at a microsecond's latency, and one computes while the other waits at
-    the end of a sweep. More, smaller programs would have more rows in the works than the 60 MB L2 cache holds until they are read
-    again: at V = 128k, 2 x 132 rows of 250 KB are 66 MB, on average half of it still to be read again.
+    In bf16 the simple kernel takes 32 registers (`python -m lead_kernels.aot`): two programs run on an SM of an H200, one of which computes
+    while the other waits at the end of a sweep, and together they have 64 KiB of logits in flight, twice what 4.3 TB/s take at a
+    microsecond's latency. Smaller programs would be more of them, with more rows in the works than the 60 MB L2 cache holds until they
+    are read again: at V = 128k, 2 x 132 rows of 250 KB are 66 MB, on average half of it still to be read again.
     """
-    block = min(8192, max(512, triton.next_power_of_2(vocabulary)))
-    return block, max(64, block // 16)
+    each, most = (16, 1024) if simple else (8, 512)
+    block = min(most * each, max(64 * each, triton.next_power_of_2(vocabulary)))
+    return block, block // each
 
 
 def padded(vocabulary: int) -> int:
@@ -177,16 +178,18 @@ def padded(vocabulary: int) -> int:
 def _by_kernel(z_CV: Tensor, gradient_CV: Tensor | None, nll_gradient_CV: Tensor | None, bias_V: Tensor | None, rows: Rows,
                loss: RowLoss, ignore_index: int) -> None:  # fmt: skip
     vocabulary = z_CV.shape[1]
-    block, threads = _launch_shape(vocabulary)
+    extras = (bias_V, loss.softcap, nll_gradient_CV, rows.objective_weight_C, rows.nll_weight_C)
+    block, threads = _launch_shape(vocabulary, loss.plain and all(x is None for x in extras))
     gradients = [g for g in (gradient_CV, nll_gradient_CV) if g is not None]
     narrows = any(g.element_size() < z_CV.element_size() and g.data_ptr() == z_CV.data_ptr() for g in gradients)
-    _row_pass_kernel[(z_CV.shape[0],)](
-        z_CV, z_CV.stride(0), gradient_CV, nll_gradient_CV, gradients[0].stride(0) if gradients else 0, bias_V, rows.target_C,
-        rows.objective_weight_C, rows.nll_weight_C, rows.nll_C, rows.objective_C, vocabulary,
-        min(padded(vocabulary), z_CV.stride(0)), ignore_index,
-        SCALE=loss.logit_scale, SOFTCAP=loss.softcap, SMOOTHING=loss.label_smoothing, Z_LOSS=loss.z_loss, NARROWS=narrows,
-        ACC=tl.float64 if z_CV.dtype == torch.float64 else tl.float32, BLOCK=block, num_warps=warps(threads, wave_size(z_CV.device)),
-    )  # fmt: skip
+    with current_device(z_CV):
+        _row_pass_kernel[(z_CV.shape[0],)](
+            z_CV, z_CV.stride(0), gradient_CV, nll_gradient_CV, gradients[0].stride(0) if gradients else 0, bias_V, rows.target_C,
+            rows.objective_weight_C, rows.nll_weight_C, rows.nll_C, rows.objective_C, vocabulary,
+            min(padded(vocabulary), z_CV.stride(0)), ignore_index,
+            SCALE=loss.logit_scale, SOFTCAP=loss.softcap, SMOOTHING=loss.label_smoothing, Z_LOSS=loss.z_loss, NARROWS=narrows,
+            ACC=tl.float64 if z_CV.dtype == torch.float64 else tl.float32, BLOCK=block, num_warps=warps(threads, wave_size(z_CV.device)),
+        )  # fmt: skip
 
 
 CPU_TILE_BYTES = 4 * 2**20
@@ -291,30 +294,30 @@ def in_place_view(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def builds() -> list[KernelBuild]:
-    """The kernel for every dtype and program size; with nothing but the loss, and with everything at once."""
-    out = []
-    pointers = {"bias_ptr": "*{}", "target_ptr": "*i64", "objective_weight_ptr": "*fp32", "nll_weight_ptr": "*fp32", "nll_ptr": "*fp32",
-                "objective_ptr": "*fp32", "nll_gradient_ptr": "*{}"}  # fmt: skip
-    needed = ("target_ptr", "nll_ptr")
-    cases = [(dtype, dtype, v) for dtype in ("bf16", "fp16", "fp32") for v in (500, 32_000, 128_257)]
-    cases += [("fp32", "bf16", 128_257), ("fp32", "fp16", 128_257), ("bf16", "bf16", 4_000)]
-    for logits, gradient, vocabulary in cases:
-        for mode in ("loss", "gradient", "all"):
-            present = {name: kind.format(gradient) for name, kind in pointers.items() if mode == "all" or name in needed}
-            absent = {name: None for name in pointers if name not in present}
-            if mode == "loss":
-                absent["gradient_ptr"] = None
-            else:
-                present["gradient_ptr"] = f"*{gradient}"
-            everything = mode == "all"
-            block, threads = _launch_shape(vocabulary)
-            constants = {**absent, "SCALE": 0.5 if everything else 1.0, "SOFTCAP": 30.0 if everything else None,
-                         "SMOOTHING": 0.1 if everything else 0.0, "Z_LOSS": 1e-4 if everything else 0.0,
-                         "NARROWS": logits != gradient and mode != "loss", "ACC": tl.float32, "BLOCK": block}  # fmt: skip
-            signature = {"z_ptr": f"*{logits}", "z_stride": "i32", "gradient_stride": "i32", "vocabulary": "i32", "width": "i32",
-                         "ignore_index": "i32",
-                         **present, **dict.fromkeys(constants, "constexpr")}  # fmt: skip
-            name = f"row_pass {logits}->{gradient} V={vocabulary} {mode}"
-            divisible = ("z_stride", "gradient_stride", "width")
-            out.append(KernelBuild(name, _row_pass_kernel, signature, constants, threads, divisible=divisible))
-    return out
+    """The kernel for every dtype and program size, with what models ask for: nothing, a cap (Gemma), a bias (Phi), and everything."""
+    pairs = [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16")]
+    found = [_build(*pair, 128_256, mode) for pair in pairs for mode in ("loss", "gradient", "cap", "bias", "everything")]
+    return found + [_build("bf16", "bf16", v, mode) for v in (500, 2000) for mode in ("gradient", "everything")]
+
+
+def _build(logits: str, gradient: str, vocabulary: int, mode: str) -> KernelBuild:
+    everything = mode == "everything"
+    block, threads = _launch_shape(vocabulary, mode in ("loss", "gradient"))
+    pointers = {"z_ptr": f"*{logits}:16", "target_ptr": "*i64", "nll_ptr": "*fp32"}
+    if mode != "loss":
+        pointers["gradient_ptr"] = f"*{gradient}:16"
+    if everything or mode == "bias":
+        pointers["bias_ptr"] = f"*{gradient}"
+    if everything:
+        rows = dict.fromkeys(("objective_weight_ptr", "nll_weight_ptr", "objective_ptr"), "*fp32")
+        pointers |= {"nll_gradient_ptr": f"*{gradient}:16", **rows}
+    absent = {name: None for name in _row_pass_kernel.arg_names if name.endswith("_ptr") and name not in pointers}
+    constants = {
+        **absent, "SCALE": 0.5 if everything else 1.0, "SOFTCAP": 30.0 if everything or mode == "cap" else None,
+        "SMOOTHING": 0.1 if everything else 0.0, "Z_LOSS": 1e-4 if everything else 0.0, "NARROWS": logits != gradient and mode != "loss",
+        "ACC": tl.float32, "BLOCK": block,
+    }  # fmt: skip
+    sizes = {"z_stride": "i32:16", "gradient_stride": "i32:16", "width": "i32:16", "vocabulary": "i32", "ignore_index": "i32"}
+    signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
+    name = f"row_pass {logits}{'' if logits == gradient else '->' + gradient} {mode} {block}"
+    return KernelBuild(name, _row_pass_kernel, {n: signature[n] for n in _row_pass_kernel.arg_names}, constants, threads)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape
 
 THREADS = 128
@@ -106,7 +106,7 @@ def _segment_sum_on_gpu(values: Tensor, bounds: Tensor) -> Tensor:
         return values.new_zeros(segments, width, dtype=wide)
     cut = tile(width)
     partials = values.new_empty(num_pieces(num_rows, segments, cut.rows), width, dtype=wide)
-    with torch.cuda.device_of(values):
+    with current_device(values):
         sum_piece[(partials.shape[0], triton.cdiv(width, cut.columns))](
             values, bounds, partials, segments, width, *cut, num_warps=warps(THREADS, wave_size(values.device))
         )

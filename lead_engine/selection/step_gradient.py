@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lead_kernels import HeadLoss, grad_inner_product
+from lead_kernels.products import exact_product
 
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over the ranks, in place."""
@@ -86,7 +87,9 @@ class ExactGradient:
     def take(self, all_reduce: AllReduce, per_sample: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """(step gradient [D], s [A, B] if `per_sample`, sample weights [A, B]); then forgets what it has collected."""
         parts, self._parts = self._parts, []
-        step_HH = torch.stack([grad_RH.float().T @ hidden_RH.float() for hidden_RH, grad_RH, _, _ in parts]).sum(0)
+        step_HH = exact_product(parts[0][1].T, parts[0][0])
+        for hidden_RH, grad_RH, _, _ in parts[1:]:
+            step_HH += exact_product(grad_RH.T, hidden_RH)
         all_reduce(step_HH)
         s_AB = None
         if per_sample:

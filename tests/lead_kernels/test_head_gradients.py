@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, float]] = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks of columns a row, the last one partly filled."""
-    monkeypatch.setattr(row_pass, "_launch_shape", lambda vocabulary: (64, 64))
+    monkeypatch.setattr(row_pass, "_launch_shape", lambda vocabulary, simple: (64, 64))
 
 
 def make_case(seed: int = 0, dtype: torch.dtype = torch.float64, ignored: float = 0.3) -> dict[str, Tensor]:
