@@ -73,12 +73,12 @@ def median_ms(call: Callable[[int], object], repeats: int, device: torch.device)
 def bytes_per_sample(selector: Selector, passes: int) -> tuple[int, int]:
     """(what planning on a GPU reads and writes of a sample's entries, what it would if it read each once).
 
-    Masks: visits and dropped to open (4 + 1, 2, 2 + 1), who is present (1 + arm), eligible (arm + 1, 2 + 1). Order: the eligible are
-    counted (1), then `passes` over utility, eligible and task.
+    Masks: visits and dropped to open (4 + 1, 2, 2 + 1), who is present (1 + arm), eligible (arm + 1, 2 + 1). Order: `passes` over
+    utility, eligible and task.
     """
     arm, task = selector.arm.element_size(), selector.quota_task.element_size()
     masks = (4 + 1) + 2 + (2 + 1) + (1 + arm) + (arm + 1) + (2 + 1)
-    return masks + 1 + passes * (4 + 1 + task), 4 + 1 + arm + 4 + task
+    return masks + passes * (4 + 1 + task), 4 + 1 + arm + 4 + task
 
 
 def measure(selector: Selector, repeats: int, bandwidth: float) -> dict[str, Any]:

@@ -67,33 +67,26 @@ def _histogram_kernel(
         tl.atomic_add(mine + (group << bits) + digit, 1, mask=counts, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_tasks", "copies", "shift", "width", "number", "weight"])
+@triton.jit(do_not_specialize=["num_tasks", "copies", "shift", "width"])
 def _choose_kernel(
-    histogram, eligible_samples, prefix, need, threshold, size, quota, closed, num_tasks, copies, shift, width, number, weight,
-    DIGITS: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+    histogram, prefix, need, threshold, closed, num_tasks, copies, shift, width, DIGITS: tl.constexpr, ROWS: tl.constexpr
+):
     """One task: add up the copies of its histogram, leave them empty for the next pass, and take the digit that holds the `need`-th key.
     A task is closed when that digit's samples are all needed: prefix -1, and the largest key with its digits as threshold."""
     task = tl.program_id(0)
     known = tl.load(prefix + task)
     if known < 0:
         return
-    digit = tl.arange(0, DIGITS)
-    count = tl.zeros([DIGITS], tl.int32)
+    digit, row = tl.arange(0, DIGITS), tl.arange(0, ROWS)
+    at_RD = histogram + ((row.to(tl.int64) * num_tasks + task) * DIGITS)[:, None] + digit[None, :]
+    count_RD = tl.zeros([ROWS, DIGITS], tl.int32)
     for first in range(0, copies, ROWS):
-        copy = first + tl.arange(0, ROWS)
-        at_RD = histogram + ((copy.to(tl.int64) * num_tasks + task) * DIGITS)[:, None] + digit[None, :]
-        exists = (copy < copies)[:, None]
-        count += tl.sum(tl.load(at_RD, mask=exists, other=0), 0)
+        exists = (first + row < copies)[:, None]
+        count_RD += tl.load(at_RD, mask=exists, other=0)
         tl.store(at_RD, tl.zeros([ROWS, DIGITS], tl.int32), mask=exists)
-    if number == 0:
-        samples = tl.sum(count).to(tl.int64)
-        everyone = tl.load(eligible_samples)
-        wanted = tl.minimum(samples, (samples * weight + everyone) // tl.maximum(2 * everyone, 1))
-        tl.store(size + task, samples)
-        tl.store(quota + task, wanted)
-    else:
-        wanted = tl.load(need + task)
+        at_RD += num_tasks.to(tl.int64) * (ROWS * DIGITS)
+    count = tl.sum(count_RD, 0)
+    wanted = tl.load(need + task)
     chosen = tl.sum((tl.cumsum(count, 0) < wanted).to(tl.int32))
     here = tl.sum(tl.where(digit == chosen, count, 0))
     rest = wanted - tl.sum(tl.where(digit < chosen, count, 0))
@@ -183,10 +176,10 @@ def _launch(num_samples: int, num_tasks: int) -> Launch:
 
     Bytes. A pass reads 4 of utility, 1 of eligibility and the bytes of a task: 6 per sample with a task of 1 byte. Values take
     ceil(32 / bits) passes, ids, where the wanted value is not unique in its task, up to ceil((32 + bits of an id) / bits) together; a
-    pass with nothing left to find returns at once. Counting and copying the chosen out are two more, the count of the eligible reads 1.
-    At N = 100 million, J <= 64: 3 to 6 and 2 passes, 31 to 49 N = 3.1 to 4.9 GB, 0.65 to 1.0 ms at the 4.8 TB/s of an H200 (one pass
+    pass with nothing left to find returns at once. Counting and copying the chosen out are two more.
+    At N = 100 million, J <= 64: 3 to 6 and 2 passes, 30 to 48 N = 3.0 to 4.8 GB, 0.6 to 1.0 ms at the 4.8 TB/s of an H200 (one pass
     0.13 ms). Sorting it all as int64 costs 8 radix passes of 32 N (a read and a write of key and index) and 3 GB of scratch. Scratch
-    here: 16 MiB, and about 80 bytes a candidate. Small pools cost launches: about 45 for 600 thousand samples.
+    here: 16 MiB, and about 80 bytes a candidate. Small pools cost launches: about 50 for 600 thousand samples.
 
     Contention. Counting is one integer atomic for every sample still in question: all eligible ones in the first pass, in later
     passes those of one digit; with equal utilities all, at one address. 100 million at one address would take about 60 ms (one a
@@ -212,14 +205,15 @@ def _weight(k: int, num_samples: int, num_tasks: int) -> int:
     return 2 * min(k, num_samples) - 2 + num_tasks
 
 
-def _quota(size_J: Tensor, eligible_samples: int, weight: int) -> Tensor:
+def _quota(size_J: Tensor, weight: int) -> Tensor:
     """c_j = min(n_j, floor((n_j (2 (k - 1) + J) + n) / (2 n))): the most samples of task j among the first k.
 
     Let x be the k-th key of the order. Of task j, ceil(x n_j - 1/2) samples have keys below x, and these are fewer than k over all tasks:
     x n - J/2 <= k - 1. And floor(x n_j + 1/2) of its samples have keys up to x, so that c_j = floor(n_j (k - 1 + J/2) / n + 1/2) is
     enough. The sum over the tasks is at most k - 1 + J/2 + J/2.
     """
-    return torch.minimum(size_J, (size_J * weight + eligible_samples) // max(2 * eligible_samples, 1))
+    eligible = size_J.sum()
+    return torch.minimum(size_J, (size_J * weight + eligible) // (2 * eligible).clamp(min=1))
 
 
 def _share(rank: Tensor, size: Tensor) -> Tensor:
@@ -238,22 +232,24 @@ def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: 
     launch, wave = _launch(num_samples, num_tasks), wave_size(utility.device)
     id_bits = (num_samples - 1).bit_length()
     num_warps, grid = warps(THREADS, wave), (launch.programs,)
-    weight = _weight(k, num_samples, num_tasks)
 
     # Rows of even length start at multiples of 16 bytes, as whole tensors do: one compilation serves all.
-    prefix, need, threshold, size, quota = torch.zeros(5, num_tasks + num_tasks % 2, dtype=torch.int64, device=device)
+    prefix, threshold = torch.zeros(2, num_tasks + num_tasks % 2, dtype=torch.int64, device=device)
     closed = torch.zeros(1, dtype=torch.int32, device=device)
-    histogram = torch.zeros(launch.copies * num_tasks << launch.bits, dtype=torch.int32, device=device)
-    eligible_samples = eligible.sum()
+    histogram = torch.zeros(launch.copies, num_tasks, 1 << launch.bits, dtype=torch.int32, device=device)
     pool, rows = (utility, eligible, task), max(1, CHOOSE_TILE >> launch.bits)
     for number, (shift, width) in enumerate(_digits(ORDER_BITS + id_bits, launch.bits)):
         _histogram_kernel[grid](
             *pool, prefix, closed, histogram, num_samples, num_tasks, launch.copies, shift, width, launch.bits, id_bits, launch.tiles,
             BLOCK=launch.block, num_warps=num_warps,
         )  # fmt: skip
+        if number == 0:  # all of them have been counted
+            size = histogram.sum((0, 2))
+            quota = _quota(size, _weight(k, num_samples, num_tasks))
+            need = quota.clone()
         _choose_kernel[(num_tasks,)](
-            histogram, eligible_samples, prefix, need, threshold, size, quota, closed, num_tasks, launch.copies, shift, width, number,
-            weight, DIGITS=1 << launch.bits, ROWS=rows, num_warps=num_warps,
+            histogram, prefix, need, threshold, closed, num_tasks, launch.copies, shift, width,
+            DIGITS=1 << launch.bits, ROWS=rows, num_warps=num_warps,
         )  # fmt: skip
 
     # The winners in the order of their ids, so that a stable sort keeps it among equal ones: count, scan, copy.
@@ -292,7 +288,7 @@ def _on_host(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k:
     by_task = torch.sort((group << 32) | _descending_on_host(utility.index_select(0, ids)), stable=True).indices
 
     size_J = torch.bincount(group, minlength=num_tasks)
-    quota_J = _quota(size_J, ids.shape[0], _weight(k, num_samples, num_tasks))
+    quota_J = _quota(size_J, _weight(k, num_samples, num_tasks))
     group = torch.repeat_interleave(quota_J)
     rank = torch.arange(group.shape[0]) - (quota_J.cumsum(0) - quota_J).index_select(0, group)
     best = torch.sort(_share(rank, size_J.index_select(0, group)), stable=True).indices[:k]
@@ -381,9 +377,9 @@ def builds() -> list[KernelBuild]:
         found.append(KernelBuild(f"select_topk histogram {kind}", _histogram_kernel, signature, {"BLOCK": block}, THREADS))
         signature = {"mask": "*i1", "group": f"*{kind}", "present": "*u8", "num_samples": "i32", "tiles": "i32", "BLOCK": "constexpr"}
         found.append(KernelBuild(f"groups_present {kind}", _present_kernel, signature, {"BLOCK": block}, THREADS))
-    vectors = dict.fromkeys(("eligible_samples", "prefix", "need", "threshold", "size", "quota"), "*i64")
-    numbers = dict.fromkeys(("num_tasks", "copies", "shift", "width", "number", "weight"), "i32")
-    signature = {"histogram": "*i32", **vectors, "closed": "*i32", **numbers, "DIGITS": "constexpr", "ROWS": "constexpr"}
+    vectors = {**dict.fromkeys(("prefix", "need", "threshold"), "*i64"), "closed": "*i32"}
+    numbers = dict.fromkeys(("num_tasks", "copies", "shift", "width"), "i32")
+    signature = {"histogram": "*i32:16", **vectors, **numbers, "DIGITS": "constexpr", "ROWS": "constexpr"}
     for bits in range(4, 12):
         constants = {"DIGITS": 1 << bits, "ROWS": max(1, CHOOSE_TILE >> bits)}
         found.append(KernelBuild(f"select_topk choose {bits} bits", _choose_kernel, signature, constants, THREADS))

@@ -25,13 +25,14 @@ property_test = settings(max_examples=30, deadline=None, suppress_health_check=[
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pools then have several programs, each of two blocks, which share three histograms."""
+    """Small pools then have several programs, each of two blocks, which share three histograms; these are added up two at a time."""
 
     def launch(num_samples: int, num_tasks: int) -> Any:
         block = 8 if num_samples < 100 else 256
         return module.Launch(block, 2, max(1, -(-num_samples // (2 * block))), 5 if num_tasks < 10 else 3, 3)
 
     monkeypatch.setattr(module, "_launch", launch)
+    monkeypatch.setattr(module, "CHOOSE_TILE", 64)
 
 
 def expected(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
@@ -152,7 +153,7 @@ def test_a_task_fills_no_more_places_than_its_quota() -> None:
             keys = sorted((Fraction(2 * r + 1, 2 * int(c)), j) for j, c in enumerate(size) for r in range(int(c)))
             for k in range(1, n + 3):
                 first = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
-                quota = module._quota(size, n, module._weight(k, n, tasks))
+                quota = module._quota(size, module._weight(k, n, tasks))
                 assert bool((first <= quota).all())
                 assert bool((quota <= size).all())
                 assert int(quota.sum()) <= min(n, k - 1 + tasks)
