@@ -22,7 +22,7 @@ from lead_kernels.checks import check_device, check_shape
 ORDER_BITS = 32
 MAX_SAMPLES = 2**30
 """So that a key has at most 62 bits, and a quota's products and a share's fraction fit into int64."""
-TASK_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+TASK_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 NONE = 2**63 - 1  # sorts behind every key
 
 
