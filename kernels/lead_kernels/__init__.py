@@ -16,7 +16,7 @@ from lead_kernels.idu_update import idu_update
 from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
 from lead_kernels.pack_plan import PackedPlan, pack_plan, packing_waste
 from lead_kernels.segment_reduce import segment_reduce
-from lead_kernels.select_topk import select_topk
+from lead_kernels.select_topk import groups_present, select_topk
 
 __all__ = [
     "HeadLoss",
@@ -30,6 +30,7 @@ __all__ = [
     "gather_batch",
     "grad_inner_product",
     "gradient_signature",
+    "groups_present",
     "idu_update",
     "linear_cross_entropy",
     "pack_plan",

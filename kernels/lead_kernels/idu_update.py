@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape
 
 LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +46,8 @@ def _on_host(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, 
 @torch.library.custom_op("lead_kernels::idu_update", mutates_args=("utility", "visits"))
 def _idu_update(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float) -> None:
     if sample_ids.numel() > 0:
-        (_on_gpu if uses_kernels(utility) else _on_host)(utility, visits, sample_ids, loss, change, smoothing)
+        with current_device(utility):
+            (_on_gpu if uses_kernels(utility) else _on_host)(utility, visits, sample_ids, loss, change, smoothing)
 
 
 @_idu_update.register_fake

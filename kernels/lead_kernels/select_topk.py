@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape
 
 ORDER_BITS = 32
@@ -298,7 +298,8 @@ def _on_host(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k:
 
 @torch.library.custom_op("lead_kernels::select_topk", mutates_args=())
 def _select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
-    return (_on_gpu if uses_kernels(utility) else _on_host)(utility, eligible, task, num_tasks, k)
+    with current_device(utility):
+        return (_on_gpu if uses_kernels(utility) else _on_host)(utility, eligible, task, num_tasks, k)
 
 
 @_select_topk.register_fake
@@ -311,10 +312,11 @@ def _groups_present(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
     present = torch.zeros(num_groups, dtype=torch.uint8, device=mask.device)
     if uses_kernels(mask):
         launch = _launch(mask.shape[0], 1)
-        _present_kernel[(launch.programs,)](
-            mask.contiguous(), group.contiguous(), present, mask.shape[0], launch.tiles,
-            BLOCK=launch.block, num_warps=warps(THREADS, wave_size(mask.device)),
-        )  # fmt: skip
+        with current_device(mask):
+            _present_kernel[(launch.programs,)](
+                mask.contiguous(), group.contiguous(), present, mask.shape[0], launch.tiles,
+                BLOCK=launch.block, num_warps=warps(THREADS, wave_size(mask.device)),
+            )  # fmt: skip
     else:
         present.scatter_reduce_(0, group.long(), mask.to(torch.uint8), "amax")
     return present.view(torch.bool)

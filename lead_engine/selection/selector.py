@@ -27,8 +27,7 @@ from lead_engine.errors import UserError
 from lead_engine.pool.state import PoolState
 from lead_engine.selection import counter_rng
 from lead_engine.selection.bandit import Bandit, RewardScale
-from lead_kernels import PackedPlan, idu_update, pack_plan, select_topk
-from lead_kernels.select_topk import groups_present
+from lead_kernels import PackedPlan, groups_present, idu_update, pack_plan, select_topk
 
 DRAW, SHUFFLE = 0, 1  # random streams: the bandit's draw, the order of a pass
 
