@@ -165,6 +165,7 @@ def head_forward(
         assert out.nll_grad_TH is not None
         phi = signature_from_bounds(h_TH, out.nll_grad_TH, left, right, counted.bounds(bounds), counts_B)
     loss_grad_TH = counted.put(out.loss_grad_TH) if wanted.hidden and out.loss_grad_TH is not None else None
+    row_scale_T = None if taken_scale is None else counted.put(taken_scale)  # 0 in ignored rows, whatever they were given
     optional = (phi, row_scale_T, loss_grad_TH, out.dweight_VH, out.dbias_V, out.dlora_a_RH, out.dlora_b_VR)
     sample_nll = segment_sum(nll_T, bounds) / counts_B.clamp(min=1)
     return (scale * weighted.sum(), nll_T, sample_nll, counts_B, scale, *(_or_empty(x, nll_T) for x in optional))

@@ -244,6 +244,22 @@ def test_a_bound_that_is_too_small_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         linear_cross_entropy(case["hidden"], case["weight"], case["targets"].clamp(min=0) + V, sample_ids=IDS, num_samples=B)
 
 
+@pytest.mark.parametrize("gradients", ["forward", "recompute"])
+def test_ignored_rows_may_have_any_weight_and_hidden_state(form: str, gradients: Any) -> None:
+    case = make_case()
+    weights = torch.rand(T, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    results = []
+    for padding in (0.0, torch.nan):
+        leaves = leaves_of(case)
+        leaves["hidden"].data[case["targets"] < 0] = padding
+        out = linear_cross_entropy(leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, gradients=gradients,
+                                   token_weight=torch.where(case["targets"] < 0, padding, weights), chunk_bytes=CHUNK)  # fmt: skip
+        out.loss.backward()
+        results.append([out.loss.detach(), leaves["hidden"].grad, leaves["weight"].grad])
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
 @pytest.mark.parametrize("cut", [11, 25])
 def test_signatures_add_up_over_micro_batches(form: str, cut: int) -> None:
     """Samples in two calls, and a sample whose rows are divided between them: n phi is a sum over rows."""
