@@ -50,14 +50,17 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("vocabulary", [32_000, 128_257])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocabulary"), [(700, 192, 32_000), (700, 192, 128_257), (300, 128, 262_144), (300, 8192, 32_000)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
-def test_error_is_that_of_unfused_pytorch(dtype: torch.dtype, vocabulary: int, logits_dtype: torch.dtype | None) -> None:
-    rows, width = 700, 192
+def test_error_is_that_of_unfused_pytorch(
+    dtype: torch.dtype, rows: int, width: int, vocabulary: int, logits_dtype: torch.dtype | None
+) -> None:
     g = torch.Generator(device="cuda").manual_seed(0)
     hidden = torch.randn(rows, width, generator=g, device="cuda").to(dtype)
-    weight = (0.2 * torch.randn(vocabulary, width, generator=g, device="cuda")).to(dtype)
+    weight = (3 * width**-0.5 * torch.randn(vocabulary, width, generator=g, device="cuda")).to(dtype)
     targets = torch.randint(0, vocabulary, (rows,), generator=g, device="cuda")
     token_weight = torch.rand(rows, generator=g, device="cuda") / rows
 
