@@ -513,7 +513,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     cases = result["cases"]
     dtypes, threads = (list(dict.fromkeys(case[key] for case in cases)) for key in ("dtype", "threads"))
-    columns = threads if result["device"] == "cpu" else threads[:1]
+    columns = sorted(threads) if result["device"] == "cpu" else threads[:1]
     names = [n for n in COLORS if any(BOTH in case["entries"].get(n, {}) for case in cases)]
     size = (5.2 * (len(columns) + 1) if result["device"] == "cpu" else 14.0, 3.4 * len(dtypes) + 0.9)
     figure, axes = plt.subplots(len(dtypes), len(columns) + 1, figsize=size, squeeze=False, layout="constrained")
@@ -523,12 +523,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
             _bars(axis, chosen, names, lambda entry: entry["over_products"], "{:.2f}")
             axis.axhline(1.0, color="black", linewidth=1, linestyle=":")
             where = f", {count} thread{'s' * (count > 1)}" if result["device"] == "cpu" else ""
-            axis.set_title(f"{dtype}{where}: time over the three products", fontsize=10)
+            axis.set_title(f"{dtype}{where}: time / three matrix products", fontsize=10)
         chosen = [case for case in cases if case["dtype"] == dtype and case["threads"] == columns[-1]]
-        unit, scale = ("MB", 1e6) if result["device"] == "cpu" else ("GB", 1e9)
+        unit, scale, label = ("MB", 1e6, "{:.0f}") if result["device"] == "cpu" else ("GB", 1e9, "{:.1f}")
         line[-1].set_yscale("log")
         line[-1].minorticks_off()
-        _bars(line[-1], chosen, names, lambda entry, scale=scale: (entry["memory_bytes"] or math.nan) / scale, "{:.3g}")
+        _bars(line[-1], chosen, names, lambda entry, scale=scale: (entry["memory_bytes"] or math.nan) / scale, label)
         line[-1].set_title(f"{dtype}: peak memory beyond the inputs, {unit}", fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False)
