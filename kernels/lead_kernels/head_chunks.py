@@ -25,6 +25,10 @@ DEVICE_CHUNK_ROWS = 2048
 6 C V H FLOPs at some 700 TFLOP/s: with 2048 rows a tenth of the products' time, partly hidden under them."""
 
 
+DEVICE_TILE_ROWS = 128
+"""A GPU's products work on tiles of so many rows: five chunks of 3277 rows would fill 130 of them where 128 are enough."""
+
+
 class Lora(NamedTuple):
     """A low-rank term of the head: its weight is W + scale * B A."""
 
@@ -128,9 +132,10 @@ class _Pass:
         self.head, self.loss, self.wanted, self.ignore_index = head, loss, wanted, ignore_index
         rows, vocabulary = hidden_TH.shape[0], head.weight_VH.shape[0]
         self.wants_loss_gradient = wanted.any or (wanted.nll_hidden and loss.plain)
-        self.chunks = split(rows, most_rows)
+        kernels = uses_kernels(hidden_TH)
+        self.chunks = split(rows, most_rows, DEVICE_TILE_ROWS if kernels else 1)
         largest = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
-        columns = padded(vocabulary) if uses_kernels(hidden_TH) else vocabulary
+        columns = padded(vocabulary) if kernels else vocabulary
         self.z = hidden_TH.new_empty(largest, columns, dtype=logits_dtype)[:, :vocabulary]
         self.g = in_place_view(self.z, hidden_TH.dtype)
         self.nll_g = hidden_TH.new_empty(largest, self.g.stride(0))[:, :vocabulary] if two_gradients(loss, wanted) else None

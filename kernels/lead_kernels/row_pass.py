@@ -197,10 +197,14 @@ CPU_TILE_BYTES = 4 * 2**20
 cent on one thread, but each costs some six barriers between threads, which hurt where the cores are shared."""
 
 
-def split(rows: int, most: int) -> list[slice]:
-    """Equal parts of at most `most` rows: a short last one would make a thin product."""
+def split(rows: int, most: int, multiple: int = 1) -> list[slice]:
+    """Equal parts of at most `most` rows: a short last one would make a thin product. With a `multiple`, all but the last are multiples
+    of it where `most` is not below it."""
     count = -(-rows // most) if rows else 0
-    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+    if multiple == 1 or most < multiple:
+        return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+    size = min(-(-rows // (max(count, 1) * multiple)) * multiple, most // multiple * multiple)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)] if rows else []
 
 
 def _host_transform(z_CV: Tensor, bias_V: Tensor | None, loss: RowLoss) -> Tensor:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lead_kernels import gradient_signature, linear_cross_entropy
 from lead_kernels.head_chunks import chunk_rows
+from lead_kernels.row_pass import split
 
 T, H, V, B, Q = 301, 48, 777, 6, 8
 EPSILON = 2e-6  # relative; below it, both are exact for every purpose
@@ -151,6 +154,20 @@ def test_chunk_rows_follow_the_budget() -> None:
     assert chunk_rows(None, 131_072, torch.bfloat16, gpu, False) == 4096
     assert chunk_rows(64 * 2**20, 4096, torch.bfloat16, cpu, False) == 1024
     assert chunk_rows(1, 4096, torch.float32, cpu, False) == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(rows=st.integers(0, 5000), most=st.integers(1, 1500), multiple=st.sampled_from([1, 16, 128]))
+def test_parts_cover_the_rows_in_order(rows: int, most: int, multiple: int) -> None:
+    parts = split(rows, most, multiple)
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
+    sizes = [part.stop - part.start for part in parts]
+    assert all(0 < size <= most for size in sizes)
+    if multiple > 1 and most >= multiple:
+        assert all(size % multiple == 0 for size in sizes[:-1])
+        assert len(sizes) <= -(-rows // (most // multiple * multiple))
+    else:
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
 def test_signature_function_rounds_like_the_head() -> None:
