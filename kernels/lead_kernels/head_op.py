@@ -98,6 +98,7 @@ class Options(NamedTuple):
 
 
 def _head(weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float) -> HeadWeights:
+    bias = None if bias is None else bias.contiguous()  # the row pass reads it by address
     return HeadWeights(weight, bias, None if lora_a is None or lora_b is None else Lora(lora_a, lora_b, lora_scale))
 
 

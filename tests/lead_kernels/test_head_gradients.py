@@ -260,6 +260,25 @@ def test_ignored_rows_may_have_any_weight_and_hidden_state(form: str, gradients:
         assert torch.equal(clean, dirty)
 
 
+def test_operands_may_be_strided(form: str) -> None:
+    case = make_case()
+    bias = torch.stack([case["bias"], case["bias"] + 1], 1)[:, 0]
+    strided = {
+        "hidden": case["hidden"].t().contiguous().t(), "weight": torch.cat([case["weight"]] * 2, 1)[:, :H], "bias": bias,
+        "targets": torch.stack([case["targets"]] * 2, 1)[:, 1], "ids": torch.stack([IDS] * 2, 1)[:, 1],
+    }  # fmt: skip
+    plain = {**case, "ids": IDS}
+    results = []
+    for x in (plain, strided):
+        leaves = [x[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+        assert x is plain or not any(leaf.is_contiguous() for leaf in leaves)
+        out = linear_cross_entropy(leaves[0], leaves[1], x["targets"], sample_ids=x["ids"], num_samples=B, bias=leaves[2],
+                                   chunk_bytes=CHUNK)  # fmt: skip
+        results.append([*out[:4], *torch.autograd.grad(out.loss, leaves)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("cut", [11, 25])
 def test_signatures_add_up_over_micro_batches(form: str, cut: int) -> None:
     """Samples in two calls, and a sample whose rows are divided between them: n phi is a sum over rows."""
