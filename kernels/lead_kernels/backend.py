@@ -1,7 +1,7 @@
 """Where an operator runs: its Triton kernels on a GPU, its plain PyTorch form in host memory; what a kernel is to the compiler."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +64,3 @@ class KernelBuild:
     threads: int
     stages: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-Builds = Callable[[], list[KernelBuild]]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import head
+import head_peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,11 @@ SHAPE = Shape(37, 12, 101)
 
 
 @pytest.fixture
-def inputs() -> head.Inputs:
-    return head.make_inputs(SHAPE, torch.float64, "cpu")
+def inputs() -> head_peers.Inputs:
+    return head_peers.make_inputs(SHAPE, torch.float64, "cpu")
 
 
-def test_reference_is_autograd_s(inputs: head.Inputs) -> None:
+def test_reference_is_autograd_s(inputs: head_peers.Inputs) -> None:
     loss = F.cross_entropy(inputs.hidden @ inputs.weight.T, inputs.targets)
     loss.backward()
     expected = head.reference(inputs, rows=10)
@@ -30,7 +31,7 @@ def test_reference_is_autograd_s(inputs: head.Inputs) -> None:
 
 
 def test_inputs_are_like_a_language_model_s() -> None:
-    inputs = head.make_inputs(Shape(512, 256, 8192), torch.float32, "cpu")
+    inputs = head_peers.make_inputs(Shape(512, 256, 8192), torch.float32, "cpu")
     assert 0.5 < float(F.cross_entropy(inputs.hidden @ inputs.weight.T, inputs.targets).detach()) < 3.0
 
 
@@ -41,11 +42,11 @@ def test_error_is_the_relative_norm_of_the_difference() -> None:
     assert head.relative_error(value, expected) == pytest.approx(1.0 / math.sqrt(20 * 4))
 
 
-def test_a_wrong_contestant_is_not_admitted(inputs: head.Inputs) -> None:
-    def doubled(inputs: head.Inputs) -> head.Loss:
-        return lambda h, w, y: 2.0 * head.naive(inputs)(h, w, y)
+def test_a_wrong_contestant_is_not_admitted(inputs: head_peers.Inputs) -> None:
+    def doubled(inputs: head_peers.Inputs) -> head_peers.Loss:
+        return lambda h, w, y: 2.0 * head_peers.naive(inputs)(h, w, y)
 
-    def broken(inputs: head.Inputs) -> head.Loss:
+    def broken(inputs: head_peers.Inputs) -> head_peers.Loss:
         raise ValueError("no such kernel\nand much more")
 
     expected = head.reference(inputs)
@@ -54,13 +55,13 @@ def test_a_wrong_contestant_is_not_admitted(inputs: head.Inputs) -> None:
     assert entry["absent"] == "wrong result"
     assert entry["error"]["dW"] == pytest.approx(1.0)
     assert head.admit(broken, inputs, expected, 60) == (None, {"absent": "ValueError: no such kernel"})
-    loss, entry = head.admit(head.naive, inputs, expected, 60)
+    loss, entry = head.admit(head_peers.naive, inputs, expected, 60)
     assert loss is not None
     assert max(entry["error"].values()) < 1e-6, "its logits are rounded to fp32"
 
 
-def test_a_contestant_that_does_not_get_ready_is_left_out(inputs: head.Inputs) -> None:
-    def endless(inputs: head.Inputs) -> head.Loss:
+def test_a_contestant_that_does_not_get_ready_is_left_out(inputs: head_peers.Inputs) -> None:
+    def endless(inputs: head_peers.Inputs) -> head_peers.Loss:
         while True:
             pass
 
@@ -89,7 +90,7 @@ def test_all_take_turns_in_a_rotating_order() -> None:
     assert len(head.take_turns({"a": lambda: None}, lambda run: 0.0, 9, 0.0)["a"]) == 3, "out of time: three turns all the same"
 
 
-def test_peak_memory_is_what_was_held_at_once_beyond_what_was_there(inputs: head.Inputs) -> None:
+def test_peak_memory_is_what_was_held_at_once_beyond_what_was_there(inputs: head_peers.Inputs) -> None:
     def run() -> None:
         for _ in range(2):
             a = torch.ones(2**24)
@@ -123,7 +124,7 @@ def test_a_small_run(tmp_path: Path) -> None:
 
 
 def test_the_run_fails_if_our_own_loss_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(head.CONTESTANTS, "ours", lambda inputs: lambda h, w, y: 1.2 * head.naive(inputs)(h, w, y))
+    monkeypatch.setitem(head.CONTESTANTS, "ours", lambda inputs: lambda h, w, y: 1.2 * head_peers.naive(inputs)(h, w, y))
     monkeypatch.setattr(head, "VARIANTS", {})
     with pytest.raises(SystemExit, match="failed: ours"):
         head.main(["--device", "cpu", "--shapes", "30x8x101", "--dtype", "fp32", "--turns", "2", "--contestants", "ours", "naive",
