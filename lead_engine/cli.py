@@ -124,8 +124,11 @@ def _parse_with_file(cls: type, prog: str, arguments: list[str], speaks: bool) -
 
     from lead_engine.yaml_config import draft_from_mapping
 
-    file = _config_file(arguments)
-    mapping = config.read_yaml(file) if file else {}
+    file = _last_value(arguments, "--config")
+    mapping = config.read_yaml(Path(file)) if file else {}
+    recipe = _last_value(arguments, "--recipe")
+    if recipe in config.RECIPES:  # a flag, too, comes under all other options; tyro refuses any other value
+        mapping = {**mapping, "recipe": recipe}
     defaults = draft_from_mapping(cls, mapping, source=f"--config {file}", missing=tyro.MISSING)
     options = dataclasses.make_dataclass(
         "Options",
@@ -161,13 +164,13 @@ def _silence_unless(speaks: bool) -> Iterator[None]:
         yield
 
 
-def _config_file(arguments: list[str]) -> Path | None:
-    """The value of the last `--config`. tyro reads it too (for --help and its errors), but too late for defaults."""
+def _last_value(arguments: list[str], flag: str) -> str | None:
+    """The value of the last such flag. tyro reads it too (for --help and its errors), but too late for defaults."""
     found = None
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == "--config" and (equals or i + 1 < len(arguments)):
-            found = Path(value if equals else arguments[i + 1])
+        if name == flag and (equals or i + 1 < len(arguments)):
+            found = value if equals else arguments[i + 1]
     return found
 
 

@@ -15,9 +15,10 @@ import yaml
 
 from lead_engine.errors import UserError
 
-Method = Literal["lead", "random", "full"]
+Method = Literal["lead", "iterit", "rescore", "loss", "ifd", "random", "random-matched", "full"]
 LossChange = Literal["inner", "paper", "none"]
 Bandit = Literal["exp3", "exp3s", "uniform", "none"]
+Recipe = Literal["default", "paper"]
 Precision = Literal["auto", "bf16", "fp32"]
 Placement = Literal["auto", "device", "pinned", "mmap"]
 Attention = Literal["auto", "flash", "varlen", "segment", "mask"]
@@ -52,7 +53,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """LEAD's options (arXiv 2505.07437); `random` and `full` read only `round_steps`."""
+    """LEAD's options (arXiv 2505.07437), which `rescore` shares; other methods read `round_steps` and the options named after them."""
 
     loss_change: LossChange = "inner"
     """How a step's effect on its own samples is estimated: gradient inner product at the last hidden state, the paper's, or not at all."""
@@ -70,12 +71,34 @@ class SelectionConfig:
     """Exploration share of EXP3."""
     exp3s_alpha: float = 0.01
     """Share of weight that EXP3.S spreads over all clusters each round."""
+    draw: Literal["cluster", "mixture"] = "cluster"
+    """What a round trains: the one cluster that the bandit draws, or all of them in the proportions of its probabilities."""
+    prior: Literal["uniform", "size"] = "uniform"
+    """What the bandit starts from and explores: every cluster alike, or in proportion to its samples."""
+    ranking: Literal["hard", "soft", "random"] = "hard"
+    """Inside a cluster and task: the best first, a draw with probability ~ rank value ** soft_power, or any."""
+    soft_power: float = 2.0
+    """Power of the rank value in `--selection.ranking soft`."""
+    rank_by: Literal["utility", "density"] = "utility"
+    """The rank value: U, or U x answer tokens / tokens, which is what a sample teaches for every token of the budget it costs."""
+    unseen: Literal["initial", "drift", "estimate"] = "initial"
+    """U of samples not trained yet: as `prepare` measured it; moved by how far its cluster and task have come since; or that estimate alone."""
+    optimism: float = 1.0
+    """With `--selection.unseen estimate`: standard deviations by which a cluster and task nobody has tried stands above its estimate."""
     use_tasks: bool = True
     """Give every task a quota in proportion to its eligible samples."""
     max_visits: int = 4
     """How often one sample may be trained."""
     round_steps: int = 4
     """S, optimizer steps trained on one bandit decision."""
+    epochs: int = 3
+    """Of `iterit`: how often it scores and chooses anew; each time for an equal share of the budget."""
+    candidates: float = 3.0
+    """Of `iterit`: after the first epoch only the best are scored, this many times the samples that an epoch trains."""
+    decay: float = 0.1
+    """Of `iterit`: what is left of an n-gram's weight once a chosen answer has used it."""
+    match: Path | None = None
+    """Of `random-matched`: folder of the finished run whose picks it imitates in length and task."""
 
     def __post_init__(self) -> None:
         require(self.sketch_dim >= 1, "--selection.sketch-dim", self.sketch_dim, "at least 1")
@@ -84,7 +107,35 @@ class SelectionConfig:
         require(0 < self.gamma <= 1, "--selection.gamma", self.gamma, "in (0, 1]")
         require(0 <= self.exp3s_alpha < 1, "--selection.exp3s-alpha", self.exp3s_alpha, "in [0, 1)")
         require(self.max_visits >= 1, "--selection.max-visits", self.max_visits, "at least 1")
+        require(self.soft_power > 0, "--selection.soft-power", self.soft_power, "above 0")
+        require(self.optimism >= 0, "--selection.optimism", self.optimism, "0 or more")
         require(self.round_steps >= 1, "--selection.round-steps", self.round_steps, "at least 1")
+        require(self.epochs >= 1, "--selection.epochs", self.epochs, "at least 1")
+        require(self.candidates >= 1, "--selection.candidates", self.candidates, "at least 1")
+        require(0 <= self.decay < 1, "--selection.decay", self.decay, "in [0, 1)")
+        whole = self.draw == "cluster" or self.loss_change != "paper"
+        require(whole, "--selection.loss-change", self.loss_change, "inner or none with --selection.draw mixture: the paper's is of one cluster")
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "selection": {
+            "loss_change": "paper",
+            "smoothing": 0.1,
+            "bandit": "exp3",
+            "gamma": 0.1,
+            "draw": "cluster",
+            "prior": "uniform",
+            "ranking": "hard",
+            "rank_by": "utility",
+            "unseen": "initial",
+            "use_tasks": True,
+            "max_visits": 4,
+        }
+    },
+}
+"""Named sets of options, under what a file and flags say: `paper` is the setting of arXiv 2505.07437, `default` the best measured here."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +213,8 @@ class TrainConfig:
     """Run folder to write."""
     method: Method = "lead"
     """Who chooses the samples."""
+    recipe: Recipe = "default"
+    """Set of options that files and flags then change: the best measured here, or LEAD as its paper has it."""
     budget: float = 0.025
     """Tokens to train, as a share of the pool's tokens; `full` ignores it and takes the whole pool `epochs` times."""
     epochs: int = 1
@@ -235,6 +288,8 @@ class PrepareConfig:
     """K, difficulty clusters."""
     tasks: int = 0
     """Topic clusters by k-means where records name no `dataset`; 0 takes the `dataset` field, or one task without it."""
+    scoring: Literal["model", "ngram"] = "model"
+    """Who judges the samples before training: the model (three passes over the pool), or counts of n-grams (no pass at all)."""
     warmup_share: float = 0.01
     """Share of the pool's tokens on which a copy of the model is trained briefly before difficulty is measured."""
     vocab_size: int = 4096

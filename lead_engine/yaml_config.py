@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lead_engine.config import read_yaml
+from lead_engine.config import RECIPES, read_yaml
 from lead_engine.errors import UserError
 
 T = TypeVar("T")
@@ -42,9 +42,17 @@ def draft_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, source: str,
 
     The command line needs this: a YAML value that is out of range by itself may be put right by a flag. Required
     fields that the mapping leaves out hold `missing`.
+    A `recipe` that the mapping names comes under its other values.
     """
     base = _raw_instance(cls, {f.name: _default(f, missing) for f in dataclasses.fields(cls)})
+    recipe = mapping.get("recipe", "default") if isinstance(mapping, Mapping) else None
+    if recipe in RECIPES and "recipe" in _names(cls):
+        base = _overlay(base, RECIPES[recipe], f"recipe {recipe}", ())
     return _overlay(base, mapping, source, ())
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
 
 
 def _overlay(base: T, mapping: Any, source: str, path: tuple[str, ...]) -> T:
