@@ -43,6 +43,7 @@ def synthetic_selector(samples: int, tasks: int, clusters: int, layout: Layout, 
     state = PoolState(
         utility=torch.rand(samples, generator=generator) * 4,
         difficulty=torch.rand(samples, generator=generator),
+        answer_nll=torch.zeros(samples),
         cluster=whole(0, clusters).long(),
         task=(torch.rand(samples, generator=generator).square_() * tasks).long(),
         dropped=torch.rand(samples, generator=generator) < 0.1,

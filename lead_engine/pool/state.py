@@ -14,10 +14,11 @@ from torch import Tensor
 from lead_engine.errors import UserError
 from lead_engine.files import write_bytes, write_text
 
-VERSION = 1
+VERSION = 2
 DTYPES = {
     "utility": torch.float32,
     "difficulty": torch.float32,
+    "answer_nll": torch.float32,
     "cluster": torch.int64,
     "task": torch.int64,
     "dropped": torch.bool,
@@ -34,6 +35,8 @@ class PoolState:
     """fp32 [N]: the base model's mean NLL per response token (initial IU), in nats."""
     difficulty: Tensor
     """fp32 [N]: mean NLL(answer | instruction) / mean NLL(answer) after the warm-up."""
+    answer_nll: Tensor
+    """fp32 [N]: mean NLL of the answer without its instruction, by the same judge."""
     cluster: Tensor
     """int64 [N]: difficulty cluster, 0 to num_clusters - 1 (also where dropped)."""
     task: Tensor
@@ -53,6 +56,13 @@ class PoolState:
             value = getattr(self, name)
             if n and not 0 <= int(value.min()) <= int(value.max()) < limit:
                 raise ValueError(f"{name}: values must lie in [0, {limit}), found {int(value.min())} to {int(value.max())}")
+
+    @property
+    def ifd(self) -> Tensor:
+        """fp32 [N]: instruction-following difficulty, exp(mean NLL(answer | instruction) - mean NLL(answer)) (IFD, in the form of arXiv
+        2412.17365); below 1 where the instruction helps.
+        """
+        return torch.exp((self.difficulty - 1) * self.answer_nll)
 
     @property
     def num_samples(self) -> int:
@@ -114,4 +124,4 @@ class PoolState:
         and `full`.
         """
         zeros, places = torch.zeros(num_samples), torch.zeros(num_samples, dtype=torch.int64)
-        return PoolState(zeros, zeros + 1, places, places, torch.zeros(num_samples, dtype=torch.bool), ["all"], 1)
+        return PoolState(zeros, zeros + 1, zeros, places, places, torch.zeros(num_samples, dtype=torch.bool), ["all"], 1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lead_engine.console import say, table
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
 from lead_engine.model.load import build_model, find_model, load_tokenizer
+from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import embed_store
 from lead_engine.model.scratch import is_scratch
 from lead_engine.pool.state import PoolState
@@ -25,6 +27,8 @@ from lead_engine.prepare.tokenise import tokenise, write_answers
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.train import train
 
+ANSWERS = "answers"
+"""Store of the answers without their instructions, kept for methods that measure both losses again."""
 WARMUP_STEPS = 16
 """Optimizer steps of the warm-up at least: a share of a small pool would be none at all."""
 
@@ -64,20 +68,26 @@ def _score(config: PrepareConfig, ranks: Ranks) -> None:
     out, work = config.out, config.out / "stages"
     store = TokenStore.open(out / "store", config.runtime.placement, ranks.device)
     base = out / "model" if is_scratch(config.model) else find_model(config.model)
-    prompt = generation_prompt_ids(load_tokenizer(base))
     options = {"device": ranks.device, "runtime": config.runtime, "max_length": config.batch.capacity, "trainable": False}
 
-    model = build_model(base, **options)
-    utility = stages.score(model, store, work / "base", ranks, config.batch, "1/4 loss under the base model")
-    task, names = _tasks(config, model, store)
-    warm = _warm_up(config, store, base, ranks)
-    model = build_model(warm, **options) if warm != base else model
-    given = utility if warm == base else stages.score(model, store, work / "given", ranks, config.batch, "3/4 loss given the instruction")
-    if ranks.first and not (work / "answers" / "meta.json").exists():
-        write_answers(store, work / "answers", prompt)
+    if ranks.first and not (out / ANSWERS / "meta.json").exists():
+        write_answers(store, out / ANSWERS, generation_prompt_ids(load_tokenizer(base)))
     ranks.barrier()
-    answers = TokenStore.open(work / "answers", config.runtime.placement, ranks.device)
-    alone = stages.score(model, answers, work / "alone", ranks, config.batch, "4/4 loss of the answer alone")
+    if config.scoring == "ngram":
+        from lead_engine.prepare.ngram import ngram_scores
+
+        say("scores by counts of n-grams: no pass of the model over the pool")
+        task, names = _tasks(config, store, lambda: build_model(base, **options))
+        utility, given, alone = ngram_scores(TokenStore.open(out / "store", "mmap"))
+    else:
+        model = build_model(base, **options)
+        utility = stages.score(model, store, work / "base", ranks, config.batch, "1/4 loss under the base model")
+        task, names = _tasks(config, store, lambda: model)
+        warm = _warm_up(config, store, base, ranks)
+        model = build_model(warm, **options) if warm != base else model
+        given = utility if warm == base else stages.score(model, store, work / "given", ranks, config.batch, "3/4 loss given the instruction")
+        answers = TokenStore.open(out / ANSWERS, config.runtime.placement, ranks.device)
+        alone = stages.score(model, answers, work / "alone", ranks, config.batch, "4/4 loss of the answer alone")
 
     if ranks.first:
         ratio = difficulty(given, alone)
@@ -85,18 +95,18 @@ def _score(config: PrepareConfig, ranks: Ranks) -> None:
         if bool(dropped.all()):
             raise UserError(f"--model {config.model}: no instruction lowers its answer's loss, so nothing is left; the base is too weak")
         cluster, centers = cluster_by_difficulty(ratio, dropped, config.clusters, config.seed)
-        state = PoolState(utility, ratio, cluster, task, dropped, names, config.clusters)
+        state = PoolState(utility, ratio, alone, cluster, task, dropped, names, config.clusters)
         state.save(out)
         _summarise(config, store, state, centers)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     ranks.barrier()
 
 
-def _tasks(config: PrepareConfig, model, store: TokenStore) -> tuple[Tensor, list[str]]:
+def _tasks(config: PrepareConfig, store: TokenStore, model: Callable[[], PackedLM]) -> tuple[Tensor, list[str]]:
     datasets = pq.read_table(config.out / "records.parquet", columns=["dataset"]).column("dataset").to_pylist()
     if any(datasets) or not config.tasks:
         return tasks_by_name(datasets)
-    means = embed_store(model, store, batch=config.batch, description="mean hidden states, for topics")
+    means = embed_store(model(), store, batch=config.batch, description="mean hidden states, for topics")
     return tasks_by_topic(means, config.tasks, config.seed)
 
 

@@ -18,6 +18,7 @@ def make_state(n: int = 11) -> PoolState:
     return PoolState(
         utility=torch.rand(n, generator=generator),
         difficulty=torch.rand(n, generator=generator) * 2,
+        answer_nll=torch.rand(n, generator=generator) * 5,
         cluster=torch.arange(n) % 3,
         task=torch.arange(n) % 2,
         dropped=torch.arange(n) % 4 == 0,

@@ -56,7 +56,7 @@ def blind(thing: object, mode: FakeTensorMode) -> object:
 def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode) -> Engine:
     """Built on real tensors (a constructor may check values), then blinded."""
     places, dropped = torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.bool)
-    state = PoolState(torch.rand(SAMPLES), torch.rand(SAMPLES), places % 3, places % 2, dropped, ["a", "b"], 3)
+    state = PoolState(torch.rand(SAMPLES), torch.rand(SAMPLES), torch.rand(SAMPLES), places % 3, places % 2, dropped, ["a", "b"], 3)
     lengths = torch.full((SAMPLES,), LENGTH)
     selector = Selector(state, lengths, lengths - 1, method="lead", config=options, layout=LAYOUT, seed=0, device=DEVICE)
     config = AutoConfig.from_pretrained(folder)
