@@ -358,7 +358,7 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A comparison: methods x budgets x seeds on one prepared pool (the YAML of `compare`)."""
+    """A comparison: methods and variants of them x budgets x seeds (the YAML of `compare`)."""
 
     pool: Path
     """Folder written by `prepare`."""
@@ -367,6 +367,15 @@ class StudyConfig:
     heldout: tuple[str, ...]
     """Held-out files."""
     methods: tuple[Method, ...] = ("lead", "random", "full")
+    """Each stands as a variant of its own name; a file that names variants and no methods has only those."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """NAME: options of `train` that lie over the study's own, and method, match, budgets and seeds; see evaluation/variants.py."""
+    reference: str | None = None
+    """The variant that every other is compared with; `random` where there is one."""
+    contrasts: tuple[tuple[str, str], ...] = ()
+    """Further pairs [A, B] of variants, compared as A minus B."""
+    jobs: int = 1
+    """Runs at a time; they share the processor's cores between them."""
     budgets: tuple[float, ...] = (0.025,)
     seeds: tuple[int, ...] = (0, 1, 2)
     ranks: int = 1
@@ -382,7 +391,8 @@ class StudyConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        require(len(self.methods) >= 1, "methods", self.methods, "at least one method")
+        require(bool(self.methods or self.variants), "methods", self.methods, "at least one method, where there are no variants")
+        require(self.jobs >= 1, "jobs", self.jobs, "at least 1")
         require(len(set(self.seeds)) == len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed, each once")
         require(all(0 < b <= 1 for b in self.budgets), "budgets", self.budgets, "shares in (0, 1]")
         require(self.ranks >= 1, "ranks", self.ranks, "at least 1")

@@ -80,6 +80,8 @@ def _convert(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> Any:
         return _convert(next(a for a in arguments if a is not type(None)), value, source, path)
     if origin is tuple:
         return _convert_tuple(arguments, value, source, path)
+    if origin is dict:
+        return _convert_mapping(arguments[1], value, source, path)
     if origin is typing.Literal:
         if not any(value == a and type(value) is type(a) for a in arguments):
             choices = ", ".join(map(str, arguments))
@@ -104,6 +106,16 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, source: str, path: tu
         _convert(a, v, source, (*path[:-1], f"{path[-1]}[{i}]"))
         for i, (a, v) in enumerate(zip(arguments, value, strict=True))
     )
+
+
+def _convert_mapping(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> dict[str, Any]:
+    """A mapping under names of the user's choice. Values annotated as Any stay as they are: someone else reads them."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{_place(source, path)}: expected a mapping of options, found {_describe(value)}")
+    for key in value:
+        if not isinstance(key, str):
+            raise UserError(f"{_place(source, path)}: expected names, found {_describe(key)}; put it in quotes")
+    return {key: v if hint is Any else _convert(hint, v, source, (*path, key)) for key, v in value.items()}
 
 
 _NAMES = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
