@@ -1,4 +1,4 @@
-"""`lead-engine compare`: methods x budgets x seeds at equal budget, one process per run, and their paired comparison.
+"""`lead-engine compare`: variants x budgets x seeds at equal budget, a process per run, and their paired comparison.
 
 What is complete is kept, what is half done is resumed, so the same command can be repeated until all is done.
 """
@@ -6,13 +6,15 @@ What is complete is kept, what is half done is resumed, so the same command can 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from lead_engine import console, report
-from lead_engine.config import CompareConfig, EvalConfig, ReportConfig, StudyConfig
+from lead_engine.config import CompareConfig, EvalConfig, ReportConfig
 from lead_engine.errors import UserError
 from lead_engine.evaluation.comparison_table import markdown, show
-from lead_engine.evaluation.launch import run_logged
+from lead_engine.evaluation.jobs import Task, run_tasks
+from lead_engine.evaluation.launch import Child, start, threads_of
 from lead_engine.evaluation.outputs import read_result
 from lead_engine.evaluation.results import read_outcome, summarise_study
 from lead_engine.evaluation.study import (
@@ -25,8 +27,8 @@ from lead_engine.evaluation.study import (
     plan_runs,
     train_command,
 )
+from lead_engine.evaluation.variants import Study, read_study
 from lead_engine.files import write_text
-from lead_engine.yaml_config import parse_yaml_into
 
 RESULTS = "results.json"
 
@@ -40,7 +42,7 @@ def run(config: CompareConfig) -> None:
     runs = plan_runs(study, config.out)
     for each in runs:
         check_unchanged(each)
-    base = base_config(study, config.out)
+    base = base_config(study.options, config.out)
     _make_all(study, runs, base, config.out / "runs")
     untrained = None if base is None else read_result(base.out)
     results = summarise_study(study, [read_outcome(each) for each in runs], untrained)
@@ -50,37 +52,36 @@ def run(config: CompareConfig) -> None:
     report.run(ReportConfig(runs=(config.out,), out=config.out / "report"))
 
 
-def read_study(path: Path) -> StudyConfig:
-    """The study in a YAML file; UserError naming file and key for anything that is not one."""
-    study = parse_yaml_into(StudyConfig, path)
-    if not study.heldout:
-        raise UserError(f"{path}: heldout: name at least one held-out file")
-    if not study.budgets and any(method != "full" for method in study.methods):
-        raise UserError(f"{path}: budgets: name at least one share of the pool")
-    return study
-
-
-def _make_all(study: StudyConfig, runs: list[StudyRun], base: EvalConfig | None, folder: Path) -> None:
+def _make_all(study: Study, runs: list[StudyRun], base: EvalConfig | None, folder: Path) -> None:
     """Train and evaluate whatever is missing. The base first: it shows at once whether held-out files can be read."""
     folder.mkdir(parents=True, exist_ok=True)
+    jobs = study.options.jobs
+    results = {each.name: each.evaluate for each in runs}
     with console.progress(len(runs) + (base is not None), "runs") as bar:
+
+        def completed(task: Task) -> None:
+            bar.advance(loss=read_result(results[task.name].out)["loss"]["overall"])
+
         if base is not None:
-            if not is_evaluated(base):
-                console.say("base: evaluating the untrained model")
-                run_logged(eval_command(base), folder / "base.log", "evaluating the base")
-            bar.advance(loss=read_result(base.out)["loss"]["overall"])
-        for each in runs:
-            _make(each, study.ranks)
-            bar.advance(loss=read_result(each.evaluate.out)["loss"]["overall"])
+            results["base"] = base
+            run_tasks([Task("base", _evaluate_base(base, folder / "base.log", threads_of(jobs, 1)))], 1, completed)
+        run_tasks([Task(each.name, _make(each, jobs, study.options.ranks), each.after) for each in runs], jobs, completed)
 
 
-def _make(run: StudyRun, ranks: int) -> None:
+def _evaluate_base(base: EvalConfig, log: Path, threads: int | None) -> Iterator[Child]:
+    if not is_evaluated(base):
+        console.say("base: evaluating the untrained model")
+        yield start(eval_command(base), log, "evaluating the base", threads)
+
+
+def _make(run: StudyRun, jobs: int, ranks: int) -> Iterator[Child]:
+    """The processes that a run still needs, one after another."""
     if not run.trained:
         console.say(f"{run.name}: {'resuming' if run.started else 'training'} (log: {run.log})")
         write_text(run.config_file, config_text(run.train))
-        run_logged(train_command(run, ranks), run.log, f"training {run.name}")
+        yield start(train_command(run, ranks), run.log, f"training {run.name}", threads_of(jobs, ranks))
         if not run.trained:
             raise UserError(f"training {run.name} ended without {run.folder / 'summary.json'}; see {run.log}")
     if not run.evaluated:
         console.say(f"{run.name}: evaluating")
-        run_logged(eval_command(run.evaluate), run.log, f"evaluating {run.name}")
+        yield start(eval_command(run.evaluate), run.log, f"evaluating {run.name}", threads_of(jobs, 1))

@@ -8,7 +8,7 @@ from lead_engine import console
 from lead_engine.evaluation.results import bracket, signed
 
 EXACT = "exact match"
-COLUMNS = ("method", "budget", "tokens trained", "overall loss", "macro loss", "difference to random", EXACT, "time")
+COLUMNS = ("variant", "budget", "tokens trained", "overall loss", "macro loss", "difference to random", EXACT, "time")
 
 
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -23,7 +23,7 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
         difference = group["difference"]
         rows.append(
             [
-                group["method"],
+                group["variant"],
                 f"{100 * (epochs if group['budget'] is None else group['budget']):g} %",
                 f"{group['tokens_trained']:,.0f}",
                 _interval(group["overall"]),
@@ -74,7 +74,7 @@ def markdown(results: dict[str, Any]) -> str:
         "training alone.",
     ]
     over_samples = [
-        f"- {group['method']}, {100 * group['budget']:g} %: {signed(group['difference']['over_samples']['mean'])} "
+        f"- {group['variant']}, {100 * group['budget']:g} %: {signed(group['difference']['over_samples']['mean'])} "
         f"{bracket(group['difference']['over_samples'])}"
         for group in results["groups"]
         if group["difference"]

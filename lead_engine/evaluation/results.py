@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lead_engine.config import StudyConfig, to_dict
+from lead_engine.config import to_dict
 from lead_engine.errors import UserError
 from lead_engine.evaluation.outputs import Samples, read_result, read_samples
 from lead_engine.evaluation.stats import Interval, mean_interval, paired_bootstrap, paired_interval
 from lead_engine.evaluation.study import COMPLETE, StudyRun
+from lead_engine.evaluation.variants import Study
 from lead_engine.files import read_json
 
 REFERENCE = "random"
@@ -51,7 +52,7 @@ def read_outcome(run: StudyRun) -> Outcome:
     return Outcome(run, read_json(run.folder / COMPLETE), read_result(evaluation), read_samples(evaluation))
 
 
-def summarise_study(study: StudyConfig, outcomes: Sequence[Outcome], base: dict[str, Any] | None) -> dict[str, Any]:
+def summarise_study(study: Study, outcomes: Sequence[Outcome], base: dict[str, Any] | None) -> dict[str, Any]:
     """What stands in results.json.
 
     {"study", "base": losses of the untrained model or None, "runs": [a run each], "groups": [a method and budget each:
@@ -59,16 +60,17 @@ def summarise_study(study: StudyConfig, outcomes: Sequence[Outcome], base: dict[
     [sentences]}. Intervals are 95 %. Raises UserError where two runs were not evaluated on the same samples.
     """
     _check_same_samples(outcomes)
-    keys = dict.fromkeys((outcome.run.method, outcome.run.budget) for outcome in outcomes)
-    by_key = {key: [o for o in outcomes if (o.run.method, o.run.budget) == key] for key in keys}
-    order = sorted(by_key, key=lambda key: (key[1] is None, key[1] or 0.0, study.methods.index(key[0])))
+    keys = dict.fromkeys((outcome.run.variant, outcome.run.budget) for outcome in outcomes)
+    by_key = {key: [o for o in outcomes if (o.run.variant, o.run.budget) == key] for key in keys}
+    names = [variant.name for variant in study.variants]
+    order = sorted(by_key, key=lambda key: (key[1] is None, key[1] or 0.0, names.index(key[0])))
     groups = [_group(by_key[key], by_key.get((REFERENCE, key[1]))) for key in order]
     return {
-        "study": to_dict(study),
+        "study": to_dict(study.options),
         "base": None if base is None else {"loss": base["loss"], "exact_match": base["exact_match"]},
         "runs": [_run_line(outcome) for outcome in outcomes],
         "groups": groups,
-        "verdicts": [verdict(group) for group in groups if group["method"] == "lead" and group["difference"]],
+        "verdicts": [verdict(group) for group in groups if group["difference"]],
         "warnings": [warning for group in groups if (warning := _unequal(group, groups))],
     }
 
@@ -80,7 +82,7 @@ def verdict(group: dict[str, Any]) -> str:
     """
     difference = group["difference"]
     seeds, samples = difference["overall"], difference["over_samples"]
-    where = f"{group['method'].upper()} at {100 * group['budget']:g} % of the pool"
+    where = f"{group['variant']} at {100 * group['budget']:g} % of the pool"
     what = f"held-out loss {signed(seeds['mean'])} against {REFERENCE}"
     if seeds["low"] is None:
         return f"{where}: no verdict from one seed ({what}; over held-out samples alone 95 % {bracket(samples)}); run more seeds"
@@ -100,8 +102,9 @@ def bracket(interval: dict[str, Any]) -> str:
 
 def _group(outcomes: list[Outcome], reference: list[Outcome] | None) -> dict[str, Any]:
     run = outcomes[0].run
-    compared = reference is not None and run.method != REFERENCE
+    compared = reference is not None and run.variant != REFERENCE
     return {
+        "variant": run.variant,
         "method": run.method,
         "budget": run.budget,
         "seeds": [outcome.run.seed for outcome in outcomes],
@@ -147,6 +150,7 @@ def _run_line(outcome: Outcome) -> dict[str, Any]:
     run = outcome.run
     return {
         "name": run.name,
+        "variant": run.variant,
         "method": run.method,
         "budget": run.budget,
         "seed": run.seed,
@@ -166,12 +170,12 @@ def _unequal(group: dict[str, Any], groups: list[dict[str, Any]]) -> str | None:
     """A sentence if a method was compared with `random` at a budget that turned out not to be equal."""
     if not group["difference"]:
         return None
-    other = next(g for g in groups if g["method"] == REFERENCE and g["budget"] == group["budget"])
+    other = next(g for g in groups if g["variant"] == REFERENCE and g["budget"] == group["budget"])
     mine, theirs = group["tokens_trained"], other["tokens_trained"]
     if abs(mine - theirs) <= UNEQUAL_TOKENS * theirs:
         return None
     return (
-        f"{group['method']} trained {mine:,.0f} tokens at {100 * group['budget']:g} %, {REFERENCE} {theirs:,.0f}: "
+        f"{group['variant']} trained {mine:,.0f} tokens at {100 * group['budget']:g} %, {REFERENCE} {theirs:,.0f}: "
         "the budgets are not equal, and the difference is not due to the choice of samples alone"
     )
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 from lead_engine.config import EvalConfig, Method, StudyConfig, TrainConfig, read_yaml, to_dict
 from lead_engine.errors import UserError
 from lead_engine.evaluation.outputs import RESULT, comparable_options
+from lead_engine.evaluation.variants import Study, Variant
 from lead_engine.files import read_json
 
 COMPLETE = "summary.json"
@@ -25,6 +25,7 @@ WHERE_IT_RUNS = ("out", "resume", "runtime", "checkpoint_every", "keep_checkpoin
 class StudyRun:
     """One training run of a study. `budget` is a share of the pool's tokens; None for `full`, which takes all of it."""
 
+    variant: str
     method: Method
     budget: float | None
     seed: int
@@ -35,6 +36,12 @@ class StudyRun:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def after(self) -> str | None:
+        """Name of the run that has to be complete before this one starts: the one that it imitates."""
+        match = self.train.selection.match
+        return None if match is None else match.name
 
     @property
     def log(self) -> Path:
@@ -57,20 +64,25 @@ class StudyRun:
         return is_evaluated(self.evaluate)
 
 
-def plan_runs(study: StudyConfig, out: Path) -> list[StudyRun]:
-    """Every run of the study; all methods of one seed stand together, so that pairs are complete early.
+def plan_runs(study: Study, out: Path) -> list[StudyRun]:
+    """Every run of the study; all variants of one seed stand together, so that pairs are complete early.
 
-    Raises UserError where two runs would share a folder.
+    Raises UserError where two runs would share a folder, and for a pool that is none.
     """
-    runs = []
-    for seed in study.seeds:
-        for method in study.methods:
-            budgets = (None,) if method == "full" else study.budgets
-            runs += [_make_run(study, out, method, budget, seed) for budget in budgets]
+    seeds = dict.fromkeys([*study.options.seeds, *(seed for variant in study.variants for seed in variant.options.seeds)])
+    runs = [
+        _make_run(study.options, out, variant, budget, seed)
+        for seed in seeds
+        for variant in study.variants
+        if seed in variant.options.seeds
+        for budget in variant.budgets
+    ]
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"methods, budgets: {', '.join(twice)} would be run twice; name every method and budget once")
+    for pool in {run.train.pool for run in runs}:
+        pool_max_length(pool)
     return runs
 
 
@@ -79,27 +91,37 @@ def budget_name(budget: float | None, epochs: int = 1) -> str:
     return f"{100 * (epochs if budget is None else budget):g}pct"
 
 
-def _make_run(study: StudyConfig, out: Path, method: Method, budget: float | None, seed: int) -> StudyRun:
-    folder = out / "runs" / f"{method}-{budget_name(budget, study.epochs)}-s{seed}"
+def run_folder(out: Path, variant: str, budget: float | None, epochs: int, seed: int) -> Path:
+    """Where a run of the study lies."""
+    return out / "runs" / f"{variant}-{budget_name(budget, epochs)}-s{seed}"
+
+
+def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | None, seed: int) -> StudyRun:
+    options = variant.options
+    folder = run_folder(out, variant.name, budget, options.epochs, seed)
+    selection = options.selection
+    if options.match is not None:
+        selection = replace(selection, match=run_folder(out, options.match, budget, options.epochs, seed))
     train = TrainConfig(
-        pool=study.pool,
+        pool=options.pool,
         model=study.model,
         out=folder,
-        method=method,
-        budget=float(study.epochs) if budget is None else budget,
-        epochs=study.epochs if method == "full" else 1,
+        method=options.method,
+        recipe=options.recipe,
+        budget=float(options.epochs) if budget is None else budget,
+        epochs=options.epochs if options.method == "full" else 1,
         seed=seed,
-        batch=study.batch,
-        selection=study.selection,
-        optimizer=study.optimizer,
-        lora=study.lora,
-        runtime=study.runtime,
+        batch=options.batch,
+        selection=selection,
+        optimizer=options.optimizer,
+        lora=options.lora,
+        runtime=options.runtime,
     )
-    return StudyRun(method, budget, seed, folder, train, eval_config(study, str(folder), folder / "eval"))
+    return StudyRun(variant.name, options.method, budget, seed, folder, train, eval_config(study, str(folder), folder / "eval"))
 
 
 def eval_config(study: StudyConfig, model: str, out: Path) -> EvalConfig:
-    """How every model of the study is evaluated: at the length that the pool was prepared with."""
+    """How every model of the study is evaluated: at the length that its pool was prepared with."""
     return EvalConfig(
         model=model,
         data=study.heldout,
@@ -199,10 +221,3 @@ def eval_command(config: EvalConfig) -> list[str]:
     }
     words = [str(word) for flag, value in flags.items() for word in (flag, value)]
     return [sys.executable, "-m", "lead_engine", "eval", "--model", config.model, "--data", *config.data, *words]
-
-
-def child_environment() -> dict[str, str]:
-    """This process's environment without what a launcher may have put there for it; children start afresh."""
-    launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    dropped = {name for name in os.environ if name in launcher or name.startswith("TORCHELASTIC")}
-    return {name: os.environ[name] for name in os.environ.keys() - dropped} | {"PYTHONUNBUFFERED": "1"}
