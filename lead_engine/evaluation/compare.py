@@ -16,7 +16,7 @@ from lead_engine.evaluation.comparison_table import markdown, show
 from lead_engine.evaluation.jobs import Task, run_tasks
 from lead_engine.evaluation.launch import Child, start, threads_of
 from lead_engine.evaluation.outputs import read_result
-from lead_engine.evaluation.results import read_outcome, summarise_study
+from lead_engine.evaluation.results import read_base, read_outcome, summarise_study
 from lead_engine.evaluation.study import (
     StudyRun,
     base_config,
@@ -44,7 +44,7 @@ def run(config: CompareConfig) -> None:
         check_unchanged(each)
     base = base_config(study.options, config.out)
     _make_all(study, runs, base, config.out / "runs")
-    untrained = None if base is None else read_result(base.out)
+    untrained = None if base is None else read_base(base.out)
     results = summarise_study(study, [read_outcome(each) for each in runs], untrained)
     write_text(config.out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(config.out / "results.md", markdown(results))

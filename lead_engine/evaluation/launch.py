@@ -22,7 +22,16 @@ from lead_engine.errors import UserError
 
 SHOWN_LINES = 15
 GRACE_SECONDS = 20.0
-PRELOADED = ["lead_engine.training.train", "lead_engine.evaluation.evaluate", "torch.utils.tensorboard", "tyro"]
+PRELOADED = [
+    "lead_engine.cli",
+    "lead_engine.yaml_config",
+    "lead_engine.training.train",
+    "lead_engine.evaluation.evaluate",
+    "pandas",
+    "pyarrow.dataset",
+    "torch.utils.tensorboard",
+    "tyro",
+]
 """What `train` and `eval` import. None of it may start threads or touch a GPU when it is imported: both do not survive a fork."""
 ENGINE = ["-m", "lead_engine"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ import numpy as np
 
 from lead_engine.config import to_dict
 from lead_engine.errors import UserError
+from lead_engine.evaluation.contrasts import MEASURES, compare_all, pairs_of
 from lead_engine.evaluation.outputs import Samples, read_result, read_samples
-from lead_engine.evaluation.stats import Interval, mean_interval, paired_bootstrap, paired_interval
+from lead_engine.evaluation.stats import mean_interval
 from lead_engine.evaluation.study import COMPLETE, StudyRun
 from lead_engine.evaluation.variants import Study
 from lead_engine.files import read_json
 
-REFERENCE = "random"
-"""The method that every other is compared with at equal budget."""
-UNEQUAL_TOKENS = 0.02
-"""Runs of a pair whose token counts differ by more than this share are not at equal budget."""
+COSTS = ("tokens_trained", "response_tokens_trained", "samples_trained", "seconds", "selection_seconds", "scoring_seconds")
+"""What a run's summary says of its cost; runs of an older version lack some."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,27 @@ class Outcome:
     def macro(self) -> float:
         return self.result["loss"]["macro"]
 
+    @cached_property
+    def per_sample(self) -> float:
+        """Mean over held-out samples of their mean loss: a short answer counts as much as a long one."""
+        return mean_over_samples(self.samples)
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        return {task: values["loss"] for task, values in self.result["loss"]["tasks"].items()}
+
     def share(self, kind: str) -> float | None:
         """Share of right answers, `kind` "whole" or "final"; None where nothing was generated or no answer is final."""
         shares = (self.result["exact_match"] or {}).get("overall", {}).get(kind)
         return None if shares is None else shares["mean"]
+
+    @property
+    def costs(self) -> dict[str, float | None]:
+        """`COSTS`, and training_seconds: what is left of the time without selection and scoring; None where it is not known."""
+        costs = {name: self.summary.get(name) for name in COSTS}
+        parts = [costs["seconds"], costs["selection_seconds"], costs["scoring_seconds"]]
+        known = None not in parts
+        return costs | {"training_seconds": parts[0] - parts[1] - parts[2] if known else None}
 
 
 def read_outcome(run: StudyRun) -> Outcome:
@@ -52,98 +69,88 @@ def read_outcome(run: StudyRun) -> Outcome:
     return Outcome(run, read_json(run.folder / COMPLETE), read_result(evaluation), read_samples(evaluation))
 
 
+def read_base(folder: Path) -> dict[str, Any]:
+    """The untrained model's evaluation: {"loss", "exact_match", "per_sample"}."""
+    result = read_result(folder)
+    return {"loss": result["loss"], "exact_match": result["exact_match"], "per_sample": mean_over_samples(read_samples(folder))}
+
+
+def mean_over_samples(samples: Samples) -> float:
+    """Mean of the samples' mean losses; samples without response tokens have none."""
+    return float(samples.nll[samples.tokens > 0].mean())
+
+
 def summarise_study(study: Study, outcomes: Sequence[Outcome], base: dict[str, Any] | None) -> dict[str, Any]:
     """What stands in results.json.
 
-    {"study", "base": losses of the untrained model or None, "runs": [a run each], "groups": [a method and budget each:
-    intervals over seeds, and "difference" to `random` at the same budget or None], "verdicts": [sentences], "warnings":
-    [sentences]}. Intervals are 95 %. Raises UserError where two runs were not evaluated on the same samples.
+    {"study", "reference", "base": as `read_base` gives it or None, "runs": [a run each], "groups": [a variant and budget
+    each: costs and intervals over seeds], "comparisons": [two variants each, at one budget or pooled; see `compare_all`],
+    "verdicts": [a sentence for each two variants], "warnings": [sentences]}. Intervals are 95 %. Raises UserError where two
+    runs were not evaluated on the same samples.
     """
     _check_same_samples(outcomes)
-    keys = dict.fromkeys((outcome.run.variant, outcome.run.budget) for outcome in outcomes)
-    by_key = {key: [o for o in outcomes if (o.run.variant, o.run.budget) == key] for key in keys}
     names = [variant.name for variant in study.variants]
-    order = sorted(by_key, key=lambda key: (key[1] is None, key[1] or 0.0, names.index(key[0])))
-    groups = [_group(by_key[key], by_key.get((REFERENCE, key[1]))) for key in order]
+    keys = dict.fromkeys((outcome.run.variant, outcome.run.budget) for outcome in outcomes)
+    order = sorted(keys, key=lambda key: (key[1] is None, key[1] or 0.0, names.index(key[0])))
+    by_key = {key: [o for o in outcomes if (o.run.variant, o.run.budget) == key] for key in order}
+    comparisons, warnings = compare_all(by_key, pairs_of(names, study.reference, study.options.contrasts))
     return {
         "study": to_dict(study.options),
-        "base": None if base is None else {"loss": base["loss"], "exact_match": base["exact_match"]},
+        "reference": study.reference,
+        "base": base,
         "runs": [_run_line(outcome) for outcome in outcomes],
-        "groups": groups,
-        "verdicts": [verdict(group) for group in groups if group["difference"]],
-        "warnings": [warning for group in groups if (warning := _unequal(group, groups))],
+        "groups": [_group(members) for members in by_key.values()],
+        "comparisons": comparisons,
+        "verdicts": [each["sentence"] for each in summing_up(comparisons)],
+        "warnings": [*_repeated(by_key), *warnings],
     }
 
 
-def verdict(group: dict[str, Any]) -> str:
-    """One sentence on a group's held-out loss against `random`: better, worse, or no difference shown.
-
-    The paired interval over seeds decides. Below two seeds there is none, and the sentence says so.
-    """
-    difference = group["difference"]
-    seeds, samples = difference["overall"], difference["over_samples"]
-    where = f"{group['variant']} at {100 * group['budget']:g} % of the pool"
-    what = f"held-out loss {signed(seeds['mean'])} against {REFERENCE}"
-    if seeds["low"] is None:
-        return f"{where}: no verdict from one seed ({what}; over held-out samples alone 95 % {bracket(samples)}); run more seeds"
-    outcome = "better" if seeds["high"] < 0 else "worse" if seeds["low"] > 0 else "no difference shown"
-    return f"{where}: {outcome} ({what}, 95 % {bracket(seeds)}, {seeds['n']} seeds)"
+def summing_up(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One comparison for each two variants: the one pooled over budgets where there is one."""
+    by_pair: dict[tuple[str, str], dict[str, Any]] = {}
+    for each in comparisons:  # pooled ones stand behind those of one budget
+        by_pair[each["a"], each["b"]] = each
+    return list(by_pair.values())
 
 
-def signed(value: float) -> str:
-    """-0.0312"""
-    return f"{value:+.4f}"
+def _repeated(by_key: dict[tuple[str, float | None], list[Outcome]]) -> list[str]:
+    """Sentences on variants whose seeds changed nothing (nothing in them is drawn): their intervals are too narrow."""
+    where: dict[str, list[str]] = {}
+    for (name, budget), outcomes in by_key.items():
+        if len({outcome.overall for outcome in outcomes}) < len(outcomes):
+            where.setdefault(name, []).append("100 %" if budget is None else f"{100 * budget:g} %")
+    return [
+        f"{name} at {', '.join(budgets)}: runs of different seeds ended in exactly the same loss, so its seeds are no "
+        "repetitions; intervals that it is part of count the other variant's variation alone"
+        for name, budgets in where.items()
+    ]
 
 
-def bracket(interval: dict[str, Any]) -> str:
-    """[-0.0312, +0.0041]"""
-    return "-" if interval["low"] is None else f"[{signed(interval['low'])}, {signed(interval['high'])}]"
-
-
-def _group(outcomes: list[Outcome], reference: list[Outcome] | None) -> dict[str, Any]:
+def _group(outcomes: list[Outcome]) -> dict[str, Any]:
     run = outcomes[0].run
-    compared = reference is not None and run.variant != REFERENCE
     return {
         "variant": run.variant,
         "method": run.method,
         "budget": run.budget,
+        "epochs": run.train.epochs,
         "seeds": [outcome.run.seed for outcome in outcomes],
-        "tokens_trained": float(np.mean([outcome.summary["tokens_trained"] for outcome in outcomes])),
-        "seconds": float(np.mean([outcome.summary["seconds"] for outcome in outcomes])),
-        "overall": mean_interval([outcome.overall for outcome in outcomes]).to_json(),
-        "macro": mean_interval([outcome.macro for outcome in outcomes]).to_json(),
+        **{name: _mean_or_none([outcome.costs[name] for outcome in outcomes]) for name in outcomes[0].costs},
+        **{measure: mean_interval([getattr(outcome, measure) for outcome in outcomes]).to_json() for measure in MEASURES},
         "whole": _share_interval(outcomes, "whole"),
         "final": _share_interval(outcomes, "final"),
-        "tasks": {
-            task: mean_interval([outcome.result["loss"]["tasks"][task]["loss"] for outcome in outcomes]).to_json()
-            for task in outcomes[0].result["loss"]["tasks"]
-        },
-        "difference": _difference(outcomes, reference) if compared else None,
+        "tasks": {task: mean_interval([outcome.tasks[task] for outcome in outcomes]).to_json() for task in outcomes[0].tasks},
     }
+
+
+def _mean_or_none(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _share_interval(outcomes: list[Outcome], kind: str) -> dict[str, Any] | None:
     shares = [outcome.share(kind) for outcome in outcomes]
     return None if None in shares else mean_interval([share for share in shares if share is not None]).to_json()
-
-
-def _difference(outcomes: list[Outcome], reference: list[Outcome]) -> dict[str, Any]:
-    """The method minus `random`: by seed; and over held-out samples, losses averaged over seeds first."""
-    theirs = {outcome.run.seed: outcome for outcome in reference}
-    pairs = [(outcome, theirs[outcome.run.seed]) for outcome in outcomes]
-
-    def over_seeds(read: str) -> Interval:
-        return paired_interval([getattr(a, read) for a, _ in pairs], [getattr(b, read) for _, b in pairs])
-
-    samples = outcomes[0].samples
-    per_sample = np.mean([a.samples.nll - b.samples.nll for a, b in pairs], axis=0)
-    over_samples = paired_bootstrap(per_sample, samples.tokens.astype(np.float64), samples.tasks)
-    return {
-        "to": REFERENCE,
-        "overall": over_seeds("overall").to_json(),
-        "macro": over_seeds("macro").to_json(),
-        "over_samples": over_samples.to_json(),
-    }
 
 
 def _run_line(outcome: Outcome) -> dict[str, Any]:
@@ -154,30 +161,13 @@ def _run_line(outcome: Outcome) -> dict[str, Any]:
         "method": run.method,
         "budget": run.budget,
         "seed": run.seed,
-        "tokens_trained": outcome.summary["tokens_trained"],
-        "samples_trained": outcome.summary["samples_trained"],
         "steps": outcome.summary["steps"],
-        "seconds": outcome.summary["seconds"],
-        "overall": outcome.overall,
-        "macro": outcome.macro,
-        "tasks": {task: values["loss"] for task, values in outcome.result["loss"]["tasks"].items()},
+        **outcome.costs,
+        **{measure: getattr(outcome, measure) for measure in MEASURES},
+        "tasks": outcome.tasks,
         "whole": outcome.share("whole"),
         "final": outcome.share("final"),
     }
-
-
-def _unequal(group: dict[str, Any], groups: list[dict[str, Any]]) -> str | None:
-    """A sentence if a method was compared with `random` at a budget that turned out not to be equal."""
-    if not group["difference"]:
-        return None
-    other = next(g for g in groups if g["variant"] == REFERENCE and g["budget"] == group["budget"])
-    mine, theirs = group["tokens_trained"], other["tokens_trained"]
-    if abs(mine - theirs) <= UNEQUAL_TOKENS * theirs:
-        return None
-    return (
-        f"{group['variant']} trained {mine:,.0f} tokens at {100 * group['budget']:g} %, {REFERENCE} {theirs:,.0f}: "
-        "the budgets are not equal, and the difference is not due to the choice of samples alone"
-    )
 
 
 def _check_same_samples(outcomes: Sequence[Outcome]) -> None:
