@@ -58,7 +58,7 @@ def follow(engine: Engine, planner: Selector, lr: float, rounds: int, settle: in
         plan = planner.plan(number, 1 << 40)
         header = read_header(plan)
         for step in range(engine.layout.steps):
-            trained = plan.sample_ids[step] < engine.selector.num_samples
+            trained = plan.sample_ids[step] < engine.selector.samples.num_samples
             before = losses(engine, plan, header, step)
             engine.train_step(plan, header, step, global_step, lr)
             global_step += 1

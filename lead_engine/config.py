@@ -82,7 +82,7 @@ class SelectionConfig:
     rank_by: Literal["utility", "density"] = "utility"
     """The rank value: U, or U x answer tokens / tokens, which is what a sample teaches for every token of the budget it costs."""
     unseen: Literal["initial", "drift", "estimate"] = "initial"
-    """U of samples not trained yet: as `prepare` measured it; moved by how far its cluster and task have come since; or that estimate alone."""
+    """U of samples not trained yet: what `prepare` measured; moved by how far cluster and task have come since; or an estimate alone."""
     optimism: float = 1.0
     """With `--selection.unseen estimate`: standard deviations by which a cluster and task nobody has tried stands above its estimate."""
     use_tasks: bool = True
@@ -113,8 +113,12 @@ class SelectionConfig:
         require(self.epochs >= 1, "--selection.epochs", self.epochs, "at least 1")
         require(self.candidates >= 1, "--selection.candidates", self.candidates, "at least 1")
         require(0 <= self.decay < 1, "--selection.decay", self.decay, "in [0, 1)")
-        whole = self.draw == "cluster" or self.loss_change != "paper"
-        require(whole, "--selection.loss-change", self.loss_change, "inner or none with --selection.draw mixture: the paper's is of one cluster")
+        require(
+            self.draw == "cluster" or self.loss_change != "paper",
+            "--selection.loss-change",
+            self.loss_change,
+            "inner or none with --selection.draw mixture (the paper's change is that of one cluster)",
+        )
 
 
 RECIPES: dict[str, dict[str, Any]] = {

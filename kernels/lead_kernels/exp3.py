@@ -12,14 +12,16 @@ from torch import Tensor
 from lead_kernels.checks import check_device, check_shape
 
 
-def exp3_probabilities(log_weights: Tensor, available: Tensor, gamma: float) -> Tensor:
+def exp3_probabilities(log_weights: Tensor, available: Tensor, gamma: float, explore: Tensor | None = None) -> Tensor:
     """p = (1 - gamma) w / sum(w) + gamma / K over all K arms, then masked by `available` (bool [K]) and renormalised.
 
-    log_weights: floating [K]. Returns [K] of the same dtype; all 0 where no arm is available.
+    log_weights: floating [K]; explore: [K], probabilities by which arms are explored, instead of 1 / K each. Returns [K] of the same
+    dtype; all 0 where no arm is available.
     """
     check_shape("available", available, tuple(log_weights.shape), (torch.bool,))
     check_device(log_weights.device, available=available)
-    probabilities = (1.0 - gamma) * torch.softmax(log_weights, 0) + gamma / log_weights.shape[0]
+    explored = gamma / log_weights.shape[0] if explore is None else gamma * explore
+    probabilities = (1.0 - gamma) * torch.softmax(log_weights, 0) + explored
     probabilities = torch.where(available, probabilities, 0.0)
     return probabilities / probabilities.sum().clamp(min=torch.finfo(log_weights.dtype).tiny)
 

@@ -56,10 +56,14 @@ def _forward(
     on_device = slots.to(store.device)
     with _bar(description, int(lengths.sum())) as bar:
         for place, group in enumerate(groups):
-            num_rows = -(-max(1, int(rows[group].sum())) // ROW_QUANTUM) * ROW_QUANTUM
-            packed: PackedBatch = store.batch(on_device[place], capacity=batch.capacity, num_rows=num_rows)
+            packed: PackedBatch = store.batch(on_device[place], capacity=batch.capacity, num_rows=num_rows(rows[group]))
             yield group, compute(packed)
             bar.advance(int(lengths[group].sum()))
+
+
+def num_rows(rows: np.ndarray) -> int:
+    """Rows of a micro-batch whose samples have `rows` response tokens, rounded up so that the head sees few different shapes."""
+    return -(-max(1, int(rows.sum())) // ROW_QUANTUM) * ROW_QUANTUM
 
 
 def pack_by_length(lengths: np.ndarray, capacity: int, slots: int) -> list[np.ndarray]:

@@ -33,6 +33,8 @@ from lead_engine.pool.prefetch import HostPool, Prefetcher
 from lead_kernels import PackedBatch, gather_batch
 
 VERSION = 1
+ANSWERS = "answers"
+"""Beside a pool's `store`: its answers without their instructions, for methods that measure both losses again."""
 ARRAYS = {"tokens": np.int32, "response": np.bool_, "offsets": np.int64, "response_rows": np.int64}
 AGAIN = "prepare the pool again (lead-engine prepare)"
 

@@ -19,7 +19,7 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import embed_store
 from lead_engine.model.scratch import is_scratch
 from lead_engine.pool.state import PoolState
-from lead_engine.pool.store import TokenStore
+from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.pool.tokenizer import generation_prompt_ids
 from lead_engine.prepare import stages
 from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name, tasks_by_topic
@@ -27,8 +27,6 @@ from lead_engine.prepare.tokenise import tokenise, write_answers
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.train import train
 
-ANSWERS = "answers"
-"""Store of the answers without their instructions, kept for methods that measure both losses again."""
 WARMUP_STEPS = 16
 """Optimizer steps of the warm-up at least: a share of a small pool would be none at all."""
 
@@ -85,7 +83,9 @@ def _score(config: PrepareConfig, ranks: Ranks) -> None:
         task, names = _tasks(config, store, lambda: model)
         warm = _warm_up(config, store, base, ranks)
         model = build_model(warm, **options) if warm != base else model
-        given = utility if warm == base else stages.score(model, store, work / "given", ranks, config.batch, "3/4 loss given the instruction")
+        given = utility
+        if warm != base:
+            given = stages.score(model, store, work / "given", ranks, config.batch, "3/4 loss given the instruction")
         answers = TokenStore.open(out / ANSWERS, config.runtime.placement, ranks.device)
         alone = stages.score(model, answers, work / "alone", ranks, config.batch, "4/4 loss of the answer alone")
 

@@ -34,6 +34,11 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    """Of the clock, over all rounds."""
+    selection_seconds: float = 0.0
+    """Of these, for ordering, planning, U and rewards."""
+    scoring_seconds: float = 0.0
+    """And for forward passes over the pool that a method asked for."""
 
 
 class Checkpoints:

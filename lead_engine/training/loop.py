@@ -1,13 +1,13 @@
 """The training loop: rounds of selection, and the optimizer steps on what was selected.
 
-    per round:  the bandit draws a cluster, the selector plans S steps of packed micro-batches      (device)
+    per round:  the method orders the samples, the selector plans S steps of packed micro-batches   (device)
                 the plan's header - token and row counts - is read                                  (the round's one host read)
     per step:   micro-batches -> loss and backward; clip; AdamW
                 what the step did to its own samples is estimated from the loss op's by-products
                 all ranks' sample statistics are gathered; U and visits are updated                 (device)
     round's end: reward, bandit update                                                              (device)
 
-Nothing between two headers waits for the device. Metrics of a round leave it by a copy that is read with the next header.
+Nothing between two headers waits for the device. Metrics of a round leave it by copies that are read after the next header.
 """
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.selector import Layout, Plan, RoundStats, Selector
 from lead_engine.training.checkpoint import Progress
+from lead_engine.training.late import LateCopy, Stopwatch
 from lead_engine.training.optimizer import clip_gradients, inner_product, learning_rate
+from lead_engine.training.scorer import PoolScorer
 from lead_kernels import PackedBatch
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name changed in torch 2.13
@@ -44,7 +46,7 @@ class Header(NamedTuple):
 
 
 class StepStats(NamedTuple):
-    """0-d fp32 tensors on the device."""
+    """0-d fp32 tensors."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -52,15 +54,21 @@ class StepStats(NamedTuple):
     first_order: Tensor
 
 
+class RoundValues(NamedTuple):
+    """What a round leaves for the logs."""
+
+    steps: list[StepStats]
+    stats: RoundStats
+    plan: Plan
+
+
 @dataclass
 class Round:
-    """A round whose steps were launched. Tensors are on the device, and are best read after the next round's header."""
+    """A round whose steps were launched. Its values are best read after the next round's header: then they have arrived."""
 
-    plan: Plan
+    values: LateCopy[RoundValues]
     header: Header
-    steps: list[StepStats]
     rates: list[float]
-    stats: RoundStats
     dummy: int
     """The id that marks an empty slot: N."""
     before: Progress
@@ -81,16 +89,22 @@ class Engine:
     rank: int = 0
     world: int = 1
     distributed: bool = True
+    scorer: PoolScorer | None = None
+    """For methods that measure the pool again; others never ask it."""
 
     def __post_init__(self) -> None:
         self.accumulation = self.layout.micro_batches // self.world
+        self.watch = Stopwatch(self.selector.samples.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def rounds(self, progress: Progress, budget_tokens: int) -> Iterator[Round]:
         """Train until the budget is spent or no sample is left; yields every round after its last step was launched."""
         while progress.tokens < budget_tokens:
             started = time.perf_counter()
+            choosing, scoring = self._refresh(progress, budget_tokens)
+            self.watch.start()
             plan = self.selector.plan(progress.round, budget_tokens - progress.tokens)
+            self.watch.stop()
             header = read_header(plan)
             if sum(header.tokens) == 0:
                 return
@@ -103,11 +117,28 @@ class Engine:
                 rates.append(learning_rate(self.options, tokens / budget_tokens))
                 steps.append(self.train_step(plan, header, step, progress.step + len(steps), rates[-1]))
                 tokens += step_tokens
+            self.watch.start()
             stats = self.selector.finish_round(plan)
             self.change.finish_round(plan.cluster)
-            before, seconds = progress, time.perf_counter() - started
-            progress = Progress(before.round + 1, before.step + len(steps), tokens, before.seconds + seconds)
-            yield Round(plan, header, steps, rates, stats, self.selector.num_samples, before, progress)
+            self.watch.stop()
+            values = LateCopy(RoundValues(steps, stats, plan))
+            before = progress
+            progress = Progress(
+                before.round + 1,
+                before.step + len(steps),
+                tokens,
+                before.seconds + time.perf_counter() - started,
+                before.selection_seconds + choosing + self.watch.take(),
+                before.scoring_seconds + scoring,
+            )
+            yield Round(values, header, rates, self.selector.samples.num_samples, before, progress)
+
+    def _refresh(self, progress: Progress, budget_tokens: int) -> tuple[float, float]:
+        """Let the method measure the pool again: (seconds that its choice took, seconds of forward passes)."""
+        started, before = time.perf_counter(), self.scorer.seconds if self.scorer else 0.0
+        self.selector.refresh(progress.round, progress.tokens / budget_tokens, self.scorer)
+        scoring = (self.scorer.seconds if self.scorer else 0.0) - before
+        return time.perf_counter() - started - scoring, scoring
 
     def train_step(self, plan: Plan, header: Header, step: int, global_step: int, rate: float) -> StepStats:
         """One optimizer step on step `step` of the plan."""
@@ -133,12 +164,14 @@ class Engine:
         first_order = self._all_reduce((inner_product(self.trained) - before) / factor).float() if measured else None
         self.optimizer.zero_grad(set_to_none=True)
 
+        self.watch.start()
         change = self.change.estimate(plan.cluster, rate, self._all_reduce, first_order, norm)
         loss, change = self._gather(torch.stack([torch.stack(losses), change]))
         change = torch.maximum(change, -loss)  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
         ids = plan.sample_ids[step]
         self.selector.observe(ids, loss, change)
-        share = self.selector.rows[ids] * token_weight
+        self.watch.stop()
+        share = self.selector.samples.rows[ids] * token_weight
         none = norm.new_full((), torch.nan)
         return StepStats((share * loss).sum(), norm, (share * change).sum(), none if first_order is None else first_order)
 

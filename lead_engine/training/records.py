@@ -1,39 +1,34 @@
-"""A finished round as lines of metrics.jsonl and selection.jsonl.
-
-These read the device: the loop calls them between rounds, for the round before, whose work is done by then.
-"""
+"""A finished round as lines of metrics.jsonl and selection.jsonl."""
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
-
 from lead_engine.pool.state import PoolState
-from lead_engine.training.loop import Round
+from lead_engine.training.loop import Round, RoundValues
 from lead_kernels import packing_waste
 
 
-def step_lines(finished: Round) -> list[dict[str, Any]]:
+def step_lines(finished: Round, values: RoundValues) -> list[dict[str, Any]]:
     """One dict per optimizer step. Times are the round's, shared among its steps: a GPU's steps have no end the host could see."""
-    values = torch.stack([torch.stack(list(step)) for step in finished.steps]).cpu().tolist()
     before, after = finished.before, finished.after
-    seconds = (after.seconds - before.seconds) / len(values)
+    seconds = (after.seconds - before.seconds - after.scoring_seconds + before.scoring_seconds) / len(values.steps)
     step_tokens = [tokens for tokens in finished.header.tokens if tokens]
-    step_samples = (finished.plan.sample_ids < finished.dummy).sum((1, 2)).cpu().tolist()
+    step_samples = (values.plan.sample_ids < finished.dummy).sum((1, 2)).tolist()
     step_samples = [n for n, tokens in zip(step_samples, finished.header.tokens, strict=True) if tokens]
     lines, tokens = [], before.tokens
-    for place, (loss, norm, change, first_order) in enumerate(values):
+    for place, step in enumerate(values.steps):
         tokens += step_tokens[place]
+        first_order = float(step.first_order)
         lines.append(
             {
                 "step": before.step + place,
                 "round": before.round,
                 "tokens": tokens,
-                "loss": loss,
+                "loss": float(step.loss),
                 "lr": finished.rates[place],
-                "grad_norm": norm,
-                "mean_change": change,
+                "grad_norm": float(step.grad_norm),
+                "mean_change": float(step.mean_change),
                 "first_order": None if math.isnan(first_order) else first_order,
                 "step_tokens": step_tokens[place],
                 "step_samples": step_samples[place],
@@ -44,21 +39,25 @@ def step_lines(finished: Round) -> list[dict[str, Any]]:
     return lines
 
 
-def round_line(finished: Round, method: str, state: PoolState, names: list[str], capacity: int) -> dict[str, Any]:
-    """What a round selected, and what the bandit made of it."""
-    ids = finished.plan.sample_ids.flatten().cpu()
+def round_line(finished: Round, values: RoundValues, method: str, state: PoolState, names: list[str], capacity: int) -> dict[str, Any]:
+    """What a round selected, and what the method made of it. `cluster` is None where a round is drawn from all of them."""
+    plan, stats, before, after = values.plan, values.stats, finished.before, finished.after
+    ids = plan.sample_ids.flatten()
     ids = ids[ids < finished.dummy].tolist()
-    stats = finished.stats
+    cluster = int(plan.cluster)
     return {
-        "round": finished.before.round,
-        "step": finished.before.step,
+        "round": before.round,
+        "step": before.step,
         "method": method,
-        "cluster": int(finished.plan.cluster),
-        "probabilities": finished.plan.probabilities.cpu().tolist(),
+        "cluster": None if cluster < 0 else cluster,
+        "probabilities": plan.probabilities.tolist(),
         "reward": float(stats.reward),
         "reward_raw": float(stats.reward_raw),
-        "tokens": finished.after.tokens - finished.before.tokens,
-        "waste": float(packing_waste(finished.plan.tokens, capacity)),  # share of the computed token places that are empty
+        "tokens": after.tokens - before.tokens,
+        "response_tokens": int(plan.rows.sum()),
+        "waste": float(packing_waste(plan.tokens, capacity)),  # share of the computed token places that are empty
+        "selection_seconds": after.selection_seconds - before.selection_seconds,
+        "scoring_seconds": after.scoring_seconds - before.scoring_seconds,
         "samples": len(ids),
         "samples_per_task": dict(zip(state.task_names, stats.samples_per_task.tolist(), strict=True)),
         "samples_per_cluster": stats.samples_per_cluster.tolist(),

@@ -56,8 +56,9 @@ class RunFolder:
         if not self.writes:
             return
         self._selection.write(json.dumps(line) + "\n")
-        self._board.add_scalar("selection/cluster", line["cluster"], line["round"])
-        self._board.add_scalar("selection/reward", line["reward"], line["round"])
+        for name in ("cluster", "reward", "selection_seconds"):
+            if line[name] is not None:
+                self._board.add_scalar(f"selection/{name}", line[name], line["round"])
         self._metrics.flush(), self._selection.flush()
 
     def close(self) -> None:

@@ -21,8 +21,9 @@ from lead_engine.model.precision import choose_precision
 from lead_engine.model.save import save_model
 from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.pool.state import PoolState
-from lead_engine.pool.store import TokenStore
+from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.selection.loss_change import make_loss_change
+from lead_engine.selection.methods import METHODS
 from lead_engine.selection.selector import Layout, Selector
 from lead_engine.training.checkpoint import Checkpoints, Progress
 from lead_engine.training.distributed import Ranks, process_group
@@ -30,6 +31,7 @@ from lead_engine.training.loop import Engine, Round
 from lead_engine.training.optimizer import NOT_FINITE, make_optimizer
 from lead_engine.training.records import round_line, step_lines
 from lead_engine.training.run_folder import COMPLETE, RunFolder
+from lead_engine.training.scorer import PoolScorer
 
 
 def run(config: TrainConfig) -> None:
@@ -85,8 +87,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
     )
     _check_vocabulary(config, model, store)
     layout = Layout(config.selection.round_steps, config.batch.micro_batches, config.batch.num_slots, config.batch.capacity)
-    # `random` and `full` select without an estimate of the loss change, so none is made.
-    options = config.selection if config.method == "lead" else replace(config.selection, loss_change="none")
+    uses_change = METHODS[config.method].uses_loss_change  # else no estimate is made
+    options = config.selection if uses_change else replace(config.selection, loss_change="none")
     selector = Selector(
         state,
         store.lengths,
@@ -97,11 +99,12 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
         seed=config.seed,
         device=ranks.device,
     )
-    change = make_loss_change(options, model.hidden_size, selector.num_arms, ranks.device, config.seed)
+    change = make_loss_change(options, model.hidden_size, selector.method.num_arms, ranks.device, config.seed)
     model.head.keep_gradient = change.wants_hidden
     optimizer = make_optimizer(model, config.optimizer)
-    engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size)
-    budget = config.epochs * store.num_tokens if config.method == "full" else round(config.budget * store.num_tokens)
+    scorer = PoolScorer(model, store, lambda: _answers(config, ranks), config.batch, ranks.rank, ranks.size)
+    engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size, scorer=scorer)
+    budget = config.epochs * store.num_tokens if METHODS[config.method].whole_pool else round(config.budget * store.num_tokens)
     return Session(config, engine, state, load_tokenizer(base), base, budget)
 
 
@@ -139,10 +142,11 @@ def _record(finished: Round | None, folder: RunFolder, session: Session, names: 
     """Write a finished round's metrics."""
     if finished is None:
         return
-    lines = step_lines(finished)
+    values = finished.values.read()
+    lines = step_lines(finished, values)
     for line in lines:
         folder.step(line)
-    folder.round(round_line(finished, session.config.method, session.state, names, session.config.batch.capacity))
+    folder.round(round_line(finished, values, session.config.method, session.state, names, session.config.batch.capacity))
     bar.advance(finished.after.tokens - finished.before.tokens, loss=lines[-1]["loss"], round=finished.before.round)
 
 
@@ -154,10 +158,15 @@ def _check(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def _pool_state(config: TrainConfig, store: TokenStore) -> PoolState:
-    """The pool's difficulty and utility; `random` and `full` need none."""
-    if config.method == "lead" or PoolState.exists(config.pool):
+    """The pool's difficulty and utility, which some methods can do without."""
+    if METHODS[config.method].needs_scores or PoolState.exists(config.pool):
         return PoolState.load(config.pool, store.num_samples)
     return PoolState.unscored(store.num_samples)
+
+
+def _answers(config: TrainConfig, ranks: Ranks) -> TokenStore:
+    """The store of answers without instructions. A method that needs it has had `prepare`'s scores, so it is there."""
+    return TokenStore.open(config.pool / ANSWERS, config.runtime.placement, ranks.device)
 
 
 def _base(config: TrainConfig, ranks: Ranks) -> Path:
@@ -199,17 +208,26 @@ def _announce(session: Session, ranks: Ranks) -> None:
             ["budget", f"{session.budget:,} tokens, about {-(-session.budget // step):,} steps of {step:,} token places"],
             ["ranks", f"{ranks.size} x {ranks.device.type}, {config.batch.micro_batches // ranks.size} micro-batches a rank and step"],
             ["compute", f"{precision} (fp32 master weights), attention: {model.attention}, tokens on: {store.placement}"],
-            ["loss change", _describe_change(config)],
+            ["selection", _describe_selection(config)],
         ],
     )
 
 
-def _describe_change(config: TrainConfig) -> str:
-    options = config.selection
-    if config.method != "lead":
-        return "not needed"
-    form = {"inner": f"inner ({options.inner_form}, q = {options.sketch_dim})", "paper": f"paper ({options.inner_form})", "none": "none"}
-    return f"{form[options.loss_change]}; bandit {options.bandit}; b = {options.smoothing}; at most {options.max_visits} visits"
+def _describe_selection(config: TrainConfig) -> str:
+    """The options that the method reads."""
+    o = config.selection
+    if config.method == "random-matched":
+        return f"the picks of {o.match}, each replaced by one of like length and task"
+    if config.method == "iterit":
+        return f"{o.epochs} epochs; IFD of the best {o.candidates:g} x an epoch's samples is measured again; n-grams keep {o.decay:g}"
+    if config.method not in ("lead", "rescore"):
+        return METHODS[config.method].__doc__.splitlines()[0]
+    change = {"inner": f"inner ({o.inner_form}, q = {o.sketch_dim})", "paper": f"paper ({o.inner_form})", "none": "none"}[o.loss_change]
+    utility = f"loss change {change}, b = {o.smoothing:g}, unseen: {o.unseen}" if config.method == "lead" else "measured before every round"
+    ranking = f"soft (power {o.soft_power:g})" if o.ranking == "soft" else o.ranking
+    tasks = "with task quotas" if o.use_tasks else "no task quotas"
+    coarse, fine = f"bandit {o.bandit} ({o.draw}, prior {o.prior})", f"ranking {ranking} by {o.rank_by}, {tasks}"
+    return f"{coarse}; {fine}, at most {o.max_visits} visits; U: {utility}"
 
 
 def _sample_names(pool: Path) -> list[str]:
@@ -219,12 +237,13 @@ def _sample_names(pool: Path) -> list[str]:
 def _finish(session: Session, ranks: Ranks, done: Progress) -> None:
     """Utility, visits and the summary; the summary comes last and marks the run complete."""
     config, state, selector, store = session.config, session.state, session.engine.selector, session.engine.store
-    visits = selector.visits[:-1].cpu().numpy()
+    visits = selector.samples.visits[:-1].cpu().numpy()
+    selection = done.selection_seconds + session.engine.watch.take()
     building = config.out / "utility.writing.npz"
     np.savez(
         building,
         initial=state.utility.numpy(),
-        final=selector.utility[:-1].cpu().numpy(),
+        final=selector.samples.utility[:-1].cpu().numpy(),
         visits=visits,
         cluster=state.cluster.numpy(),
         task=state.task.numpy(),
@@ -241,6 +260,13 @@ def _finish(session: Session, ranks: Ranks, done: Progress) -> None:
         "steps": done.step,
         "rounds": done.round,
         "seconds": done.seconds,
+        "selection_seconds": selection,
+        "selection_ms_per_round": 1e3 * selection / max(1, done.round),
+        "selection_share": selection / max(done.seconds - done.scoring_seconds, 1e-9),
+        "scoring_seconds": done.scoring_seconds,
+        "response_tokens_trained": int((visits * store.response_rows.numpy()).sum()),
+        "fingerprint": f"{int(selector.fingerprint()) & (1 << 64) - 1:016x}",
+        "pool": str(config.pool),
         "pool_tokens": store.num_tokens,
         "pool_samples": store.num_samples,
         "task_names": state.task_names,
@@ -249,3 +275,6 @@ def _finish(session: Session, ranks: Ranks, done: Progress) -> None:
     }
     write_text(config.out / COMPLETE, json.dumps(summary, indent=1))
     say(f"{done.tokens:,} tokens in {done.step} steps, {done.seconds:.1f} s; model: {config.out / 'model'}")
+    per_round, share = summary["selection_ms_per_round"], summary["selection_share"]
+    scoring = f"; scoring the pool again: {done.scoring_seconds:.1f} s" if done.scoring_seconds else ""
+    say(f"selection: {per_round:.2f} ms a round, {share:.2%} of the time of training{scoring}")

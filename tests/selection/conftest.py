@@ -28,7 +28,7 @@ def make_state() -> Callable[..., PoolState]:
         return PoolState(
             utility=torch.rand(samples, generator=generator) * 4,
             difficulty=torch.rand(samples, generator=generator),
-            answer_nll=torch.rand(samples, generator=generator) * 5,
+            answer_nll=torch.full((samples,), 5.0),
             cluster=(torch.rand(samples, generator=generator) * clusters).long(),
             task=(skewed * tasks).long(),
             dropped=torch.rand(samples, generator=generator) < 0.2,

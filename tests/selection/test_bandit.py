@@ -33,7 +33,7 @@ def test_long_run_equals_the_published_algorithm(kind):
     """500 rounds of Auer et al. with their own weights, in float64; arm 3 pays most, and half-way arm 1 does."""
     config = SelectionConfig(bandit=kind, gamma=0.2, exp3s_alpha=0.02)
     arms, rng = 5, np.random.default_rng(0)
-    bandit, weights = Bandit(config, arms, torch.device("cpu")), np.ones(arms)
+    bandit, weights = Bandit(config, torch.full((arms,), 1 / arms)), np.ones(arms)
     everything, worst = torch.ones(arms, dtype=torch.bool), 0.0
     pulls = np.zeros((2, arms))
     for t in range(500):
@@ -56,7 +56,7 @@ def test_long_run_equals_the_published_algorithm(kind):
 
 
 def test_uniform_never_learns():
-    bandit = Bandit(SelectionConfig(bandit="uniform"), 4, torch.device("cpu"))
+    bandit = Bandit(SelectionConfig(bandit="uniform"), torch.full((4,), 0.25))
     available = torch.tensor([True, False, True, True])
     for _ in range(10):
         arm, probabilities = bandit.draw(available, torch.tensor(0.9))
@@ -66,7 +66,7 @@ def test_uniform_never_learns():
 
 
 def test_a_round_without_samples_teaches_nothing():
-    bandit = Bandit(SelectionConfig(bandit="exp3s"), 3, torch.device("cpu"))
+    bandit = Bandit(SelectionConfig(bandit="exp3s"), torch.full((3,), 1 / 3))
     everything = torch.ones(3, dtype=torch.bool)
     arm, probabilities = bandit.draw(everything, torch.tensor(0.5))
     bandit.update(arm, probabilities, torch.tensor(1.0), YES)

@@ -28,7 +28,7 @@ def train(selector, plan, loss=1.0, change=0.0, steps=None):
 
 
 def real(selector, plan):
-    return [i for i in plan.sample_ids.flatten().tolist() if i < selector.num_samples]
+    return [i for i in plan.sample_ids.flatten().tolist() if i < selector.samples.num_samples]
 
 
 def sequence(selector, rounds, max_tokens=LOTS):
@@ -55,7 +55,7 @@ def test_promises_for_any_pool_and_layout(make_selector, data):
         max_visits=max_visits,
         bandit=data.draw(st.sampled_from(["exp3", "exp3s", "uniform", "none"])), use_tasks=data.draw(st.booleans()),
     )  # fmt: skip
-    shape, n, visits = selector.layout, selector.num_samples, Counter()
+    shape, n, visits = selector.layout, selector.samples.num_samples, Counter()
     for round in range(12):
         max_tokens = data.draw(st.sampled_from([LOTS, 2 * capacity, 5]))
         plan = selector.plan(round, max_tokens)
@@ -63,17 +63,17 @@ def test_promises_for_any_pool_and_layout(make_selector, data):
         assert plan.tokens.shape == plan.rows.shape == (shape.steps, shape.micro_batches)
         ids = real(selector, plan)
         assert len(ids) == len(set(ids))
-        lengths = torch.cat([selector.lengths, torch.zeros(1, dtype=torch.int64)])[plan.sample_ids]
+        lengths = torch.cat([selector.samples.lengths, torch.zeros(1, dtype=torch.int64)])[plan.sample_ids]
         assert torch.equal(lengths.sum(-1), plan.tokens)
         assert int(plan.tokens.max()) <= capacity
         assert int(plan.tokens.sum()) <= max_tokens
-        assert torch.equal(plan.rows, selector.rows[plan.sample_ids].sum(-1))
+        assert torch.equal(plan.rows, selector.samples.rows[plan.sample_ids].sum(-1))
         filled = (plan.tokens > 0).flatten().tolist()
         assert filled == sorted(filled, reverse=True)  # empty micro-batches come last
-        open_samples = ~selector.dropped & (selector.visits[:-1] < max_visits)
+        open_samples = ~selector.samples.dropped & (selector.samples.visits[:-1] < max_visits)
         if method == "lead":
-            assert all(not selector.dropped[i] and selector.arm[i] == plan.cluster for i in ids)
-            per_arm = torch.stack([(open_samples & (selector.arm == k)).any() for k in range(selector.num_arms)])
+            assert all(not selector.samples.dropped[i] and selector.method.arm[i] == plan.cluster for i in ids)
+            per_arm = torch.stack([(open_samples & (selector.method.arm == k)).any() for k in range(selector.method.num_arms)])
             assert torch.equal(plan.probabilities > 0, per_arm)
             assert float(plan.probabilities.sum()) == pytest.approx(1 if per_arm.any() else 0)
         if max_tokens >= capacity:
@@ -81,10 +81,11 @@ def test_promises_for_any_pool_and_layout(make_selector, data):
         visits.update(ids)
         stats = train(selector, plan)
         assert int(stats.samples) == len(ids) == int(stats.samples_per_task.sum()) == int(stats.samples_per_cluster.sum())
-        assert [int(v) for v in stats.samples_per_task] == [sum(int(selector.task[i]) == t for i in ids) for t in range(selector.num_tasks)]
-        assert selector.visits[:-1].tolist() == [visits[i] for i in range(n)]
+        samples = selector.samples
+        assert stats.samples_per_task.tolist() == [sum(int(samples.task[i]) == t for i in ids) for t in range(samples.num_tasks)]
+        assert selector.samples.visits[:-1].tolist() == [visits[i] for i in range(n)]
         assert all(bool(torch.isfinite(value).all()) for value in stats)
-        assert bool(torch.isfinite(selector.bandit.log_weights).all())
+        assert all(bool(torch.isfinite(value).all()) for name, value in selector.state_dict().items() if name == "log_weights")
     if method == "lead":
         assert max(visits.values(), default=0) <= max_visits
 
@@ -106,15 +107,15 @@ def test_exhausted_clusters_leave_the_draw_and_an_exhausted_pool_gives_an_empty_
     selector = make_selector(60, clusters=3, max_visits=2)
     closed, round = set(), 0
     while True:
-        left = ~selector.dropped & (selector.visits[:-1] < 2)
-        open_arms = {k for k in range(3) if bool((left & (selector.cluster == k)).any())}
+        left = ~selector.samples.dropped & (selector.samples.visits[:-1] < 2)
+        open_arms = {k for k in range(3) if bool((left & (selector.samples.cluster == k)).any())}
         closed |= set(range(3)) - open_arms
         plan = selector.plan(round, LOTS)
         if not open_arms:
             break
         p = plan.probabilities
         assert {k for k in range(3) if p[k] > 0} == open_arms
-        full = 0.9 * selector.bandit.log_weights.softmax(0) + 0.1 / 3
+        full = 0.9 * selector.method.bandit.log_weights.softmax(0) + 0.1 / 3
         torch.testing.assert_close(p[p > 0], (full / full[p > 0].sum())[p > 0])
         assert int(plan.cluster) in open_arms
         train(selector, plan, loss=1 / (1 + round))
@@ -170,8 +171,8 @@ def test_only_what_was_trained_counts(make_selector):
     """A round that ends after its first step is judged by that step's samples."""
     selector = make_selector(smoothing=0.0)
     plan = selector.plan(0, LOTS)
-    ids = [i for i in plan.sample_ids[0].flatten().tolist() if i < selector.num_samples]
-    before = selector.utility[ids].double().mean()
+    ids = [i for i in plan.sample_ids[0].flatten().tolist() if i < selector.samples.num_samples]
+    before = selector.samples.utility[ids].double().mean()
     stats = train(selector, plan, loss=2.0, change=-0.5, steps=1)
     assert int(stats.samples) == len(ids) < len(real(selector, plan))
     assert float(stats.utility_before) == pytest.approx(float(before), rel=1e-6)
@@ -257,11 +258,13 @@ def test_narrow_types_hold_every_cluster_and_task(make_selector, clusters, tasks
     narrow, wide = (make_selector(400, clusters=clusters, tasks=tasks, steps=1) for _ in range(2))
     for selector in (narrow, wide):
         ends = torch.arange(400) % 2 == 0
-        selector.task = torch.where(ends, tasks - 1, selector.task.long()).to(selector.task.dtype)
-        selector.cluster = torch.where(ends, clusters - 1, selector.cluster.long()).to(selector.cluster.dtype)
-        selector.arm, selector.quota_task = selector.cluster, selector.task
-    assert (narrow.cluster.dtype, narrow.task.dtype) == dtypes
-    wide.arm, wide.quota_task, wide.task, wide.cluster = (x.long() for x in (wide.arm, wide.quota_task, wide.task, wide.cluster))
+        selector.samples.task = torch.where(ends, tasks - 1, selector.samples.task.long()).to(selector.samples.task.dtype)
+        selector.samples.cluster = torch.where(ends, clusters - 1, selector.samples.cluster.long()).to(selector.samples.cluster.dtype)
+    assert (narrow.samples.cluster.dtype, narrow.samples.task.dtype) == dtypes
+    wide.samples.cluster, wide.samples.task = wide.samples.cluster.long(), wide.samples.task.long()
+    for selector in (narrow, wide):
+        selector.method.arm, selector.method.group = selector.samples.cluster, selector.samples.task
+        selector.method.loaded()  # counts the eligible anew
     for round in range(4):
         plans = narrow.plan(round, LOTS), wide.plan(round, LOTS)
         assert real(narrow, plans[0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lead_engine.selection import counter_rng
-from lead_engine.selection.selector import DRAW
+from lead_engine.selection.methods.lead import DRAW
 from lead_kernels.pack_plan import LOOK_AHEAD
 
 
@@ -19,14 +19,14 @@ class SlowLead:
     """
 
     def __init__(self, selector, dtype):
-        self.config, self.layout, self.seed, self.dtype = selector.config, selector.layout, selector.seed, dtype
-        self.n = selector.num_samples
-        self.lengths, self.dropped = selector.lengths.tolist(), selector.dropped.tolist()
+        self.config, self.layout, self.seed, self.dtype = selector.config, selector.layout, selector.method.seed, dtype
+        self.n = selector.samples.num_samples
+        self.lengths, self.dropped = selector.samples.lengths.tolist(), selector.samples.dropped.tolist()
         one_arm = self.config.bandit == "none"
-        self.arms = 1 if one_arm else selector.num_clusters
-        self.arm = [0] * self.n if one_arm else selector.cluster.tolist()
-        self.task = selector.task.tolist() if self.config.use_tasks else [0] * self.n
-        self.utility = selector.utility[:-1].numpy().astype(dtype)
+        self.arms = 1 if one_arm else selector.samples.num_clusters
+        self.arm = [0] * self.n if one_arm else selector.samples.cluster.tolist()
+        self.task = selector.samples.task.tolist() if self.config.use_tasks else [0] * self.n
+        self.utility = selector.samples.utility[:-1].numpy().astype(dtype)
         self.visits = [0] * self.n
         self.weights = np.ones(self.arms, dtype)
         self.rewards = []
@@ -105,10 +105,11 @@ class SlowLead:
 
 def losses(selector, round):
     """Made-up losses and changes of every sample, which fall with its visits and differ by cluster; fp32 [N]."""
-    rng = np.random.default_rng([selector.seed, round])
-    visits = selector.visits[:-1].numpy()
-    pace = 0.05 + 0.2 * selector.cluster.numpy()
-    loss = (1 + selector.cluster.numpy()) * np.exp(-pace * (visits + round / 20)) * rng.uniform(0.7, 1.3, selector.num_samples)
+    rng = np.random.default_rng([selector.method.seed, round])
+    visits = selector.samples.visits[:-1].numpy()
+    pace = 0.05 + 0.2 * selector.samples.cluster.numpy()
+    samples = selector.samples
+    loss = (1 + samples.cluster.numpy()) * np.exp(-pace * (visits + round / 20)) * rng.uniform(0.7, 1.3, samples.num_samples)
     return loss.astype(np.float32), (-0.1 * loss * rng.uniform(0, 1, len(loss))).astype(np.float32)
 
 
@@ -151,9 +152,9 @@ def test_runs_equal_the_transcription_until_nothing_is_left(make_selector, optio
         assert same_precision(plan.probabilities, p, p32)
         assert int(plan.cluster) == cluster == cluster32
         ids = plan.sample_ids.flatten(0, 1).tolist()
-        assert [[i for i in row if i < selector.num_samples] for row in ids] == bins == bins32
+        assert [[i for i in row if i < selector.samples.num_samples] for row in ids] == bins == bins32
         assert plan.tokens.flatten().tolist() == [sum(exact.lengths[i] for i in b) for b in bins]
-        assert plan.rows.flatten().tolist() == [sum(int(selector.rows[i]) for i in b) for b in bins]
+        assert plan.rows.flatten().tolist() == [sum(int(selector.samples.rows[i]) for i in b) for b in bins]
         if not any(bins) and not exact.eligible():
             break
         loss, change = losses(selector, round)
@@ -170,8 +171,8 @@ def test_runs_equal_the_transcription_until_nothing_is_left(make_selector, optio
             rewards += 1
             assert same_precision(stats.reward_raw, want[0], want32[0])
             assert abs(float(stats.reward) - want[1]) <= max(4 * abs(want32[1] - want[1]), 1e-4)
-        assert same_precision(selector.utility[:-1], exact.utility, rounded.utility)
-        assert selector.visits[:-1].tolist() == exact.visits
+        assert same_precision(selector.samples.utility[:-1], exact.utility, rounded.utility)
+        assert selector.samples.visits[:-1].tolist() == exact.visits
         round += 1
     assert rewards > 15
     assert all(v == selector.config.max_visits for v, out in zip(exact.visits, exact.dropped, strict=True) if not out)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lead_engine.config import OptimizerConfig, SelectionConfig
@@ -43,7 +43,7 @@ class DeviceStore:
 def blind(thing: object, mode: FakeTensorMode) -> object:
     """Replace every tensor that `thing` holds, however deep, by one without data."""
     if isinstance(thing, torch.Tensor):
-        return mode.from_tensor(thing)
+        return thing if isinstance(thing, FakeTensor) else mode.from_tensor(thing)  # the selector and its method share the pool
     if isinstance(thing, tuple):
         return tuple(blind(part, mode) for part in thing)
     if type(thing).__module__.startswith("lead_engine") and not isinstance(thing, torch.nn.Module):
@@ -60,7 +60,7 @@ def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode) -> Engi
     lengths = torch.full((SAMPLES,), LENGTH)
     selector = Selector(state, lengths, lengths - 1, method="lead", config=options, layout=LAYOUT, seed=0, device=DEVICE)
     config = AutoConfig.from_pretrained(folder)
-    change = make_loss_change(options, config.hidden_size, selector.num_arms, DEVICE, 0)
+    change = make_loss_change(options, config.hidden_size, selector.method.num_arms, DEVICE, 0)
     selector, change = blind(selector, mode), blind(change, mode)
     with mode:
         hf = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)

@@ -1,0 +1,114 @@
+"""What a selection method is: an order of the pool's samples, asked for once a round, and what it learns from the round.
+
+A method says who comes next, best first. How many of them fit into the round's micro-batches and the budget, and the keeping of U and
+visits, is the selector's. See docs/METHODS.md for a method added step by step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lead_engine.config import SelectionConfig
+from lead_engine.pool.state import PoolState
+from lead_engine.selection import counter_rng
+from lead_engine.selection.samples import Samples
+from lead_kernels import select_topk
+
+if TYPE_CHECKING:
+    from lead_engine.selection.selector import Plan
+
+
+class Scorer(Protocol):
+    """Measures losses under the model as it is now, over packed micro-batches on all ranks; nothing of model or optimizer changes."""
+
+    def given(self, ids: Tensor) -> Tensor:
+        """Mean NLL of the answers given their instructions: fp32 [n], on the training device, for ids int64 [n] on the host."""
+        ...
+
+    def alone(self, ids: Tensor) -> Tensor:
+        """Mean NLL of the answers without their instructions, likewise."""
+        ...
+
+
+class Order(NamedTuple):
+    """Who comes next. Tensors are on the training device."""
+
+    sample_ids: Tensor
+    """int64 [places], distinct, best first; N where there are no more."""
+    utility: Tensor
+    """fp32 [N+1], the U that this order believes in; rewards are measured from it."""
+    cluster: Tensor
+    """int64 [], the arm drawn; -1 where a round is drawn from all."""
+    probabilities: Tensor
+    """fp32 [K] of the arms."""
+
+
+class Method:
+    """Base of the methods: nothing is learned, nothing is kept.
+
+    `places`: how many samples an order may name, at least as many as a round can train. Randomness is a function of `seed` and of counters
+    (round, pass, sample id), so that every rank finds the same order and a resumed run goes on with it.
+    """
+
+    needs_scores: ClassVar[bool] = True
+    """Whether `prepare` must have measured the pool's losses."""
+    uses_loss_change: ClassVar[bool] = False
+    """Whether the training loop shall estimate what a step does to its own samples (dL)."""
+    whole_pool: ClassVar[bool] = False
+    """Whether the budget is all of the pool, `--epochs` times."""
+
+    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
+        self.samples, self.config, self.places, self.seed = samples, config, places, seed
+
+    @property
+    def num_arms(self) -> int:
+        """Clusters that a round's draw is among."""
+        return 1
+
+    def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
+        """Before a round is planned; `spent` is the share of the budget that is trained.
+
+        The only place where losses may be measured anew, and where the host may wait for the device.
+        """
+
+    def order(self, round: int) -> Order:
+        """Who comes next in round `round` (0, 1, ...). Nothing here reads the device."""
+        raise NotImplementedError
+
+    def observe(self, sample_ids: Tensor, loss: Tensor) -> None:
+        """One optimizer step's samples (int64, N for none) and the losses that it computed (fp32), before U and visits are updated."""
+
+    def learn(self, plan: Plan, trained: Tensor, fall: Tensor) -> Tensor:
+        """After a round's last step: the reward in [-1, 1] that the method makes of it, fp32 []; 0 for methods that do not learn.
+
+        `trained` bool [S, M, B]: which planned samples were trained; `fall` fp32 [S, M, B]: how far their U fell since they were planned.
+        """
+        return torch.zeros((), device=self.samples.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors, of fixed shapes and not copied, on which later orders depend besides U, visits and the constructor's arguments."""
+        return {}
+
+    def loaded(self) -> None:
+        """Called after the tensors of `state_dict`, U and visits were filled in from a checkpoint."""
+
+    # --- what several methods share ---
+
+    def plain(self, sample_ids: Tensor) -> Order:
+        """An order without a draw."""
+        device = self.samples.device
+        return Order(sample_ids, self.samples.utility, torch.zeros((), dtype=torch.int64, device=device), torch.ones(1, device=device))
+
+    def best_by(self, score: Tensor, candidates: Tensor) -> Tensor:
+        """The candidates (bool [N]) with the highest score (fp32 [N]; NaN last), those trained least often first: int64 [places]."""
+        visits = self.samples.visits[:-1]
+        least = torch.where(candidates, visits, torch.iinfo(torch.int32).max).amin()
+        one_task = torch.zeros_like(self.samples.task, dtype=torch.uint8)
+        return select_topk(score, candidates & (visits == least), one_task, 1, self.places)
+
+    def uniform(self, stream: int, *counters: Tensor) -> Tensor:
+        """fp32 in [0, 1), a function of (seed, stream, counters)."""
+        return counter_rng.uniform(self.seed, self.samples.scalar(stream), *counters)

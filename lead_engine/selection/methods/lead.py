@@ -1,0 +1,136 @@
+"""`lead`: a bandit over difficulty clusters, dynamic uncertainty inside them (arXiv 2505.07437), every part on a switch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lead_engine.config import SelectionConfig
+from lead_engine.pool.state import PoolState
+from lead_engine.selection.bandit import Bandit, RewardScale
+from lead_engine.selection.methods.base import Method, Order
+from lead_engine.selection.samples import Samples, count
+from lead_engine.selection.unseen import CellEstimates
+from lead_kernels import select_topk
+
+if TYPE_CHECKING:
+    from lead_engine.selection.selector import Plan
+
+DRAW, RANK = 0, 2  # random streams
+LEAST = 1e-6  # nats; a logarithm is taken of U
+UNIT = 2.0**28
+"""Cells' shares of a round as whole numbers, for `select_topk`."""
+
+
+class Lead(Method):
+    """Eligible are samples that are not dropped and were trained less than max_visits times.
+
+    Coarse stage: the bandit's probabilities p over the clusters with eligible samples. `draw=cluster`: a round trains the one cluster that
+    is drawn. `draw=mixture`: it trains all of them, cluster k's share of the samples being p_k.
+    Fine stage: inside a cluster every task gets a quota in proportion to its eligible samples; in it, `ranking` by the rank value.
+    """
+
+    uses_loss_change = True
+
+    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
+        super().__init__(samples, state, config, places, seed)
+        one_arm = config.bandit == "none"
+        tasks = samples.num_tasks if config.use_tasks else 1
+        cluster = torch.zeros_like(samples.cluster, dtype=torch.uint8) if one_arm else samples.cluster
+        task = samples.task if config.use_tasks else torch.zeros_like(samples.task, dtype=torch.uint8)
+        self._num_arms, self.num_groups = (1 if one_arm else samples.num_clusters), tasks
+        self.arm, self.group = cluster, task
+        if config.draw == "mixture":  # quotas of all clusters' tasks at once
+            self.num_groups = self._num_arms * tasks
+            self.group = samples.cell if self.num_groups == samples.num_cells else cluster.short() * tasks + task
+        self.size = torch.zeros(self.num_groups if config.draw == "mixture" else self._num_arms, dtype=torch.int64, device=samples.device)
+        self.loaded()
+        sizes = self._arm_sizes().float()
+        prior = sizes / sizes.sum().clamp(min=1) if config.prior == "size" else torch.full_like(sizes, 1 / self._num_arms)
+        self.bandit = Bandit(config, prior)
+        self.reward_scale = RewardScale(samples.device)
+        self.density = samples.rows[:-1] / samples.lengths if config.rank_by == "density" else None
+        self.unseen = CellEstimates(config, samples) if config.unseen != "initial" else None
+
+    @property
+    def num_arms(self) -> int:
+        return self._num_arms
+
+    def open_samples(self) -> Tensor:
+        """Who is eligible: bool [N]."""
+        return (self.samples.visits[:-1] < self.config.max_visits) & ~self.samples.dropped
+
+    def order(self, round: int) -> Order:
+        uniform = self.uniform(DRAW, self.samples.scalar(round))
+        cluster, probabilities = self.bandit.draw(self._arm_sizes() > 0, uniform)
+        utility = self.samples.utility if self.unseen is None else self.unseen.utility()
+        eligible, weight = self.open_samples(), None
+        if self.config.draw == "mixture":
+            cluster, weight = torch.full_like(cluster, -1), self._shares(probabilities)
+        else:
+            eligible &= self.arm == cluster
+        rank = self._rank(utility[:-1], round)
+        return Order(select_topk(rank, eligible, self.group, self.num_groups, self.places, weight), utility, cluster, probabilities)
+
+    def observe(self, sample_ids: Tensor, loss: Tensor) -> None:
+        if self.unseen is not None:
+            self.unseen.observe(sample_ids, loss)
+
+    def learn(self, plan: Plan, trained: Tensor, fall: Tensor) -> Tensor:
+        """The reward of an arm is the mean fall of U of its samples that were trained; those whose loss is not a number do not count."""
+        ids = self.samples.real(plan.sample_ids)
+        closed = trained & (self.samples.visits[plan.sample_ids] == self.config.max_visits)
+        grouping = self.group if self.config.draw == "mixture" else self.arm
+        self.size -= count(grouping[ids], closed, self.size.shape[0])
+
+        counts = trained & fall.isfinite()
+        arm = torch.where(counts, self.arm[ids].long(), -1).reshape(-1)
+        member_KP = arm == torch.arange(self._num_arms, device=arm.device)[:, None]  # a sum for each arm, in a fixed order
+        number = member_KP.sum(1)
+        raw = torch.where(member_KP, fall.reshape(-1), 0.0).sum(1) / number.clamp(min=1)
+        seen = number > 0
+        scaled = self.reward_scale.scale(raw, seen)
+        if self.config.draw == "mixture":
+            self.bandit.update_all(scaled, seen)
+        else:
+            one = plan.cluster.view(1)
+            self.bandit.update(plan.cluster, plan.probabilities, scaled.gather(0, one)[0], seen.gather(0, one)[0])
+        return (number * scaled).sum() / number.sum().clamp(min=1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"log_weights": self.bandit.log_weights, "reward_low": self.reward_scale.low, "reward_high": self.reward_scale.high}
+        return state | (self.unseen.state_dict() if self.unseen is not None else {})
+
+    def loaded(self) -> None:
+        """Eligible samples of every group (mixture) or arm; from then on they are only counted down."""
+        grouping = self.group if self.config.draw == "mixture" else self.arm
+        self.size.copy_(count(grouping, self.open_samples(), self.size.shape[0]))
+
+    def _arm_sizes(self) -> Tensor:
+        """Eligible samples of each arm: int64 [K]."""
+        return self.size.view(self._num_arms, -1).sum(1)
+
+    def _shares(self, probabilities: Tensor) -> Tensor:
+        """Of a mixture, the shares p_k n_kj / n_k of cluster k's task j, in whole numbers: int64 [K J]; at least 1 where anyone is left."""
+        size_KJ = self.size.view(self._num_arms, -1)
+        share_KJ = probabilities[:, None] * size_KJ / size_KJ.sum(1, keepdim=True).clamp(min=1)
+        whole = (share_KJ * UNIT).long()
+        return torch.where(size_KJ > 0, whole.clamp(min=1), 0).view(-1)
+
+    def _rank(self, utility: Tensor, round: int) -> Tensor:
+        """What the highest of comes first: fp32 [N].
+
+        soft: by log(value^power) + Gumbel noise; the order is then that of draws without replacement with probabilities in proportion to
+        value^power (Gumbel top-k: Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", ICML 2019).
+        """
+        if self.config.ranking == "hard":
+            return utility if self.density is None else utility * self.density
+        ids = torch.arange(self.samples.num_samples, device=utility.device)
+        noise = self.uniform(RANK, self.samples.scalar(round), ids)
+        if self.config.ranking == "random":
+            return noise
+        value = utility if self.density is None else utility * self.density
+        noise = noise.add_(2.0**-25)  # in (0, 1): both logarithms are finite
+        return self.config.soft_power * value.clamp(min=LEAST).log() - noise.log_().neg_().log_()

@@ -1,0 +1,96 @@
+"""`random-matched`: another run's picks, each replaced by a random sample of the same task and of like length: the control for IDU.
+
+A method may look good because it prefers long answers or certain tasks. Whatever of its gain this control shows too is not due to its
+choice of samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+
+from lead_engine.config import SelectionConfig
+from lead_engine.errors import UserError
+from lead_engine.pool.state import PoolState
+from lead_engine.selection.methods.base import Method, Order
+from lead_engine.selection.samples import Samples
+
+LIKE = 16
+"""Samples among which one is as good as another: neighbours by length within a task."""
+
+
+class RandomMatched(Method):
+    """Every sample is renamed by a random permutation among `LIKE` samples of its task that are next to it by response tokens, then tokens,
+    and the run of `--selection.match` is followed under these names: as many visits, lengths and tasks as there, in the same order.
+
+    Only samples that are not dropped are renamed, and only to each other, so that dropping is common to both.
+    """
+
+    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
+        super().__init__(samples, state, config, places, seed)
+        if config.match is None:
+            raise UserError("--selection.match: random-matched needs the folder of the finished run whose picks it imitates")
+        picks = _picks(config.match, samples.num_samples)
+        rows = samples.rows[:-1].cpu().numpy()
+        renamed = like_permutation(state.task.numpy(), rows, samples.lengths.cpu().numpy(), state.dropped.numpy(), seed)[picks]
+        self.sequence = torch.from_numpy(renamed).to(samples.device)
+        self.occurrence = torch.from_numpy(_occurrences(renamed)).to(samples.device)
+
+    def order(self, round: int) -> Order:
+        """The next of the sequence: an entry is due when its sample was trained as often as it occurs before the entry."""
+        n, length = self.samples.num_samples, self.sequence.shape[0]
+        due = self.occurrence == self.samples.visits[self.sequence]
+        place = torch.where(due, torch.arange(length, device=due.device), length)
+        next_places = place.sort().values[: self.places]
+        ids = F.pad(self.sequence, (0, 1), value=n)[next_places]
+        return self.plain(F.pad(ids, (0, self.places - ids.shape[0]), value=n))
+
+
+def like_permutation(task: np.ndarray, rows: np.ndarray, lengths: np.ndarray, fixed: np.ndarray, seed: int) -> np.ndarray:
+    """A random permutation int64 [N] that keeps tasks, and response tokens and tokens nearly; samples that are `fixed` stay themselves."""
+    random = np.random.default_rng([seed, 0x6D617463])
+    renamed = np.arange(len(task))
+    free = np.flatnonzero(~fixed)
+    order = free[np.lexsort((lengths[free], _coarse(rows[free]), task[free]))]
+    start = np.concatenate([[0], np.flatnonzero(np.diff(task[order])) + 1, [len(order)]])
+    for low, high in itertools.pairwise(start):
+        for first in range(low, high, LIKE):
+            group = order[first : min(first + LIKE, high)]
+            renamed[group] = random.permutation(group)
+    return renamed
+
+
+def _coarse(rows: np.ndarray) -> np.ndarray:
+    """Response tokens in steps of an eighth: within a step, samples are ordered by their whole length."""
+    return np.round(np.log2(np.maximum(rows, 1)) * 8)
+
+
+def _picks(run: Path, num_samples: int) -> np.ndarray:
+    """The samples that a run trained, in its order: int64 [n]."""
+    log = run / "selection.jsonl"
+    if not (run / "summary.json").exists():
+        raise UserError(f"--selection.match {run}: not a finished run (no summary.json in it)")
+    config = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    names = pq.read_table(Path(config["pool"]) / "records.parquet", columns=["id"]).column("id").to_pylist()
+    number = {name: i for i, name in enumerate(names)}
+    with log.open(encoding="utf-8") as lines:
+        picked = [number[name] for line in lines for name in json.loads(line)["ids"]]
+    if len(names) != num_samples:
+        raise UserError(f"--selection.match {run}: was trained on a pool of {len(names)} samples, this one has {num_samples}")
+    return np.array(picked, dtype=np.int64)
+
+
+def _occurrences(sequence: np.ndarray) -> np.ndarray:
+    """How often each entry's sample occurs before it: int32 [n]."""
+    order = np.argsort(sequence, kind="stable")
+    first = np.r_[True, np.diff(sequence[order]) != 0] if len(order) else np.zeros(0, bool)
+    start = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
+    found = np.empty(len(order), dtype=np.int32)
+    found[order] = np.arange(len(order)) - start
+    return found
