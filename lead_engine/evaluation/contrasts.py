@@ -42,8 +42,9 @@ def compare_all(groups: Groups, pairs: Sequence[tuple[str, str]]) -> tuple[list[
         matched = {budget: found for name, budget in groups if name == a and (found := _match(groups, a, b, budget))}
         comparisons += [_at_one_budget(a, b, budget, pairing) for budget, pairing in matched.items()]
         warnings += [warning for budget, pairing in matched.items() if (warning := _unequal(a, b, budget, pairing))]
-        if len(matched) > 1:
-            comparisons.append(_pooled(a, b, matched))
+        everywhere = set.intersection(*map(set, matched.values())) if matched else set()
+        if len(matched) > 1 and everywhere:
+            comparisons.append(_pooled(a, b, matched, sorted(everywhere)))
     return comparisons, warnings
 
 
@@ -71,9 +72,8 @@ def _at_one_budget(a: str, b: str, budget: float, pairing: Pairing) -> dict[str,
     return _comparison(a, b, [budget], list(pairing), intervals, over_samples.to_json(), tasks)
 
 
-def _pooled(a: str, b: str, matched: Mapping[float, Pairing]) -> dict[str, Any]:
-    """The mean over budgets within each seed first, so that one seed is one observation."""
-    seeds = [seed for seed in next(iter(matched.values())) if all(seed in pairing for pairing in matched.values())]
+def _pooled(a: str, b: str, matched: Mapping[float, Pairing], seeds: list[int]) -> dict[str, Any]:
+    """The mean over budgets within each of the seeds first, so that one seed is one observation."""
     by_seed = [[pairing[seed] for pairing in matched.values()] for seed in seeds]
     intervals = {
         measure: mean_interval([np.mean([getattr(x, measure) - getattr(y, measure) for x, y in pairs]) for pairs in by_seed]).to_json()

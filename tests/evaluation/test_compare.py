@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,10 @@ from lead_engine import cli
 from lead_engine.config import BatchConfig, CompareConfig, PrepareConfig, RuntimeConfig
 from lead_engine.errors import UserError
 from lead_engine.evaluation import compare
-from lead_engine.evaluation.comparison_table import columns_of, markdown, table_rows
-from lead_engine.evaluation.results import verdict
+from lead_engine.evaluation.comparison_table import group_rows, markdown
+from lead_engine.evaluation.launch import start
+from lead_engine.evaluation.outputs import read_samples
+from lead_engine.evaluation.results import Outcome
 from lead_engine.evaluation.stats import paired_interval
 from lead_engine.evaluation.study import check_unchanged, eval_command, plan_runs, train_command
 from lead_engine.pool.procedural import make_pool
@@ -60,18 +62,26 @@ def write_study(path: Path, folder: Path, **more: object) -> Path:
     return path
 
 
+class Ended:
+    """A child that has ended well."""
+
+    def finished(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs the engine's command lines in this process, where torch is imported already; gives what was run."""
     calls: list[str] = []
 
-    def run(command: list[str], log: Path, what: str) -> None:
+    def run(command: list[str], log: Path, what: str, threads: int | None) -> Ended:
         assert command[1:3] == ["-m", "lead_engine"]
         calls.append(f"{what}{' --resume' if '--resume' in command else ''}")
         if cli.main(command[3:]) != 0:
             raise UserError(f"{what} failed")
+        return Ended()
 
-    monkeypatch.setattr(compare, "run_logged", run)
+    monkeypatch.setattr(compare, "start", run)
     monkeypatch.setattr(compare.report, "run", lambda config: calls.append(f"report {config.out.name}"))
     return calls
 
@@ -90,21 +100,23 @@ def test_a_study_from_yaml_to_verdict_and_once_more(
     assert list(losses) == names
     assert losses["random-20pct-s0"] != losses["random-20pct-s1"] != losses["lead-20pct-s1"]
     assert all(loss < results["base"]["loss"]["overall"] for loss in losses.values())
-    lead, random = results["groups"]
-    assert (lead["method"], random["method"]) == ("lead", "random")
-    assert random["difference"] is None
+    assert [(group["variant"], group["budget"]) for group in results["groups"]] == [("lead", 0.2), ("random", 0.2)]
+    (difference,) = results["comparisons"]
+    assert (difference["a"], difference["b"], difference["seeds"]) == ("lead", "random", [0, 1])
     mine, theirs = ([losses[f"{method}-20pct-s{seed}"] for seed in (0, 1)] for method in ("lead", "random"))
-    assert lead["difference"]["overall"] == paired_interval(mine, theirs).to_json()
-    assert lead["difference"]["over_samples"]["mean"] == pytest.approx(lead["difference"]["overall"]["mean"], abs=1e-9)
-    (sentence,) = results["verdicts"]
-    assert sentence.startswith("LEAD at 20 % of the pool: ")
-    assert sentence in capsys.readouterr().out
+    assert difference["overall"] == paired_interval(mine, theirs).to_json()
+    assert difference["over_samples"]["mean"] == pytest.approx(difference["overall"]["mean"], abs=1e-9)
+    samples = [read_samples(tmp_path / "out" / "runs" / name / "eval") for name in names]
+    assert [run["per_sample"] for run in results["runs"]] == [pytest.approx(each.nll.mean()) for each in samples]
+    printed = capsys.readouterr().out
+    assert f"{difference['overall']['mean']:+.4f} {difference['verdicts']['overall']}" in printed
 
     table = (tmp_path / "out" / "results.md").read_text()
-    assert sentence in table
+    assert results["verdicts"][0] in table
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["| method", "| untrained", "| lead", "| random"]
-    assert f"{lead['overall']['mean']:.4f} [{lead['overall']['low']:.4f}, " in rows[2][3]
+    assert [row[0] for row in rows[:4]] == ["| variant", "| untrained", "| lead", "| random"]
+    lead = results["groups"][0]
+    assert f"{lead['overall']['mean']:.4f} [{lead['overall']['low']:.4f}, " in rows[2][5]
 
     # The same command again has nothing to train. A run that was killed is gone on with; a lost evaluation is made again.
     in_process.clear()
@@ -144,7 +156,7 @@ def test_command_lines_are_understood_and_mean_what_was_planned(pool: Path, tmp_
     monkeypatch.setattr("lead_engine.evaluation.evaluate.run", seen.append)
     for run in plan_runs(study, tmp_path / "out"):
         compare.write_text(run_file(run.config_file), compare.config_text(run.train))
-        command = train_command(run, study.ranks)
+        command = train_command(run, study.options.ranks)
         assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         assert command[5] == "2"
         assert cli.main(command[command.index("lead_engine") + 1 :]) == 0
@@ -199,15 +211,48 @@ def test_a_run_that_ends_without_a_summary_is_no_result(
     pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
 ) -> None:
     path = write_study(tmp_path / "study.yaml", pool)
-    original: Callable[..., None] = compare.run_logged
+    original = compare.start
 
-    def run(command: list[str], log: Path, what: str) -> None:
-        if not what.startswith("training"):
-            original(command, log, what)
+    def run(command: list[str], log: Path, what: str, threads: int | None) -> Ended:
+        return Ended() if what.startswith("training") else original(command, log, what, threads)
 
-    monkeypatch.setattr(compare, "run_logged", run)
+    monkeypatch.setattr(compare, "start", run)
     with pytest.raises(UserError, match=r"training lead-20pct-s0 ended without .*summary\.json"):
         compare.run(CompareConfig(config=path, out=tmp_path / "out"))
+
+
+def test_variants_two_at_a_time_in_real_processes_one_of_them_killed_before(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(
+        tmp_path / "study.yaml",
+        pool,
+        methods=["random"],
+        variants={"slow": {"method": "random", "optimizer": {"lr": 1e-5}}},
+        contrasts=[["slow", "random"]],
+        jobs=2,
+    )
+    monkeypatch.setattr(compare.report, "run", lambda config: None)
+    killed = plan_runs(compare.read_study(path), tmp_path / "out")[1]
+    compare.write_text(run_file(killed.config_file), compare.config_text(killed.train))
+    child = start(train_command(killed, 1), killed.log, "training", threads=1)
+    while not killed.started and not child.finished():
+        time.sleep(0.005)
+    child.process.kill()
+    child.wait(60)
+    with pytest.raises(UserError, match="signal 9"):
+        child.finished()
+    assert not killed.trained
+
+    compare.run(CompareConfig(config=path, out=tmp_path / "out"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {run["name"] for run in results["runs"]} == {f"{name}-20pct-s{seed}" for name in ("random", "slow") for seed in (0, 1)}
+    assert all(run["overall"] < results["base"]["loss"]["overall"] for run in results["runs"])
+    (difference,) = results["comparisons"]  # a contrast with the reference is there once
+    assert difference["verdicts"]["overall"] == "worse"
+    assert "train --config" in killed.log.read_text()
+    assert f"train --config {killed.config_file} --resume" in killed.log.read_text()
+    assert "held-out loss" in killed.log.read_text()  # what the process said stands in the log
 
 
 def test_differences_that_are_no_difference_in_the_result_do_not_matter(pool: Path, tmp_path: Path) -> None:
@@ -222,60 +267,75 @@ def test_differences_that_are_no_difference_in_the_result_do_not_matter(pool: Pa
         check_unchanged(run)
 
 
-# --- tables and verdicts ---
+# --- tables ---
 
 
 def result(*, generated: bool) -> dict[str, object]:
     share = {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 3} if generated else None
     interval = {"mean": 2.0, "low": 1.9, "high": 2.1, "n": 3}
-    common = {"tokens_trained": 12345.0, "seconds": 150.0, "overall": interval, "macro": interval, "whole": share}
-    lead = common | group(-0.05, -0.08, -0.02) | {"final": share}
-    full = common | {"method": "full", "budget": None, "difference": None, "final": None}
+    difference = {"mean": -0.05, "low": -0.08, "high": -0.02, "n": 3}
+    losses = {"overall": interval, "macro": interval, "per_sample": interval}
+    costs = {"tokens_trained": 12345.0, "response_tokens_trained": None, "samples_trained": 50.0}
+    times = {"seconds": 150.0, "training_seconds": 100.0, "selection_seconds": 45.0, "scoring_seconds": 5.0}
+    common = costs | times | losses | {"whole": share}
+    lead = common | {"variant": "lead", "budget": 0.025, "epochs": 1, "final": share}
+    full = common | {"variant": "full", "budget": None, "epochs": 2, "final": None, "selection_seconds": None}
+    words = {"overall": "better", "macro": "better", "per_sample": "better"}
+    pair = {"a": "lead", "b": "random", "budgets": [0.025], "pooled": False, "seeds": [0, 1, 2], "over_samples": interval}
+    pair |= dict.fromkeys(losses, difference) | {"verdicts": words, "sentence": "v"}
     study = {"pool": "p", "model": "m", "heldout": ["h"], "seeds": [0], "epochs": 2}
-    return {"study": study, "base": None, "groups": [lead, full], "verdicts": ["v"], "warnings": ["w"]}
+    return {
+        "study": study,
+        "reference": "random",
+        "base": None,
+        "groups": [lead, full],
+        "comparisons": [pair],
+        "verdicts": ["v"],
+        "warnings": ["w"],
+    }
 
 
 def test_the_table_has_exact_match_only_where_something_was_generated() -> None:
-    rows = table_rows(result(generated=True))
-    assert dict(zip(columns_of(rows), rows[0], strict=True)) == {
-        "method": "lead",
+    lead, full = group_rows(result(generated=True), compact=False)
+    assert lead == {
+        "variant": "lead",
         "budget": "2.5 %",
         "tokens trained": "12,345",
-        "overall loss": "2.0000 [1.9000, 2.1000]",
-        "macro loss": "2.0000 [1.9000, 2.1000]",
+        "answer tokens": "-",
+        "samples": "50",
+        "overall": "2.0000 [1.9000, 2.1000]",
+        "macro": "2.0000 [1.9000, 2.1000]",
+        "mean over samples": "2.0000 [1.9000, 2.1000]",
         "difference to random": "-0.0500 [-0.0800, -0.0200]",
         "exact match": "25.0 % / 25.0 %",
         "time": "2.5 min",
+        "training": "100 s",
+        "selection": "45 s",
+        "scoring": "5.00 s",
     }
-    assert rows[1][1] == "200 %"  # full training of two epochs
-    assert rows[1][6] == "25.0 % / -"
-    rows = table_rows(result(generated=False))
-    assert columns_of(rows)[-2:] == ["difference to random", "time"]
-    assert rows[0][-1] == "2.5 min"
+    assert full["budget"] == "200 %"  # full training of two epochs
+    assert full["exact match"] == "25.0 % / -"
+    assert full["selection"] == full["difference to random"] == "-"
+    assert "exact match" not in group_rows(result(generated=False), compact=False)[0]
+    compact = group_rows(result(generated=False), compact=True)[0]
+    assert compact["overall"] == "2.0000"
+    assert "tokens trained" not in compact
+
+
+def test_markdown_holds_verdicts_warnings_and_the_number_of_looks() -> None:
     text = markdown(result(generated=False))
-    assert "\n- v\n- w\n" in text
-    assert "- lead, 2.5 %: -0.0500 [-0.0600, -0.0400]" in text
+    assert "\n- v\n" in text
+    assert "\n- w\n" in text
+    assert "| lead | random | 2.5 % | -0.0500 [-0.0800, -0.0200] better |" in text
+    assert "There are 3 intervals here" in text
+    assert "- lead against random, 2.5 %: +2.0000 [+1.9000, +2.1000]" in text
 
 
-def group(mean: float, low: float | None, high: float | None) -> dict[str, object]:
-    seeds = {"mean": mean, "low": low, "high": high, "n": 1 if low is None else 3}
-    samples = {"mean": mean, "low": mean - 0.01, "high": mean + 0.01, "n": 100}
-    return {"method": "lead", "budget": 0.025, "difference": {"overall": seeds, "macro": seeds, "over_samples": samples}}
+def test_training_seconds_are_what_selection_and_scoring_leave() -> None:
+    def outcome(**summary: float) -> Outcome:
+        return Outcome(None, summary, {}, None)
 
-
-@pytest.mark.parametrize(
-    ("interval", "outcome"),
-    [
-        ((-0.05, -0.08, -0.02), "better"),
-        ((0.05, 0.02, 0.08), "worse"),
-        ((-0.05, -0.12, 0.02), "no difference shown"),
-        ((0.01, -0.02, 0.04), "no difference shown"),
-        ((-0.05, None, None), "no verdict from one seed"),
-    ],
-)
-def test_the_paired_interval_over_seeds_decides(interval: tuple, outcome: str) -> None:
-    sentence = verdict(group(*interval))
-    assert sentence.startswith(f"LEAD at 2.5 % of the pool: {outcome} (")
-    assert f"{interval[0]:+.4f}" in sentence
-    if interval[1] is not None:
-        assert f"[{interval[1]:+.4f}, {interval[2]:+.4f}]" in sentence
+    costs = outcome(seconds=10.0, selection_seconds=2.0, scoring_seconds=3.0, tokens_trained=5).costs
+    assert costs["training_seconds"] == 5.0
+    assert costs["response_tokens_trained"] is None
+    assert outcome(seconds=10.0).costs["training_seconds"] is None

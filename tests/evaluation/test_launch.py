@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 
 from lead_engine.errors import UserError
-from lead_engine.evaluation.launch import run_logged
+from lead_engine.evaluation.launch import child_environment, start, threads_of
 
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-S", "-c", code]
+
+
+def run_logged(command: list[str], log: Path, what: str) -> None:
+    child = start(command, log, what)
+    while not child.finished():
+        time.sleep(0.005)
 
 
 def test_output_is_kept_and_added_to_what_was_there(tmp_path: Path) -> None:
@@ -58,8 +64,10 @@ def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     parent = (
-        "import sys; from pathlib import Path; from lead_engine.evaluation.launch import run_logged; "
-        f"run_logged([sys.executable, '-S', '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}), 'x')"
+        "from pathlib import Path; from lead_engine.evaluation.launch import start; "
+        "from lead_engine.evaluation.jobs import Task, run_tasks; import sys; "
+        f"steps = iter([start([sys.executable, '-S', '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}), 'x')]); "
+        "run_tasks([Task('a', steps)], 1, print)"
     )
     # A suite that runs in the background of a shell inherits SIGINT as ignored.
     listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -71,3 +79,24 @@ def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
     process.wait(30)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
+
+
+def test_forked_commands_write_to_their_log_and_their_status_decides(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    run_logged([sys.executable, "-m", "lead_engine", "--version"], log, "first")
+    assert "lead-engine" in log.read_text().splitlines()[1]
+    with pytest.raises(UserError, match=r"(?s)second failed \(exit status 2\).*--config nowhere\.yaml"):
+        run_logged([sys.executable, "-m", "lead_engine", "train", "--config", "nowhere.yaml"], log, "second")
+
+
+def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert [threads_of(jobs, 1) for jobs in (1, 2, 3, 32)] == [None, 8, 5, 1]
+    assert threads_of(2, 4) == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert child_environment(8)["OMP_NUM_THREADS"] == "3"
+    assert child_environment(2)["OMP_NUM_THREADS"] == "2"
+    assert child_environment(None)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert child_environment(8)["OMP_NUM_THREADS"] == "8"
+    assert "OMP_NUM_THREADS" not in child_environment(None)
