@@ -23,6 +23,7 @@ from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.pool.tokenizer import generation_prompt_ids
 from lead_engine.prepare import stages
 from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name, tasks_by_topic
+from lead_engine.prepare.ngram import ngram_scores
 from lead_engine.prepare.tokenise import tokenise, write_answers
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.train import train
@@ -72,8 +73,6 @@ def _score(config: PrepareConfig, ranks: Ranks) -> None:
         write_answers(store, out / ANSWERS, generation_prompt_ids(load_tokenizer(base)))
     ranks.barrier()
     if config.scoring == "ngram":
-        from lead_engine.prepare.ngram import ngram_scores
-
         say("scores by counts of n-grams: no pass of the model over the pool")
         task, names = _tasks(config, store, lambda: build_model(base, **options))
         utility, given, alone = ngram_scores(TokenStore.open(out / "store", "mmap"))
