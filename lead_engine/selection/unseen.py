@@ -36,8 +36,8 @@ class CellEstimates:
     def __init__(self, config: SelectionConfig, samples: Samples) -> None:
         if samples.num_cells > MOST_CELLS:
             raise UserError(
-                f"--selection.unseen {config.unseen}: {samples.num_clusters} clusters x {samples.num_tasks} tasks are more than {MOST_CELLS} "
-                "cells; prepare the pool with fewer --clusters or --tasks, or use --selection.unseen initial"
+                f"--selection.unseen {config.unseen}: {samples.num_clusters} clusters x {samples.num_tasks} tasks are more than "
+                f"{MOST_CELLS} cells; prepare the pool with fewer --clusters or --tasks, or use --selection.unseen initial"
             )
         self.samples, self.drift, self.optimism = samples, config.unseen == "drift", config.optimism
         self.cell_sum = torch.zeros(samples.num_cells, device=samples.device)
