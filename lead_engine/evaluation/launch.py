@@ -32,7 +32,8 @@ PRELOADED = [
     "torch.utils.tensorboard",
     "tyro",
 ]
-"""What `train` and `eval` import. None of it may start threads or touch a GPU when it is imported: both do not survive a fork."""
+"""What `train` and `eval` import. Nothing of it may start threads or touch a GPU on import: neither survives a fork. (The thread
+of pyarrow's allocator does: jemalloc starts it anew.)"""
 ENGINE = ["-m", "lead_engine"]
 
 
