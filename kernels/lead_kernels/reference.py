@@ -90,12 +90,14 @@ def grad_inner_product(
     return out
 
 
-def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
     entries = []
     for label in range(num_tasks):
         members = [i for i in range(len(utility)) if eligible[i] and task[i] == label]
         members.sort(key=lambda i: (-float(utility[i]), i))
-        entries += [(Fraction(2 * rank + 1, 2 * len(members)), label, i) for rank, i in enumerate(members)]
+        share = len(members) if weight is None else int(weight[label])
+        if share > 0:
+            entries += [(Fraction(2 * rank + 1, 2 * share), label, i) for rank, i in enumerate(members)]
     order = [i for _, _, i in sorted(entries)][:k]
     return torch.tensor(order + [len(utility)] * (k - len(order)), dtype=torch.int64)
 

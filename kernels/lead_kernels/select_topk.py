@@ -4,7 +4,8 @@ Only k samples are wanted, so the pool is never sorted. A sample's *key* is (uti
 and those of an id: keys are unique, smaller is better. Task j can fill at most c_j of the first k places (`_quota`), so a radix select
 finds the key of its c_j-th best sample: a pass over the pool counts, per task, the values of the key's next digit among the samples that
 agree with what is known of the wanted key; the digit in which the c_j-th falls is then known too. The samples up to those keys, at most
-k - 1 + J altogether, are copied out in the order of their ids, and only they are sorted.
+k - 1 + J altogether, are copied out in the order of their ids, and only they are sorted. Weights of the tasks instead
+of their numbers of samples change the c_j (`_weighted_quota`) and that last order; the pool is read in the same way.
 
 Source of the select: Alabi, Blanchard, Gordon, Steinbach, "Fast k-selection algorithms for graphics processing units", ACM JEA 17 (2012),
 here for all tasks at once.
@@ -22,6 +23,8 @@ from lead_kernels.checks import check_device, check_shape
 ORDER_BITS = 32
 MAX_SAMPLES = 2**30
 """So that a key has at most 62 bits, and a quota's products and a share's fraction fit into int64."""
+MAX_WEIGHT = 2**28
+"""So that the products of a weighted quota fit into int64, and 62 bits after the point tell weighted shares apart."""
 TASK_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 NONE = 2**63 - 1  # sorts behind every key
 
@@ -127,16 +130,24 @@ def _winners_kernel(
 
 
 @triton.jit
-def _share_kernel(sorted_key, by_task, sample, size, start, share, sample_by_task, num_candidates, BLOCK: tl.constexpr):
-    """`_share` of the candidates, which stand task after task, and their ids in that order."""
+def _share_kernel(
+    sorted_key, by_task, sample, weight, start, whole, share, sample_by_task, num_candidates, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`_share` of the candidates, which stand task after task, and their ids in that order. With WEIGHTED, shares are not below 1:
+    `whole` gets their integer parts and `share` the rest."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < num_candidates
     key = tl.load(sorted_key + position, mask=inside, other=0)
     real = inside & (key != 0x7FFFFFFFFFFFFFFF)
     rank = position - tl.load(start + (key >> 32), mask=real, other=0)
-    twice = 2 * tl.load(size + (key >> 32), mask=real, other=1)
-    high = ((2 * rank + 1) << 31) // twice
-    low = ((((2 * rank + 1) << 31) - high * twice) << 31) // twice
+    twice = 2 * tl.load(weight + (key >> 32), mask=real, other=1)
+    above = 2 * rank + 1
+    if WEIGHTED:
+        integer = above // twice
+        tl.store(whole + position, tl.where(real, integer, 0x7FFFFFFFFFFFFFFF), mask=inside)
+        above -= integer * twice
+    high = (above << 31) // twice
+    low = (((above << 31) - high * twice) << 31) // twice
     tl.store(share + position, tl.where(real, (high << 31) | low, 0x7FFFFFFFFFFFFFFF), mask=inside)
     tl.store(sample_by_task + position, tl.load(sample + tl.load(by_task + position, mask=inside, other=0), mask=inside), mask=inside)
 
@@ -200,12 +211,12 @@ def _digits(total_bits: int, bits: int) -> list[tuple[int, int]]:
     return [(shift, min(bits, total_bits - index * bits)) for index, shift in enumerate(shifts)]
 
 
-def _weight(k: int, num_samples: int, num_tasks: int) -> int:
+def _reach(k: int, num_samples: int, num_tasks: int) -> int:
     """2 (k - 1) + J, see `_quota`; more than N places change nothing."""
     return 2 * min(k, num_samples) - 2 + num_tasks
 
 
-def _quota(size_J: Tensor, weight: int) -> Tensor:
+def _quota(size_J: Tensor, reach: int) -> Tensor:
     """c_j = min(n_j, floor((n_j (2 (k - 1) + J) + n) / (2 n))): the most samples of task j among the first k.
 
     Let x be the k-th key of the order. Of task j, ceil(x n_j - 1/2) samples have keys below x, and these are fewer than k over all tasks:
@@ -213,7 +224,40 @@ def _quota(size_J: Tensor, weight: int) -> Tensor:
     enough. The sum over the tasks is at most k - 1 + J/2 + J/2.
     """
     eligible = size_J.sum()
-    return torch.minimum(size_J, (size_J * weight + eligible) // (2 * eligible).clamp(min=1))
+    return torch.minimum(size_J, (size_J * reach + eligible) // (2 * eligible).clamp(min=1))
+
+
+def _weighted_quota(size_J: Tensor, weight_J: Tensor, reach: int) -> Tensor:
+    """c_j = min(n_j, floor(X w_j + 1/2)): the most samples of task j among the first k, where tasks may run out before.
+
+    X is the level up to which water fills the tasks, vessels of width w_j and volume n_j, when k - 1 + J/2 of it are poured in:
+    f(X) = sum_j min(n_j, X w_j) = k - 1 + J/2; no bound where they hold less. A task without weight holds nothing: n_j = 0 below.
+
+    Let x be the k-th key of the order, or the last if there are fewer. Of task j, min(n_j, ceil(x w_j - 1/2)) >= min(n_j, x w_j) - 1/2
+    samples have keys below x, and these are fewer than k over all tasks: f(x) <= k - 1 + J/2 and so, f growing up to the last key,
+    x <= X. And min(n_j, floor(x w_j + 1/2)) of its samples have keys up to x, so that c_j is enough. The sum over the tasks is at most
+    f(X) + J/2 <= k - 1 + J.
+
+    With the tasks in ascending order of n_j / w_j, where they run out, let N be the samples of those before task j and W the weights of
+    the others. Task j has run out at X where f(n_j / w_j) = N + W n_j / w_j <= k - 1 + J/2, that is where
+    n_j <= w_j (2 (k - 1) + J - 2 N) / (2 W). These tasks taken out, X = (2 (k - 1) + J - 2 N) / (2 W) with the N of all of them and the W
+    of the rest. All in int64: with n <= 2^30 and w_j <= 2^28 the products stay below 2^28 (2^31 + J).
+    """
+    size_J = size_J * (weight_J > 0)
+    order = _ascending(size_J, weight_J.clamp(min=1))
+    size, weight = size_J[order], weight_J[order]
+    left = weight.sum() - weight.cumsum(0) + weight
+    out = size <= weight * (reach - 2 * (size.cumsum(0) - size)) // (2 * left).clamp(min=1)
+    rest, left = reach - 2 * (size * out).sum(), (weight * ~out).sum()
+    bound_J = (weight_J * rest + left) // (2 * left).clamp(min=1)
+    return torch.where(left > 0, torch.minimum(size_J, bound_J), size_J)
+
+
+def _fraction(above: Tensor, below: Tensor) -> Tensor:
+    """floor(2^62 a / b) for 0 <= a < b <= 2^31, in int64."""
+    high = (above << 31) // below
+    rest = (above << 31) - high * below
+    return (high << 31) | ((rest << 31) // below)
 
 
 def _share(rank: Tensor, size: Tensor) -> Tensor:
@@ -221,12 +265,26 @@ def _share(rank: Tensor, size: Tensor) -> Tensor:
 
     Two unequal fractions with denominators 2 n and 2 m differ by at least 1 / (2 n m) > 2^-62, as n + m <= 2^30; equal ones stay equal.
     """
-    high = ((2 * rank + 1) << 31) // (2 * size)
-    rest = ((2 * rank + 1) << 31) - high * (2 * size)
-    return (high << 31) | ((rest << 31) // (2 * size))
+    return _fraction(2 * rank + 1, 2 * size)
 
 
-def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+def _by_parts(whole: Tensor, fraction: Tensor) -> Tensor:
+    """The indices that sort numbers of two parts, the earlier first among equal ones."""
+    by_fraction = torch.sort(fraction, stable=True).indices
+    return by_fraction[torch.sort(whole[by_fraction], stable=True).indices]
+
+
+def _ascending(above: Tensor, below: Tensor) -> Tensor:
+    """The indices that sort the quotients a / b exactly, the earlier first among equal ones; 0 <= a < 2^63, 1 <= b <= 2^29.
+
+    Two unequal fractions with denominators up to 2^29 differ by at least 2^-58, so that 62 bits after the point tell them apart; with
+    the bits before it they do not fit into one integer.
+    """
+    whole = above // below
+    return _by_parts(whole, _fraction(above - whole * below, below))
+
+
+def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None) -> Tensor:
     utility, eligible, task = utility.contiguous(), eligible.contiguous(), task.contiguous()
     num_samples, device = utility.shape[0], utility.device
     launch, wave = _launch(num_samples, num_tasks), wave_size(utility.device)
@@ -245,7 +303,8 @@ def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: 
         )  # fmt: skip
         if number == 0:  # all of them have been counted
             size = histogram.sum((0, 2))
-            quota = _quota(size, _weight(k, num_samples, num_tasks))
+            reach = _reach(k, num_samples, num_tasks)
+            quota = _quota(size, reach) if weight is None else _weighted_quota(size, weight, reach)
             need = quota.clone()
         _choose_kernel[(num_tasks,)](
             histogram, prefix, need, threshold, closed, num_tasks, launch.copies, shift, width,
@@ -263,11 +322,13 @@ def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: 
 
     sort_key, by_task = torch.sort(sort_key, stable=True)
     share, sample_by_task = torch.empty_like(sort_key), torch.empty_like(sample)
+    whole = share if weight is None else torch.empty_like(share)
     _share_kernel[(triton.cdiv(candidates, launch.block),)](
-        sort_key, by_task, sample, size, quota.cumsum(0) - quota, share, sample_by_task, candidates,
-        BLOCK=launch.block, num_warps=num_warps,
+        sort_key, by_task, sample, size if weight is None else weight, quota.cumsum(0) - quota, whole, share, sample_by_task, candidates,
+        WEIGHTED=weight is not None, BLOCK=launch.block, num_warps=num_warps,
     )  # fmt: skip
-    return _padded(sample_by_task[torch.sort(share, stable=True).indices[:k]], k, num_samples)
+    best = torch.sort(share, stable=True).indices if weight is None else _by_parts(whole, share)
+    return _padded(sample_by_task[best[:k]], k, num_samples)
 
 
 def _padded(order: Tensor, k: int, num_samples: int) -> Tensor:
@@ -280,7 +341,7 @@ def _descending_on_host(utility: Tensor) -> Tensor:
     return 0x7FFFFFFF - (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
 
 
-def _on_host(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+def _on_host(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None) -> Tensor:
     """Here the eligible samples are known by number, and sorting all of them as integers costs no more than selecting among them."""
     num_samples = utility.shape[0]
     ids = eligible.nonzero().squeeze(1)
@@ -288,22 +349,28 @@ def _on_host(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k:
     by_task = torch.sort((group << 32) | _descending_on_host(utility.index_select(0, ids)), stable=True).indices
 
     size_J = torch.bincount(group, minlength=num_tasks)
-    quota_J = _quota(size_J, _weight(k, num_samples, num_tasks))
+    reach = _reach(k, num_samples, num_tasks)
+    quota_J = _quota(size_J, reach) if weight is None else _weighted_quota(size_J, weight, reach)
     group = torch.repeat_interleave(quota_J)
     rank = torch.arange(group.shape[0]) - (quota_J.cumsum(0) - quota_J).index_select(0, group)
-    best = torch.sort(_share(rank, size_J.index_select(0, group)), stable=True).indices[:k]
+    if weight is None:
+        best = torch.sort(_share(rank, size_J.index_select(0, group)), stable=True).indices[:k]
+    else:
+        best = _ascending(2 * rank + 1, 2 * weight.index_select(0, group))[:k]
     place = (size_J.cumsum(0) - size_J).index_select(0, group[best]) + rank[best]
     return _padded(ids[by_task[place]], k, num_samples)
 
 
 @torch.library.custom_op("lead_kernels::select_topk", mutates_args=())
-def _select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+def _select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
     with current_device(utility):
-        return (_on_gpu if uses_kernels(utility) else _on_host)(utility, eligible, task, num_tasks, k)
+        if weight is not None:  # a wrong one would give more candidates than there is room for
+            weight = weight.clamp(0, MAX_WEIGHT).contiguous()
+        return (_on_gpu if uses_kernels(utility) else _on_host)(utility, eligible, task, num_tasks, k, weight)
 
 
 @_select_topk.register_fake
-def _(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
+def _(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
     return utility.new_empty((k,), dtype=torch.int64)
 
 
@@ -327,27 +394,35 @@ def _(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
     return mask.new_empty((num_groups,))
 
 
-def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
-    """The first `k` eligible samples, tasks interleaved in proportion to their eligible samples, the highest utility first.
+def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
+    """The first `k` eligible samples, tasks interleaved in proportion to their eligible samples or to `weight`, the highest utility first.
 
     utility: fp32 [N] (NaN ranks last, with -inf); eligible: bool [N]; task: integer [N] (int64 or smaller: a byte is read fastest), in
-    [0, num_tasks), which is not checked. Returns int64 [k]; entries past the number of eligible samples are N.
+    [0, num_tasks), which is not checked; weight: int64 [num_tasks], 0 to 2^28 each (values are not checked: what is outside counts as
+    the nearest of these). Returns int64 [k]; entries past the number of eligible samples (of the tasks with a weight) are N.
 
     Within a task, samples are ranked r = 0, 1, ... by utility descending (ties by id); a sample's key is (r + 0.5) / (eligible samples of
     the task), and the order is by key ascending (ties by task), compared exactly. The samples of task j with key <= x number x n_j to
     within 1/2, so that with J tasks the share of task j in any prefix of m samples is within 1/2 + J/2 n_j / n of m n_j / n (n = all
     eligible).
 
-    Raises ValueError on shapes, dtypes, devices, k or num_tasks below 1, or N above 2^30. Time and memory: see `_launch`.
+    With `weight`, a sample's key is (r + 0.5) / weight[task] instead, compared as exactly: tasks of equal weight get equally many places
+    whatever their sizes. A task of weight 0 gives no sample. One whose samples run out has no more keys, and the others fill the places
+    in proportion to their weights. Weights in proportion to the eligible samples give the order that None gives.
+
+    Raises ValueError on shapes, dtypes, devices, k or num_tasks below 1, or N above 2^30. Time and memory: see `_launch`; weights add
+    sorts of [num_tasks] and one more of the candidates.
     """
     num_samples = utility.shape[0]
     check_shape("utility", utility, (num_samples,), (torch.float32,))
     check_shape("eligible", eligible, (num_samples,), (torch.bool,))
     check_shape("task", task, (num_samples,), TASK_DTYPES)
-    check_device(utility.device, eligible=eligible, task=task)
+    if weight is not None:
+        check_shape("weight", weight, (num_tasks,), (torch.int64,))
+    check_device(utility.device, eligible=eligible, task=task, weight=weight)
     if not 1 <= num_samples <= MAX_SAMPLES or num_tasks < 1 or k < 1:
         raise ValueError(f"{num_samples} samples, num_tasks {num_tasks}, k {k}: expected 1 to 2^30 samples, and at least 1 of the others")
-    return _select_topk(utility, eligible, task, num_tasks, k)
+    return _select_topk(utility, eligible, task, num_tasks, k, weight)
 
 
 def groups_present(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -385,7 +460,9 @@ def builds() -> list[KernelBuild]:
     for bits in range(4, 12):
         constants = {"DIGITS": 1 << bits, "ROWS": max(1, CHOOSE_TILE >> bits)}
         found.append(KernelBuild(f"select_topk choose {bits} bits", _choose_kernel, signature, constants, THREADS))
-    vectors = dict.fromkeys(("sorted_key", "by_task", "sample", "size", "start", "share", "sample_by_task"), "*i64")
-    signature = {**vectors, "num_candidates": "i32", "BLOCK": "constexpr"}
-    found.append(KernelBuild("select_topk share", _share_kernel, signature, {"BLOCK": block}, THREADS))
+    vectors = dict.fromkeys(("sorted_key", "by_task", "sample", "weight", "start", "whole", "share", "sample_by_task"), "*i64")
+    signature = {**vectors, "num_candidates": "i32", "WEIGHTED": "constexpr", "BLOCK": "constexpr"}
+    for weighted in (False, True):
+        name = f"select_topk {'weighted ' if weighted else ''}share"
+        found.append(KernelBuild(name, _share_kernel, signature, {"WEIGHTED": weighted, "BLOCK": block}, THREADS))
     return found

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from kernel_round import CAPACITY, CASES, TOLERANCE, assert_agree, select, step, world
 from torch import Tensor
 
-from lead_kernels import gather_batch, linear_cross_entropy
+from lead_kernels import gather_batch, linear_cross_entropy, select_topk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -35,6 +35,21 @@ def test_same_as_on_the_cpu_without_a_synchronisation(dtype: torch.dtype, case: 
         device, again = step(inputs, case), step(inputs, case)
     assert all(torch.equal(a, b) for a, b in zip(device, again, strict=True))
     assert_agree(device, step(world("cpu", dtype), case), dtype)
+
+
+@pytest.mark.parametrize("weights", [None, [3, 0, 2**28, 1], [0, 0, 0, 0]])
+def test_an_order_by_weight_without_a_synchronisation(weights: list[int] | None) -> None:
+    w = world("cpu", torch.float32)
+    host = (w["utility"], w["eligible"], w["task"], None if weights is None else torch.tensor(weights))
+    device = [None if x is None else x.cuda() for x in host]
+
+    def order(utility: Tensor, eligible: Tensor, task: Tensor, weight: Tensor | None) -> Tensor:
+        return select_topk(utility, eligible, task, 4, 120, weight)
+
+    order(*device)
+    with no_synchronisation():
+        ours = order(*device)
+    assert torch.equal(ours.cpu(), order(*host))
 
 
 def test_a_pinned_pool_is_read_over_the_bus() -> None:

@@ -1,4 +1,5 @@
-"""The order of the fine stage: proportional prefixes, the highest utility first, ties, dummies; the radix select and what it rests on."""
+"""The order of the fine stage: proportional prefixes, the highest utility first, ties, dummies, weights instead of sizes; the radix select
+and what it rests on."""
 from __future__ import annotations
 
 import importlib
@@ -35,8 +36,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHOOSE_TILE", 64)
 
 
-def expected(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int) -> Tensor:
-    return reference.select_topk(torch.where(utility.isnan(), -torch.inf, utility), eligible, task, num_tasks, k)
+def expected(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
+    return reference.select_topk(torch.where(utility.isnan(), -torch.inf, utility), eligible, task, num_tasks, k, weight)
 
 
 @property_test
@@ -49,6 +50,37 @@ def test_agrees_with_reference(form: str, rows: list[tuple[float, bool, int]], k
     utility, eligible, task = (torch.tensor(column) for column in zip(*rows, strict=True))
     want = expected(utility, eligible, task, 4, k)
     assert torch.equal(select_topk(utility, eligible, task.to(dtype), 4, k), want)
+
+
+WEIGHTS = st.one_of(st.integers(0, 5), st.integers(0, 2**28), st.sampled_from([0, 1, 2**28 - 1, 2**28]))
+
+
+@property_test
+@given(
+    rows=st.lists(st.tuples(VALUES, st.booleans(), st.integers(0, 3)), min_size=1, max_size=40),
+    k=st.integers(1, 50),
+    dtype=st.sampled_from(DTYPES),
+    weights=st.lists(WEIGHTS, min_size=4, max_size=4),
+)
+def test_agrees_with_reference_by_weight(
+    form: str, rows: list[tuple[float, bool, int]], k: int, dtype: torch.dtype, weights: list[int]
+) -> None:
+    utility, eligible, task = (torch.tensor(column) for column in zip(*rows, strict=True))
+    weight = torch.tensor(weights)
+    want = expected(utility, eligible, task, 4, k, weight)
+    assert torch.equal(select_topk(utility, eligible, task.to(dtype), 4, k, weight), want)
+
+
+@property_test
+@given(
+    rows=st.lists(st.tuples(VALUES, st.booleans(), st.integers(0, 3)), min_size=1, max_size=40),
+    k=st.integers(1, 50),
+    factor=st.integers(1, 1000),
+)
+def test_weights_like_sizes_change_nothing(form: str, rows: list[tuple[float, bool, int]], k: int, factor: int) -> None:
+    utility, eligible, task = (torch.tensor(column) for column in zip(*rows, strict=True))
+    weight = factor * torch.bincount(task[eligible], minlength=4)
+    assert torch.equal(select_topk(utility, eligible, task, 4, k, weight), select_topk(utility, eligible, task, 4, k))
 
 
 SHAPES = {  # samples, tasks, k, share of the first task, share of eligible samples, values
@@ -82,6 +114,10 @@ def test_pools_of_every_kind(form: str, shape: str) -> None:
     want = expected(utility, eligible, task, tasks, k)
     for _ in range(2):
         assert torch.equal(select_topk(utility, eligible, task.to(torch.uint8), tasks, k), want)
+    uneven = (2**28 * torch.rand(tasks, generator=g) ** 5).long() * (torch.arange(tasks) % 5 > 0)
+    for weight in (torch.ones(tasks, dtype=torch.int64), uneven):
+        want = expected(utility, eligible, task, tasks, k, weight)
+        assert torch.equal(select_topk(utility, eligible, task.to(torch.uint8), tasks, k, weight), want)
 
 
 def test_every_prefix_is_proportional_and_takes_the_best(form: str) -> None:
@@ -109,12 +145,41 @@ def test_ties_go_by_task_and_then_by_id(form: str) -> None:
     assert select_topk(utility, eligible, torch.zeros(6, dtype=torch.int64), 1, 4).tolist() == [0, 1, 2, 3]
 
 
+def test_equal_weights_take_turns_and_the_others_fill_up(form: str) -> None:
+    """Tasks of 1, 3 and 6 samples: a place each until one runs out; of weight 0, 1 and 2: none, and two of the third for one."""
+    task, every = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2, 2, 2]), torch.ones(10, dtype=torch.bool)
+    utility = torch.arange(10.0).flip(0)
+    for k in (1, 2, 6, 9, 12):
+        even = select_topk(utility, every, task, 3, k, torch.full((3,), 7))
+        assert even.tolist() == [0, 1, 4, 2, 5, 3, 6, 7, 8, 9, 10, 10][:k]
+        uneven = select_topk(utility, every, task, 3, k, torch.tensor([0, 1, 2]))
+        assert uneven.tolist() == [4, 1, 5, 6, 2, 7, 8, 3, 9, 10, 10, 10][:k]
+
+
+def test_weights_outside_their_range_write_nowhere_else(form: str) -> None:
+    """They are taken as 0 and 2^28: the candidates must fit into the memory that is set aside for them."""
+    g = torch.Generator().manual_seed(0)
+    utility, every, task = torch.randn(300, generator=g), torch.ones(300, dtype=torch.bool), torch.randint(0, 4, (300,), generator=g)
+    order = select_topk(utility, every, task, 4, 20, torch.tensor([-(2**62), 2**62, 3, -1]))
+    assert torch.equal(order, expected(utility, every, task, 4, 20, torch.tensor([0, 2**28, 3, 0])))
+
+
+def test_a_weight_without_memory_of_its_own(form: str) -> None:
+    utility, every, task = torch.tensor([3.0, 9.0, 1.0]), torch.ones(3, dtype=torch.bool), torch.tensor([1, 1, 0])
+    assert select_topk(utility, every, task, 2, 3, torch.ones(1, dtype=torch.int64).expand(2)).tolist() == [2, 1, 0]
+    assert select_topk(utility, every, task, 2, 3, torch.tensor([0, 5, 1])[::2]).tolist() == [1, 0, 3]
+
+
 def test_nan_comes_last_and_ineligible_never(form: str) -> None:
     utility = torch.tensor([torch.nan, 1.0, -torch.inf, 5.0])
     eligible = torch.tensor([True, True, True, False])
     assert select_topk(utility, eligible, torch.zeros(4, dtype=torch.int64), 1, 6).tolist() == [1, 0, 2, 4, 4, 4]
     nobody = torch.zeros(4, dtype=torch.bool)
     assert select_topk(utility, nobody, torch.zeros(4, dtype=torch.int64), 1, 2).tolist() == [4, 4]
+    weight = torch.tensor([5])
+    assert select_topk(utility, eligible, torch.zeros(4, dtype=torch.int64), 1, 6, weight).tolist() == [1, 0, 2, 4, 4, 4]
+    assert select_topk(utility, nobody, torch.zeros(4, dtype=torch.int64), 1, 2, weight).tolist() == [4, 4]
+    assert select_topk(utility, eligible, torch.arange(4), 4, 3, torch.zeros(4, dtype=torch.int64)).tolist() == [4, 4, 4]
 
 
 def test_the_sign_of_zero_is_no_rank(form: str) -> None:
@@ -153,12 +218,75 @@ def test_a_task_fills_no_more_places_than_its_quota() -> None:
             keys = sorted((Fraction(2 * r + 1, 2 * int(c)), j) for j, c in enumerate(size) for r in range(int(c)))
             for k in range(1, n + 3):
                 first = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
-                quota = module._quota(size, module._weight(k, n, tasks))
+                quota = module._quota(size, module._reach(k, n, tasks))
                 assert bool((first <= quota).all())
                 assert bool((quota <= size).all())
                 assert int(quota.sum()) <= min(n, k - 1 + tasks)
                 reached += int((first == quota).all() and n > k > 1)
     assert reached > 100  # so the bound is no idle one
+
+
+@pytest.mark.parametrize("largest", [4, 50, 2**28])
+def test_by_weight_a_task_fills_no_more_places_than_its_quota(largest: int) -> None:
+    """As above, with tasks that run out before and tasks without weight."""
+    g = torch.Generator().manual_seed(0)
+    reached = exhausted = 0
+    for tasks in (1, 2, 3, 5, 9):
+        for _ in range(12):
+            size, weight = torch.randint(0, 12, (tasks,), generator=g), torch.randint(0, largest + 1, (tasks,), generator=g)
+            n, pairs = int(size.sum()), list(zip(size.tolist(), weight.tolist(), strict=True))
+            keys = sorted((Fraction(2 * r + 1, 2 * w), j) for j, (c, w) in enumerate(pairs) if w for r in range(c))
+            for k in range(1, n + 3):
+                first = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
+                quota = module._weighted_quota(size, weight, module._reach(k, n, tasks))
+                assert bool((first <= quota).all())
+                assert bool((quota <= size * (weight > 0)).all())
+                assert int(quota.sum()) <= min(n, k - 1 + tasks)
+                reached += int((first == quota).all() and len(keys) > k > 1)
+                exhausted += int(((first == size) & (size > 0)).any() and len(keys) > k)
+    assert reached > 100  # so the bound is no idle one
+    assert exhausted > 100
+
+
+def water_level(sizes: list[int], weights: list[int], volume: Fraction) -> Fraction | None:
+    """x with sum_j min(n_j, x w_j) = volume, from vessel to vessel; None where all of them hold no more than that."""
+    level = Fraction(0)
+    vessels = sorted((Fraction(n, w), w) for n, w in zip(sizes, weights, strict=True) if w)
+    for i, (height, _) in enumerate(vessels):
+        width = sum(w for _, w in vessels[i:])
+        if volume < (height - level) * width:
+            return level + volume / width
+        volume -= (height - level) * width
+        level = height
+    return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), tasks=st.integers(1, 6))
+def test_a_weighted_quota_is_exact_up_to_the_largest_pools(data: st.DataObject, tasks: int) -> None:
+    """Pools of up to 2^30 samples, weights of up to 2^28, tasks that run out at almost the same level: no product overflows."""
+    sizes = data.draw(st.lists(st.one_of(st.integers(0, 2**30 // tasks), st.integers(0, 9)), min_size=tasks, max_size=tasks))
+    near = st.sampled_from(sizes).map(lambda n: min(max(n, 1), 2**28))
+    weights = data.draw(st.lists(st.one_of(WEIGHTS, st.just(2**28), near), min_size=tasks, max_size=tasks))
+    samples = max(sum(sizes), 1)
+    k = data.draw(st.one_of(st.integers(1, samples), st.integers(1, min(samples, 50)), st.just(samples)))
+    level = water_level(sizes, weights, Fraction(2 * (k - 1) + tasks, 2))
+    bounds = [samples if level is None else int(level * w + Fraction(1, 2)) for w in weights]
+    want = [min(n, bound) if w else 0 for n, w, bound in zip(sizes, weights, bounds, strict=True)]
+    quota = module._weighted_quota(torch.tensor(sizes), torch.tensor(weights), module._reach(k, samples, tasks))
+    assert quota.tolist() == want
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), below=st.integers(1, 2**29), other=st.integers(1, 2**29))
+def test_quotients_are_sorted_exactly(data: st.DataObject, below: int, other: int) -> None:
+    """Quotients next to each other, of 31 bits before the point and differences of 2^-58; equal ones keep their order."""
+    above = data.draw(st.one_of(st.integers(0, 2**31), st.integers(0, 2 * below)))
+    near = above * other // below
+    rivals = [(max(near + step, 0), other) for step in (-1, 0, 1, 2)]
+    pairs = data.draw(st.permutations([(above, below), *rivals, (2 * above, 2 * below)]))
+    want = sorted(range(len(pairs)), key=lambda i: Fraction(*pairs[i]))
+    assert module._ascending(*(torch.tensor(column) for column in zip(*pairs, strict=True))).tolist() == want
 
 
 SIZES = st.integers(1, 2**29)
@@ -187,17 +315,23 @@ def test_shares_that_doubles_cannot_tell_apart() -> None:
 
 
 @pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
-def test_the_kernel_computes_the_same_shares() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_kernel_computes_the_same_shares(weighted: bool) -> None:
     """Candidates of three large tasks: the kernel's ranks are places behind the start of the task."""
     g = torch.Generator().manual_seed(0)
-    size, start = torch.tensor([2**29 - 1, 2**29 - 3, 5]), torch.tensor([0, -(2**28), 12])
+    weight = torch.tensor([2**28, 1, 5] if weighted else [2**29 - 1, 2**29 - 3, 5])
+    start = torch.tensor([0, -(2**30) + 20 if weighted else -(2**28), 12])
     group, position = torch.tensor([0] * 5 + [1] * 7 + [2] * 5), torch.arange(19)
     sorted_key = torch.cat([(group << 32) | torch.randint(0, 2**32, (17,), generator=g), torch.full((2,), module.NONE)])
     by_task, sample = torch.randperm(19, generator=g), torch.randint(0, 2**29, (19,), generator=g)
-    share, sample_by_task = torch.empty_like(sorted_key), torch.empty_like(sorted_key)
-    module._share_kernel[(3,)](sorted_key, by_task, sample, size, start, share, sample_by_task, 19, BLOCK=8)
-    assert torch.equal(share[:17], module._share(position[:17] - start[group], size[group]))
+    whole, share, sample_by_task = torch.full_like(sorted_key, -7), torch.empty_like(sorted_key), torch.empty_like(sample)
+    vectors = sorted_key, by_task, sample, weight, start, whole, share, sample_by_task
+    module._share_kernel[(3,)](*vectors, 19, WEIGHTED=weighted, BLOCK=8)
+    above, below = 2 * (position[:17] - start[group]) + 1, 2 * weight[group]
+    assert torch.equal(whole[:17], above // below if weighted else torch.full((17,), -7))
+    assert torch.equal(share[:17], module._fraction(above % below, below))
     assert share[17:].tolist() == [module.NONE] * 2
+    assert whole[17:].tolist() == [module.NONE if weighted else -7] * 2
     assert torch.equal(sample_by_task, sample[by_task])
 
 
@@ -216,9 +350,10 @@ def test_launches_cover_the_pool_and_no_index_overflows(monkeypatch: pytest.Monk
     assert sum(width for _, width in digits) == module.ORDER_BITS + id_bits <= 62
     assert [shift for shift, _ in digits] == [sum(width for _, width in digits[i + 1 :]) for i in range(len(digits))]
     assert max(width for _, width in digits) <= bits
-    # The largest products: of a quota, and of a share.
-    k = num_samples
-    assert num_samples * module._weight(k, num_samples, num_tasks) + num_samples < 2**63
+    # The largest products: of a quota, of a weighted one, and of a share.
+    reach = module._reach(num_samples, num_samples, num_tasks)
+    assert num_samples * reach + num_samples < 2**63
+    assert module.MAX_WEIGHT * (reach + num_tasks) < 2**63
     assert 2 * num_samples << 31 < 2**63
 
 
@@ -232,14 +367,16 @@ def test_every_configuration_is_listed_for_the_compiler(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
-def test_the_kernels_path_reads_nothing(no_host_reads: type) -> None:
+@pytest.mark.parametrize("weight", [None, [4, 0, 9], [0, 0, 0]])
+def test_the_kernels_path_reads_nothing(no_host_reads: type, weight: list[int] | None) -> None:
     g = torch.Generator().manual_seed(0)
     utility, eligible, task = torch.randn(90, generator=g), torch.rand(90, generator=g) < 0.6, torch.randint(0, 3, (90,), generator=g)
-    want = expected(utility, eligible, task, 3, 20)
+    weights = None if weight is None else torch.tensor(weight)
+    want = expected(utility, eligible, task, 3, 20, weights)
     with no_host_reads():
-        order = module._on_gpu(utility, eligible, task, 3, 20)
+        order = module._on_gpu(utility, eligible, task, 3, 20, weights)
         with pytest.raises(AssertionError, match="reads the device"):
-            module._on_host(utility, eligible, task, 3, 20)
+            module._on_host(utility, eligible, task, 3, 20, weights)
     assert torch.equal(order, want)
 
 
@@ -249,6 +386,8 @@ def test_without_data(blind_host: Callable[[], Any]) -> None:
         task = torch.empty(50, device=device, dtype=torch.uint8)
         order, present = select_topk(utility, eligible, task, 3, 70), groups_present(eligible, task, 5)
         assert (order.shape, order.dtype, order.device.type) == ((70,), torch.int64, device)
+        order = select_topk(utility, eligible, task, 3, 70, torch.empty(3, device=device, dtype=torch.int64))
+        assert (order.shape, order.dtype, order.device.type) == ((70,), torch.int64, device)
         assert (present.shape, present.dtype, present.device.type) == ((5,), torch.bool, device)
 
 
@@ -256,9 +395,10 @@ def test_under_torch_compile(form: str) -> None:
     g = torch.Generator().manual_seed(0)
     utility, task = torch.randn(30, generator=g), torch.randint(0, 3, (30,), generator=g)
 
-    def plan(utility: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+    def plan(utility: Tensor, task: Tensor) -> tuple[Tensor, ...]:
         eligible = utility > -1
-        return select_topk(utility, eligible, task, 3, 9) + 1, ~groups_present(eligible, task, 4)
+        weighted = select_topk(utility, eligible, task, 3, 9, weight=torch.arange(3, device=task.device))
+        return select_topk(utility, eligible, task, 3, 9) + 1, weighted + 1, ~groups_present(eligible, task, 4)
 
     compiled = torch.compile(plan, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(compiled(utility, task), plan(utility, task), strict=True))
@@ -283,6 +423,9 @@ def test_on_a_gpu_as_on_the_host(monkeypatch: pytest.MonkeyPatch, tasks: int, va
     pool = utility[values], torch.rand(count, generator=g) < 0.7, (torch.rand(count, generator=g) ** 2 * tasks).to(torch.int16)
     want = select_topk(*pool, tasks, 20_000)
     assert torch.equal(select_topk(*(x.cuda() for x in pool), tasks, 20_000).cpu(), want)
+    weight = (2**28 * torch.rand(tasks, generator=g) ** 5).long()
+    want = select_topk(*pool, tasks, 20_000, weight)
+    assert torch.equal(select_topk(*(x.cuda() for x in pool), tasks, 20_000, weight.cuda()).cpu(), want)
     assert torch.equal(groups_present(pool[1].cuda(), pool[2].cuda(), tasks).cpu(), groups_present(*pool[1:], tasks))
 
 
@@ -294,6 +437,12 @@ def test_refusals() -> None:
         select_topk(torch.zeros(3), every[:2], task, 1, 2)
     with pytest.raises(ValueError, match=r"task is torch\.float32"):
         select_topk(torch.zeros(3), every, task.float(), 1, 2)
+    with pytest.raises(ValueError, match="weight has shape"):
+        select_topk(torch.zeros(3), every, task, 1, 2, torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"weight is torch\.float32"):
+        select_topk(torch.zeros(3), every, task, 1, 2, torch.ones(1))
+    with pytest.raises(ValueError, match="weight is on meta"):
+        select_topk(torch.zeros(3), every, task, 1, 2, torch.ones(1, dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match="k 0"):
         select_topk(torch.zeros(3), every, task, 1, 0)
     with pytest.raises(ValueError, match="0 samples"):
