@@ -85,6 +85,8 @@ class SelectionConfig:
     """U of samples not trained yet: what `prepare` measured; moved by how far cluster and task have come since; or an estimate alone."""
     optimism: float = 1.0
     """With `--selection.unseen estimate`: standard deviations by which a cluster and task nobody has tried stands above its estimate."""
+    drop_misaligned: bool = True
+    """Never train samples whose answer the instruction does not make likelier."""
     use_tasks: bool = True
     """Give every task a quota in proportion to its eligible samples."""
     max_visits: int = 4
@@ -134,6 +136,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "ranking": "hard",
             "rank_by": "utility",
             "unseen": "initial",
+            "drop_misaligned": True,
             "use_tasks": True,
             "max_visits": 4,
         }

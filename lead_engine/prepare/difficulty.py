@@ -18,7 +18,7 @@ def difficulty(with_instruction: Tensor, alone: Tensor) -> Tensor:
 
 
 def cluster_by_difficulty(ratio: Tensor, dropped: Tensor, clusters: int, seed: int) -> tuple[Tensor, list[float]]:
-    """1-D k-means of the ratios that were kept: (cluster int64 [n], easiest first; 0 where dropped, means of the clusters).
+    """1-D k-means of the ratios that were kept: (cluster int64 [n], easiest first; the last where dropped, means of the clusters).
 
     Raises UserError if there are fewer different ratios than clusters.
     """
@@ -30,7 +30,7 @@ def cluster_by_difficulty(ratio: Tensor, dropped: Tensor, clusters: int, seed: i
     order = np.argsort(fit.cluster_centers_[:, 0])
     rank = np.empty(clusters, dtype=np.int64)
     rank[order] = np.arange(clusters)
-    cluster = torch.zeros(len(ratio), dtype=torch.int64)
+    cluster = torch.full((len(ratio),), clusters - 1)
     cluster[~dropped] = torch.from_numpy(rank[fit.labels_])
     return cluster, fit.cluster_centers_[order, 0].tolist()
 

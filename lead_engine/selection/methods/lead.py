@@ -60,7 +60,8 @@ class Lead(Method):
 
     def open_samples(self) -> Tensor:
         """Who is eligible: bool [N]."""
-        return (self.samples.visits[:-1] < self.config.max_visits) & ~self.samples.dropped
+        unspent = self.samples.visits[:-1] < self.config.max_visits
+        return unspent & ~self.samples.dropped if self.config.drop_misaligned else unspent
 
     def order(self, round: int) -> Order:
         uniform = self.uniform(DRAW, self.samples.scalar(round))
@@ -71,7 +72,7 @@ class Lead(Method):
             cluster, weight = torch.full_like(cluster, -1), self._shares(probabilities)
         else:
             eligible &= self.arm == cluster
-        rank = self._rank(utility[:-1], round)
+        rank = self._rank(utility[:-1])
         return Order(select_topk(rank, eligible, self.group, self.num_groups, self.places, weight), utility, cluster, probabilities)
 
     def observe(self, sample_ids: Tensor, loss: Tensor) -> None:
@@ -119,18 +120,21 @@ class Lead(Method):
         whole = (share_KJ * UNIT).long()
         return torch.where(size_KJ > 0, whole.clamp(min=1), 0).view(-1)
 
-    def _rank(self, utility: Tensor, round: int) -> Tensor:
+    def _rank(self, utility: Tensor) -> Tensor:
         """What the highest of comes first: fp32 [N].
 
         soft: by log(value^power) + Gumbel noise; the order is then that of draws without replacement with probabilities in proportion to
         value^power (Gumbel top-k: Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", ICML 2019).
+
+        A sample keeps its noise until it is trained. With new noise every round, a sample that did not fit into a round's last micro-batch
+        would not come first in the next, and long samples, which fit more seldom, would be trained less often than they are drawn.
         """
         if self.config.ranking == "hard":
             return utility if self.density is None else utility * self.density
         ids = torch.arange(self.samples.num_samples, device=utility.device)
-        noise = self.uniform(RANK, self.samples.scalar(round), ids)
+        noise = self.uniform(RANK, self.samples.visits[:-1].long(), ids)
         if self.config.ranking == "random":
             return noise
         value = utility if self.density is None else utility * self.density
         noise = noise.add_(2.0**-25)  # in (0, 1): both logarithms are finite
-        return self.config.soft_power * value.clamp(min=LEAST).log() - noise.log_().neg_().log_()
+        return value.clamp(min=LEAST).log_().mul_(self.config.soft_power).sub_(noise.log_().neg_().log_())
