@@ -23,21 +23,24 @@ def _signed(value: int) -> int:
 
 def _shift_right(bits: Tensor, by: int) -> Tensor:
     """Logical shift; torch's `>>` copies the sign bit down."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def mix64(bits: Tensor) -> Tensor:
-    """SplitMix64's finalizer on int64 tensors of any shape: a bijection; each input bit flips half the output bits."""
-    bits = (bits ^ _shift_right(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
-    bits = (bits ^ _shift_right(bits, 27)) * _signed(0x94D049BB133111EB)
-    return bits ^ _shift_right(bits, 31)
+    """SplitMix64's finalizer on int64 tensors of any shape: a bijection; each input bit flips half the output bits.
+
+    In place on what the shifts allocate: for a whole pool, a fresh tensor for every operation costs more than the operations.
+    """
+    bits = _shift_right(bits, 30).bitwise_xor_(bits).mul_(_signed(0xBF58476D1CE4E5B9))
+    bits = _shift_right(bits, 27).bitwise_xor_(bits).mul_(_signed(0x94D049BB133111EB))
+    return _shift_right(bits, 31).bitwise_xor_(bits)
 
 
 def random_bits(seed: int, *counters: Tensor) -> Tensor:
     """64 random bits, as int64, for every combination of the counters (int64, broadcast against each other)."""
     bits = torch.full((), _signed(seed), dtype=torch.int64, device=counters[0].device)
     for counter in counters:
-        bits = mix64(bits + (counter + 1) * _signed(GOLDEN))
+        bits = mix64(bits + (counter + 1).mul_(_signed(GOLDEN)))
     return bits
 
 
@@ -48,4 +51,4 @@ def order_keys(seed: int, *counters: Tensor) -> Tensor:
 
 def uniform(seed: int, *counters: Tensor) -> Tensor:
     """fp32 numbers in [0, 1): the top 24 bits, which fp32 holds exactly, so that none rounds up to 1."""
-    return _shift_right(random_bits(seed, *counters), 40).to(torch.float32) * 2.0**-24
+    return _shift_right(random_bits(seed, *counters), 40).to(torch.float32).mul_(2.0**-24)

@@ -8,7 +8,6 @@ Both are mended by running means over a *cell*, a cluster's part of a task (Samp
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lead_engine.config import SelectionConfig
@@ -47,9 +46,12 @@ class CellEstimates:
 
     def utility(self) -> Tensor:
         """fp32 [N+1]: U, estimated where a sample was not trained yet."""
-        samples, unseen = self.samples, self.samples.visits == 0
-        estimate = F.pad(self.by_cell()[samples.cell.int()], (0, 1))
-        return torch.where(unseen, samples.utility + estimate if self.drift else estimate, samples.utility)
+        samples, utility = self.samples, self.samples.utility.clone()
+        estimate = self.by_cell().index_select(0, samples.cell.int())
+        if self.drift:
+            estimate += utility[:-1]
+        torch.where(samples.visits[:-1] == 0, estimate, utility[:-1], out=utility[:-1])
+        return utility
 
     def by_cell(self) -> Tensor:
         """The offsets (drift) or utilities (estimate) of the cells: fp32 [C]."""
