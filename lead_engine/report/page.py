@@ -56,6 +56,10 @@ def page(collection: Collection, compared: Sequence[Plot], single: Sequence[tupl
         parts += ["<h2>Methods compared</h2>", *map(plot_html, compared)]
     only = len(single) == 1
     parts.append(f"<h2>{'The run' if only else 'Each run'}</h2>")
+    if len(single) < len(collection.runs):
+        parts.append(
+            f'<p class="soft">{len(single)} of {len(collection.runs)} runs; <code>lead-engine report RUN</code> draws any other.</p>'
+        )
     for run, plots in single:
         inside = options_table(run) + "".join(map(plot_html, plots))
         shown = " open" if only else ""
@@ -76,6 +80,7 @@ def runs_table(collection: Collection) -> str:
     """A row per run: what it cost and what it reached."""
     columns = [
         "run",
+        "variant",
         "method",
         "budget",
         "seed",
@@ -83,19 +88,21 @@ def runs_table(collection: Collection) -> str:
         "different samples",
         "steps",
         "time (s)",
+        "selection (s)",
         "overall",
         "macro",
     ]
     rows: list[list[object]] = []
     if collection.base:
         loss = collection.base["loss"]
-        rows.append(["untrained base", None, None, None, 0, 0, 0, None, _loss(loss["overall"]), _loss(loss["macro"])])
+        rows.append(["untrained base", None, None, None, None, 0, 0, 0, None, None, _loss(loss["overall"]), _loss(loss["macro"])])
     for run in collection.runs:
         summary, loss = run.summary or {}, (run.evaluation or {}).get("loss", {})
         tokens = summary.get("tokens_trained", run.metrics[-1]["tokens"] if run.metrics else 0)
         rows.append(
             [
                 run.name if run.summary else f"{run.name} (not finished)",
+                run.variant,
                 run.method,
                 "whole pool" if run.budget is None else f"{100 * run.budget:g} %",
                 run.seed,
@@ -103,6 +110,7 @@ def runs_table(collection: Collection) -> str:
                 summary.get("distinct_samples"),
                 summary.get("steps", len(run.metrics)),
                 summary.get("seconds"),
+                summary.get("selection_seconds"),
                 _loss(loss.get("overall")),
                 _loss(loss.get("macro")),
             ]

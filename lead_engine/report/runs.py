@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from lead_engine.config import read_yaml
 from lead_engine.errors import UserError
-from lead_engine.evaluation.outputs import RESULT, read_result
+from lead_engine.evaluation.outputs import RESULT, read_result, read_samples
+from lead_engine.evaluation.results import mean_over_samples
+from lead_engine.evaluation.study import budget_name
 from lead_engine.files import read_json, read_lines
 
 Array = NDArray[Any]
@@ -48,9 +50,28 @@ class Run:
         return None if self.method == "full" else float(self.config["budget"])
 
     @property
+    def variant(self) -> str:
+        """What the run is called in its study: NAME of the folder NAME-BUDGET-sSEED. Elsewhere, its method."""
+        ending = f"-{budget_name(self.budget, self.config.get('epochs', 1))}-s{self.seed}"
+        return self.folder.name.removesuffix(ending) if self.folder.name.endswith(ending) else self.method
+
+    @property
     def group(self) -> tuple[str, float | None]:
         """Runs of a group differ in their seed alone."""
-        return self.method, self.budget
+        return self.variant, self.budget
+
+    @cached_property
+    def losses(self) -> dict[str, float] | None:
+        """Held-out loss in each of `MEASURES`; None before it was evaluated."""
+        if self.evaluation is None:
+            return None
+        loss = self.evaluation["loss"]
+        return {"overall": loss["overall"], "macro": loss["macro"], "per_sample": mean_over_samples(read_samples(self.folder / "eval"))}
+
+    @property
+    def task_losses(self) -> dict[str, float]:
+        """Held-out loss of each task; empty before it was evaluated."""
+        return {} if self.evaluation is None else {task: values["loss"] for task, values in self.evaluation["loss"]["tasks"].items()}
 
     @property
     def task_names(self) -> list[str] | None:
@@ -66,6 +87,10 @@ class Run:
         return smooth(self.metric("loss"), self.metric("step_tokens"))
 
 
+Groups = dict[tuple[str, float | None], list[Run]]
+"""Runs by variant and budget."""
+
+
 @dataclass
 class Collection:
     """The runs of a report, the untrained base's evaluation, and a study's verdicts where there is a study."""
@@ -74,13 +99,31 @@ class Collection:
     base: dict[str, Any] | None = None
     verdicts: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    """A study's, as they stand in results.json."""
+    reference: str = "random"
+    """The variant that the others are compared with."""
+    named: list[str] = field(default_factory=list)
+    """A study's variants in its own order."""
 
     @property
-    def groups(self) -> dict[tuple[str, float | None], list[Run]]:
-        """Runs by method and budget: budgets ascending, `full` last; within a budget in the order given."""
-        keys = dict.fromkeys(run.group for run in self.runs)
-        ordered = sorted(keys, key=lambda key: (key[1] is None, key[1] or 0.0))
+    def variants(self) -> list[str]:
+        """Names of the variants that have runs: in the study's order, others behind."""
+        found = dict.fromkeys(run.variant for run in self.runs)
+        return [*(name for name in self.named if name in found), *(name for name in found if name not in self.named)]
+
+    @property
+    def groups(self) -> Groups:
+        """Runs by variant and budget: budgets ascending, `full` last; within a budget in the order of `variants`."""
+        keys, names = dict.fromkeys(run.group for run in self.runs), self.variants
+        ordered = sorted(keys, key=lambda key: (key[1] is None, key[1] or 0.0, names.index(key[0])))
         return {key: [run for run in self.runs if run.group == key] for key in ordered}
+
+    @property
+    def evaluated(self) -> Groups:
+        """The groups' runs that have been evaluated."""
+        groups = {key: [run for run in runs if run.evaluation is not None] for key, runs in self.groups.items()}
+        return {key: runs for key, runs in groups.items() if runs}
 
 
 def read_collection(folders: Sequence[Path]) -> Collection:
@@ -103,6 +146,9 @@ def read_collection(folders: Sequence[Path]) -> Collection:
             results = read_json(folder / "results.json")
             found.verdicts += results.get("verdicts", [])
             found.warnings += results.get("warnings", [])
+            found.comparisons += results.get("comparisons", [])
+            found.reference = results.get("reference") or found.reference
+            found.named += dict.fromkeys(run["variant"] for run in results.get("runs", []) if "variant" in run)
     places = [run.folder.resolve() for run in found.runs]
     for place in places:
         if places.count(place) > 1:

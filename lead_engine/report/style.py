@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 METHOD_COLOURS = {"lead": "#0072B2", "random": "#E69F00", "full": "#009E73"}
+OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#D55E00", "#7F5FA8", "#6B6B00", "#444444")
+BETTER, WORSE = "#0072B2", "#D55E00"
 GREY = "#8a8a8a"
 INK = "#333333"
 BEFORE, AFTER = GREY, "#0072B2"
@@ -88,8 +90,15 @@ def ordered_colours(count: int) -> list[tuple[float, ...]]:
 
 
 def method_colour(method: str) -> str:
-    """The method's colour in every plot."""
-    return METHOD_COLOURS.get(method, "#CC79A7")
+    """The colour of a method that stands alone in its plot."""
+    return METHOD_COLOURS.get(method, OTHER_COLOURS[0])
+
+
+def variant_colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each variant: methods keep theirs in every plot, others take those that are left, over and over."""
+    free = [colour for colour in (*METHOD_COLOURS.values(), *OTHER_COLOURS) if colour not in {METHOD_COLOURS.get(name) for name in names}]
+    others = [name for name in names if name not in METHOD_COLOURS]
+    return METHOD_COLOURS | {name: free[i % len(free)] for i, name in enumerate(others)}
 
 
 def group_name(method: str, budget: float | None) -> str:

@@ -11,17 +11,22 @@ from lead_engine import console
 from lead_engine.config import ReportConfig
 from lead_engine.errors import UserError
 from lead_engine.files import write_bytes, write_text
-from lead_engine.report import comparison_plots, selection_plots, training_plots
+from lead_engine.report import comparison_plots, difference_plots, selection_plots, training_plots
 from lead_engine.report.page import page
 from lead_engine.report.runs import Collection, Run, read_collection
 from lead_engine.report.style import SETTINGS, Plot
 
 COMPARED: tuple[Callable[[Collection], Plot], ...] = (
     comparison_plots.budgets_plot,
-    comparison_plots.differences_plot,
+    difference_plots.differences_plot,
+    difference_plots.contrasts_plot,
+    difference_plots.task_differences_plot,
     comparison_plots.tasks_plot,
+    comparison_plots.time_plot,
     comparison_plots.losses_plot,
 )
+SINGLE = 24
+"""Most runs that get plots of their own in one report; more would make a page that no browser likes to open."""
 
 
 def run(config: ReportConfig) -> None:
@@ -33,21 +38,30 @@ def run(config: ReportConfig) -> None:
         raise UserError("report: give at least one run folder")
     collection = read_collection(config.runs)
     config.out.mkdir(parents=True, exist_ok=True)
-    several = len(collection.runs) > 1
-    with matplotlib.rc_context(SETTINGS), console.progress(len(collection.runs) + several, "plots") as bar:
+    several, shown = len(collection.runs) > 1, runs_shown(collection)
+    with matplotlib.rc_context(SETTINGS), console.progress(len(shown) + several, "plots") as bar:
         compared = []
         if several:
             compared = [make(collection) for make in COMPARED]
             _write_pictures(config.out, compared)
             bar.advance()
         single = []
-        for each in collection.runs:
+        for each in shown:
             plots = plots_of(each, collection)
             _write_pictures(config.out / each.name if several else config.out, plots)
             single.append((each, plots))
             bar.advance()
     write_text(config.out / "index.html", page(collection, compared, single))
     console.say(f"written: {config.out / 'index.html'}")
+
+
+def runs_shown(collection: Collection) -> list[Run]:
+    """The runs with plots of their own: all, or of many, those of the first seed at the largest budget, at most `SINGLE`."""
+    if len(collection.runs) <= SINGLE:
+        return collection.runs
+    largest = max((run.budget for run in collection.runs if run.budget is not None), default=None)
+    first = min(run.seed for run in collection.runs)
+    return [run for run in collection.runs if run.seed == first and run.budget in (largest, None)][:SINGLE]
 
 
 def plots_of(run: Run, collection: Collection) -> list[Plot]:

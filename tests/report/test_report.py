@@ -8,18 +8,19 @@ from types import ModuleType
 
 import matplotlib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from lead_engine.config import ReportConfig
-from lead_engine.report import comparison_plots, run, selection_plots
+from lead_engine.report import comparison_plots, difference_plots, run, selection_plots, write
 from lead_engine.report.page import page, table_html
 from lead_engine.report.runs import Collection, read_collection, read_run
-from lead_engine.report.style import SETTINGS, Plot
+from lead_engine.report.style import SETTINGS, Plot, variant_colours
 from lead_engine.report.write import plots_of
 
 ONE_RUN = {"heldout", "loss", "optimizer", "bandit", "selected", "utility"}
-TOGETHER = {"compare-heldout", "compare-difference", "compare-tasks", "compare-loss"}
+TOGETHER = {"compare-heldout", "compare-difference", "compare-task-differences", "compare-tasks", "compare-time", "compare-loss"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -77,7 +78,7 @@ def test_a_study_gives_the_comparison_too(synthetic: ModuleType, tmp_path: Path)
     assert not (out / "random-2.5pct-s0" / "bandit.png").exists()
     text = (out / "index.html").read_text(encoding="utf-8")
     assert len(Page(text).pictures) == len(TOGETHER) + len(ONE_RUN) + 2 * (len(ONE_RUN) - 1)
-    assert "LEAD at 5 % of the pool: better" in text
+    assert "lead against random at 5 % of the pool: overall better" in text
     assert "untrained base" in text
 
 
@@ -94,9 +95,7 @@ def test_what_is_missing_is_said_and_does_not_fail(synthetic: ModuleType, tmp_pa
         (folder / "selection.jsonl").unlink()
         assert all(plot.png is None for plot in plots_of(read_run(folder), Collection()))
         empty = read_collection([folder])
-        assert all(make(empty).png is None for make in (comparison_plots.losses_plot, comparison_plots.budgets_plot))
-        assert comparison_plots.differences_plot(empty).png is None
-        assert comparison_plots.tasks_plot(empty).png is None
+        assert all(make(empty).png is None for make in write.COMPARED)
         assert "(not finished)" in page(empty, [], [(empty.runs[0], [])])
 
 
@@ -146,23 +145,71 @@ def test_dropped_samples_belong_to_no_cluster(synthetic: ModuleType, tmp_path: P
 
 def test_paired_differences_pair_by_seed(study: Path) -> None:
     collection = read_collection([study])
-    ((method, budget, by_kind),) = comparison_plots.paired_differences(collection)
+    ((method, budget, by_kind),) = difference_plots.paired_differences(collection)
     assert (method, budget) == ("lead", 0.025)
     losses = {(run.method, run.seed): run.evaluation["loss"]["overall"] for run in collection.runs if run.evaluation is not None}
     expected = [losses["lead", seed] - losses["random", seed] for seed in (0, 1)]
     assert by_kind["overall"][1] == pytest.approx(expected)
     assert by_kind["overall"][0].mean == pytest.approx(np.mean(expected))
     without = Collection([run for run in collection.runs if (run.method, run.seed) != ("random", 1)])
-    assert comparison_plots.paired_differences(without)[0][2]["overall"][1] == pytest.approx(expected[:1])
-    assert comparison_plots.paired_differences(Collection([run for run in collection.runs if run.method != "random"])) == []
+    assert difference_plots.paired_differences(without)[0][2]["overall"][1] == pytest.approx(expected[:1])
+    assert difference_plots.paired_differences(Collection([run for run in collection.runs if run.method != "random"])) == []
 
 
 def test_one_seed_has_no_interval_but_plots(study: Path) -> None:
     collection = read_collection([study])
     one = Collection([run for run in collection.runs if run.seed == 0])
     with matplotlib.rc_context(SETTINGS):
-        assert comparison_plots.differences_plot(one).png is not None
+        assert difference_plots.differences_plot(one).png is not None
         assert comparison_plots.budgets_plot(one).png is not None
         only_full = Collection([run for run in one.runs if run.method == "full"])
         assert comparison_plots.losses_plot(only_full).png is not None
         assert comparison_plots.tasks_plot(only_full).png is not None
+
+
+def test_many_variants_are_drawn_in_the_order_of_the_study(synthetic: ModuleType, tmp_path: Path) -> None:
+    study = synthetic.make_study(tmp_path / "study", seeds=2, budgets=(0.01, 0.02), variants=8)
+    collection = read_collection([study])
+    expected = ["lead", *(f"lead-variant-{letter}" for letter in "hgfedcba"), "random", "full"]
+    assert collection.variants == expected
+    assert list(collection.groups) == [(name, budget) for budget in (0.01, 0.02) for name in expected[:-1]] + [("full", None)]
+    rows = difference_plots.paired_differences(collection)
+    assert [row[:2] for row in rows] == [(name, budget) for name in expected[:-2] for budget in (0.01, 0.02)]
+    with matplotlib.rc_context(SETTINGS):
+        plots = {plot.name: plot for plot in (make(collection) for make in write.COMPARED)}
+    assert all(plot.png is not None for plot in plots.values())
+    assert set(plots) == TOGETHER | {"compare-contrasts"}
+    assert "a panel for each variant" in plots["compare-heldout"].text
+    assert "The first 6 variants of 11" in plots["compare-loss"].text
+    shown = write.runs_shown(collection)
+    assert [run.name for run in shown] == sorted(run.name for run in collection.runs if run.seed == 0 and run.budget != 0.01)
+    assert "11 of 42 runs are drawn here" in page(collection, [], [(run, []) for run in shown])
+
+
+def test_another_reference_and_the_mean_over_samples(synthetic: ModuleType, tmp_path: Path) -> None:
+    study = synthetic.make_study(tmp_path / "study", seeds=2, budgets=(0.05,), variants=1)
+    collection = read_collection([study])
+    collection.reference = "lead-variant-a"
+    rows = {row[0]: row[2] for row in difference_plots.paired_differences(collection)}
+    assert list(rows) == ["lead", "random"]
+    means = []
+    for seed in (0, 1):
+        nll = [pq.read_table(study / "runs" / f"{name}-5pct-s{seed}/eval/samples.parquet")["nll"] for name in ("lead", "lead-variant-a")]
+        means.append(np.mean(nll[0].to_numpy()) - np.mean(nll[1].to_numpy()))
+    assert rows["lead"]["per_sample"][1] == pytest.approx(means)
+    assert rows["lead"]["per_sample"][0].mean == pytest.approx(np.mean(means))
+
+
+def test_time_is_split_only_where_the_parts_are_known() -> None:
+    known = {"seconds": 10.0, "selection_seconds": 1.0, "scoring_seconds": 3.0}
+    parts = comparison_plots.time_parts([known, known | {"seconds": 20.0}])
+    assert parts == {"training": 11.0, "selection": 1.0, "scoring": 3.0, "not split": 0.0}
+    parts = comparison_plots.time_parts([known, {"seconds": 20.0}])
+    assert parts == {"training": 0.0, "selection": 0.0, "scoring": 0.0, "not split": 15.0}
+
+
+def test_every_variant_has_a_colour_and_few_have_different_ones() -> None:
+    names = ["lead", "random", "full", "a", "b", "c", "d", "e", "f"]
+    colours = variant_colours(names)
+    assert len({colours[name] for name in names}) == len(names)
+    assert set(variant_colours([f"v{i}" for i in range(40)])) >= {f"v{i}" for i in range(40)}
