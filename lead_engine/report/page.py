@@ -57,9 +57,8 @@ def page(collection: Collection, compared: Sequence[Plot], single: Sequence[tupl
     only = len(single) == 1
     parts.append(f"<h2>{'The run' if only else 'Each run'}</h2>")
     if len(single) < len(collection.runs):
-        parts.append(
-            f'<p class="soft">{len(single)} of {len(collection.runs)} runs; <code>lead-engine report RUN</code> draws any other.</p>'
-        )
+        told = f"{len(single)} of {len(collection.runs)} runs are drawn here; lead-engine report RUN draws any other."
+        parts.append(f'<p class="soft">{told}</p>')
     for run, plots in single:
         inside = options_table(run) + "".join(map(plot_html, plots))
         shown = " open" if only else ""
