@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.config import TrainConfig
@@ -128,14 +129,35 @@ def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder) -> None:
             if config.checkpoint_every and done.round % config.checkpoint_every == 0:
                 _record(waiting, folder, session, names, bar)  # so that the logs reach as far as the checkpoint
                 waiting = None
+                check_replicas(engine.selector, ranks, done.step)
                 checkpoints.save(engine.model, engine.optimizer, parts, done)
         _record(waiting, folder, session, names, bar)
     checkpoints.finish()
+    check_replicas(engine.selector, ranks, done.step)
     if budget - done.tokens > int(engine.store.lengths.max()):  # else what is left is too little for the next sample
         say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {config.selection.max_visits})")
     save_model(engine.model, session.tokenizer, config.out / "model", base=session.base, rank=ranks.rank)
     if ranks.first:
         _finish(session, ranks, done)
+
+
+def check_replicas(selector: Selector, ranks: Ranks, step: int) -> None:
+    """RuntimeError on all ranks unless every rank's selector is that of rank 0, bit for bit. Waits for the device.
+
+    Ranks that disagree would train different plans from then on, and nothing else would tell.
+    """
+    if ranks.size == 1:
+        return
+    own = selector.fingerprint().view(1)
+    everyone = [torch.empty_like(own) for _ in range(ranks.size)]
+    dist.all_gather(everyone, own)
+    first, *others = torch.cat(everyone).tolist()
+    different = [str(rank) for rank, other in enumerate(others, 1) if other != first]
+    if different:
+        raise RuntimeError(
+            f"the selection's state of ranks {', '.join(different)} differs from rank 0's after step {step}, though it is a function of "
+            "what all ranks see: a machine that computes wrongly, or a defect here; checkpoints up to now agree, go on with --resume"
+        )
 
 
 def _record(finished: Round | None, folder: RunFolder, session: Session, names: list[str], bar: Bar) -> None:
