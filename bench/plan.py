@@ -1,14 +1,23 @@
-"""What planning a round costs, from pools of up to 100 million samples: draw, eligibility, the order of the best, packing.
+"""What a round's selection costs, from pools of up to 100 million samples: order, packing, the steps' statistics, what the round teaches.
 
     python bench/plan.py                                     # on the GPU where there is one, every size that fits its memory
-    python bench/plan.py --device cpu --samples 600000 10000000 --threads 1 2 --out bench/results/plan-cpu.json
+    python bench/plan.py --device cpu --samples 10000 100000 1000000 10000000 --threads 1 --published 10000 100000 1000000 \
+        --out bench/results/plan-cpu.json
+
+Selections: `lead` as in the paper (the drawn cluster, the best first), `lead-mixture` (all clusters, a soft ranking, U of unseen samples
+moved by their cell's drift), `random`. Beside them with --published: `hkust-lead`, a re-implementation of how a round of HKUSTDial/LEAD
+chooses (src/online/run_lead.py at commit cbb922f): for every task a `datasets` filter over the whole pool by a Python function of one
+sample, a Python list of the utilities of those left, and their argsort; then a dict entry and an array entry for each chosen. It is kept
+to that, in its favour: the dataset has no token columns (the published one decodes them for every sample that a filter leaves), no
+sample is used up (the published filter looks each one up in a list of those that are), no sample is dropped, and nothing is written to
+a disk. It chooses its published share of each task, 1.5 %, whatever the number of tokens. One round is measured.
 
 The pool is synthetic: utilities uniform in [0, 4], clusters of equal size, tasks of unequal size (the largest has 1 / sqrt(tasks) of
-the samples), lengths uniform in [16, 512], a tenth dropped, visits uniform in 0 to 4 of at most 4. Every repetition plans another round,
-which draws another cluster; times are medians, from call to result (on a GPU: synchronised), so that they contain the launches.
+the samples), lengths uniform in [16, 512], a tenth dropped, visits uniform in 0 to 3 of at most 4. Every repetition is another round,
+which draws another cluster, and is observed with made-up losses; times are medians, from call to result (on a GPU: synchronised), so
+that they contain the launches. `round_ms` is the whole round; the parts are measured by themselves.
 
-`bytes` counts what the GPU's kernels read and write of the pool's vectors (with all the passes that ties may need), `bytes_least` each
-vector once; `bytes_ms` and `floor_ms` are the times that these take at --bandwidth, by default that of an H200.
+`bytes_least` are the pool's vectors that an order depends on, each read once; `floor_ms` is the time that this takes at --bandwidth.
 """
 from __future__ import annotations
 
@@ -20,47 +29,64 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from machine import write
+from machine import RESULTS, write
 from torch import Tensor
 
 from lead_engine.config import SelectionConfig
 from lead_engine.pool.state import PoolState
-from lead_engine.selection.selector import Layout, Selector
-from lead_kernels.select_topk import ORDER_BITS, _digits, _launch
+from lead_engine.selection.selector import Layout, Plan, Selector
 
-SIZES = (600_000, 10_000_000, 100_000_000)
-HOST_BYTES, DEVICE_BYTES = 120, 80
-"""Most memory that a sample takes while a pool is made here, and while the selector plans."""
+SIZES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+HOST_BYTES, DEVICE_BYTES = 60, 100
+"""Most memory that a sample takes in a pool that is made here, and in a selector that plans."""
+PUBLISHED = "hkust-lead"
+SAMPLE_RATE = 0.015
+"""Of HKUSTDial/LEAD (scripts/run_lead.sh): the share of a cluster's task that a round trains."""
+SELECTIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "lead": ("lead", {}),
+    "lead-mixture": ("lead", {"draw": "mixture", "ranking": "soft", "unseen": "drift"}),
+    "random": ("random", {}),
+}
+UNLIMITED = 1 << 40
 
 
-def synthetic_selector(samples: int, tasks: int, clusters: int, layout: Layout, device: torch.device) -> Selector:
+def synthetic_pool(samples: int, tasks: int, clusters: int) -> tuple[PoolState, Tensor, Tensor]:
+    """(state, lengths int64 [N], visits int32 [N])."""
     generator = torch.Generator().manual_seed(0)
 
     def whole(low: int, high: int) -> Tensor:
         return torch.randint(low, high, (samples,), generator=generator, dtype=torch.int32)
 
+    utility = torch.rand(samples, generator=generator) * 4
     state = PoolState(
-        utility=torch.rand(samples, generator=generator) * 4,
-        difficulty=torch.rand(samples, generator=generator),
-        answer_nll=torch.zeros(samples),
+        utility=utility,
+        difficulty=utility,  # no selection here looks at it or at answer_nll
+        answer_nll=utility,
         cluster=whole(0, clusters).long(),
         task=(torch.rand(samples, generator=generator).square_() * tasks).long(),
         dropped=torch.rand(samples, generator=generator) < 0.1,
         task_names=[str(number) for number in range(tasks)],
         num_clusters=clusters,
     )
-    lengths = whole(16, 513).long()
-    config = SelectionConfig(max_visits=4)
-    selector = Selector(state, lengths, lengths // 2, method="lead", config=config, layout=layout, seed=0, device=device)
-    selector.visits[:-1] = whole(0, 5).to(device)
+    return state, whole(16, 513).long(), whole(0, 4)
+
+
+def make_selector(name: str, pool: tuple[PoolState, Tensor, Tensor], layout: Layout, device: torch.device) -> Selector:
+    state, lengths, visits = pool
+    method, options = SELECTIONS[name]
+    config = SelectionConfig(max_visits=4, **options)
+    selector = Selector(state, lengths, lengths // 2, method=method, config=config, layout=layout, seed=0, device=device)
+    selector.samples.visits[:-1] = visits.to(device)
+    selector.method.loaded()  # eligible samples are counted from visits
     return selector
 
 
 def median_ms(call: Callable[[int], object], repeats: int, device: torch.device) -> float:
-    """call(round) is given another round each time; the first two are not counted."""
+    """call(round) is given another round each time; the first is not counted."""
     seconds = []
-    for number in range(repeats + 2):
+    for number in range(repeats + 1):
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -68,48 +94,112 @@ def median_ms(call: Callable[[int], object], repeats: int, device: torch.device)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return round(1e3 * statistics.median(seconds[2:]), 3)
+    return round(1e3 * statistics.median(seconds[1:]), 3)
 
 
-def bytes_per_sample(selector: Selector, passes: int) -> tuple[int, int]:
-    """(what planning on a GPU reads and writes of a sample's entries, what it would if it read each once).
+def measure(name: str, selector: Selector, repeats: int, bandwidth: float) -> dict[str, Any]:
+    """The parts of a round by themselves, and the whole."""
+    device, shape, samples = selector.samples.device, selector.layout, selector.samples.num_samples
+    generator = torch.Generator().manual_seed(1)
+    loss = (torch.rand(shape.steps, shape.micro_batches, shape.slots, generator=generator) * 4).to(device)
+    change = -0.1 * loss
 
-    Masks: visits and dropped to open (4 + 1, 2, 2 + 1), who is present (1 + arm), eligible (arm + 1, 2 + 1). Order: `passes` over
-    utility, eligible and task.
-    """
-    arm, task = selector.arm.element_size(), selector.quota_task.element_size()
-    masks = (4 + 1) + 2 + (2 + 1) + (1 + arm) + (arm + 1) + (2 + 1)
-    return masks + passes * (4 + 1 + task), 4 + 1 + arm + 4 + task
+    def observe(plan: Plan) -> None:
+        for step in range(shape.steps):
+            selector.observe(plan.sample_ids[step], loss[step], change[step])
 
+    def whole_round(number: int) -> None:
+        plan = selector.plan(number, UNLIMITED)
+        observe(plan)
+        selector.finish_round(plan)
 
-def measure(selector: Selector, repeats: int, bandwidth: float) -> dict[str, Any]:
-    """The parts by themselves, on what the part before them gives, and the whole plan."""
-    device = selector.device
-    _, _, eligible = selector._draw(0)
-    order = selector._lead_order(eligible)
+    order = selector.method.order(0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    plan = selector.plan(0, 1 << 40)
     result: dict[str, Any] = {
-        "samples": selector.num_samples,
-        "eligible": int(eligible.sum()),
-        "tasks": selector.num_quotas,
-        "places": order.shape[0],
-        "planned": int((plan.sample_ids < selector.num_samples).sum()),
-        "plan_ms": median_ms(lambda number: selector.plan(number, 1 << 40), repeats, device),
-        "draw_and_eligible_ms": median_ms(selector._draw, repeats, device),
-        "select_topk_ms": median_ms(lambda _: selector._lead_order(eligible), repeats, device),
-        "pack_plan_ms": median_ms(lambda _: selector._pack(order, 1 << 40), repeats, device),
+        "selection": name,
+        "samples": samples,
+        "round_ms": median_ms(whole_round, repeats, device),
+        "order_ms": median_ms(selector.method.order, repeats, device),
+        "pack_ms": median_ms(lambda _: selector._pack(order.sample_ids, UNLIMITED), repeats, device),
     }
-    samples = selector.num_samples
-    digits = _digits(ORDER_BITS + (samples - 1).bit_length(), _launch(samples, selector.num_quotas).bits)
-    moved, least = (count * samples for count in bytes_per_sample(selector, len(digits) + 2))  # two more count and copy the chosen
-    result |= {"bytes": moved, "bytes_ms": round(moved / bandwidth / 1e6, 3)}
-    result |= {"bytes_least": least, "floor_ms": round(least / bandwidth / 1e6, 3)}
     if device.type == "cuda":
         result["extra_memory_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    plan = selector.plan(repeats + 1, UNLIMITED)
+    result["observe_ms"] = median_ms(lambda _: observe(plan), repeats, device)
+    result["finish_ms"] = median_ms(lambda _: selector.finish_round(plan), repeats, device)
+    result |= {"places": order.sample_ids.shape[0], "planned": int((plan.sample_ids < samples).sum())}
+    result["bytes_least"] = bytes_least(name, selector) * samples
+    result["floor_ms"] = round(result["bytes_least"] / bandwidth / 1e6, 4)
     return result
+
+
+def bytes_least(name: str, selector: Selector) -> int:
+    """Bytes of a sample's entries that an order is a function of."""
+    pool = selector.samples
+    vectors = [pool.visits]
+    if name != "random":
+        vectors += [pool.dropped, pool.utility, pool.cell]
+    return sum(vector.element_size() for vector in vectors)
+
+
+class Published:
+    """One round of HKUSTDial/LEAD's choice, re-implemented on the `datasets` library from what its source does."""
+
+    def __init__(self, pool: tuple[PoolState, Tensor, Tensor]) -> None:
+        import datasets
+
+        datasets.disable_progress_bars()
+        state = pool[0]
+        rows = torch.arange(state.num_samples)
+        columns = {"dataset_id": rows, "idf_cluster": state.cluster, "task": state.task, "cross_entropy": state.utility}
+        self.data = datasets.Dataset.from_dict({name: column.numpy() for name, column in columns.items()})
+        self.data.set_format(type="pt")
+        self.loss = state.utility.numpy().copy()
+        self.place = {number: number for number in range(state.num_samples)}
+        self.used = dict.fromkeys(range(state.num_samples), 0)
+        self.clusters, self.tasks = state.num_clusters, len(state.task_names)
+
+    def __call__(self, number: int) -> int:
+        """Samples that round `number` chooses: how many."""
+        cluster = number % self.clusters
+        exhausted = [sample for sample, count in self.used.items() if count >= 4]
+        chosen: list[int] = []
+        for task in range(self.tasks):
+            left = self.data.filter(
+                lambda one, task=task: one["idf_cluster"] == cluster and one["task"] == task and one["dataset_id"].item() not in exhausted
+            )
+            loss = np.array([float(self.loss[self.place[one["dataset_id"].item()]]) for one in left])
+            best = np.argsort(loss)[::-1][: int(len(left) * SAMPLE_RATE)]
+            chosen += [left[int(at)]["dataset_id"].item() for at in best]
+        for sample in chosen:
+            self.used[sample] += 1
+            self.loss[self.place[sample]] *= 0.9  # as if it was trained
+        return len(chosen)
+
+
+def measure_published(pool: tuple[PoolState, Tensor, Tensor], previous: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+    """One round, or none where it would take longer than `seconds` by what the size before took."""
+    samples = pool[0].num_samples
+    result: dict[str, Any] = {"selection": PUBLISHED, "samples": samples}
+    if previous is not None:
+        expected = (previous["round_ms"] or previous["extrapolated_ms"]) * samples / previous["samples"]
+        if expected > 1e3 * seconds:
+            return result | {"round_ms": None, "extrapolated_ms": round(expected), "why": f"one round would take over {seconds:g} s"}
+    one_round = Published(pool)
+    started = time.perf_counter()
+    chosen = one_round(0)
+    return result | {"round_ms": round(1e3 * (time.perf_counter() - started), 1), "planned": chosen}
+
+
+def ratios(rows: list[dict[str, Any]]) -> None:
+    """Adds to every row its round's time over that of `lead` on the same pool and as many threads."""
+    for row in rows:
+        same = [r for r in rows if r["selection"] == "lead" and r["samples"] == row["samples"] and r["tasks"] == row["tasks"]]
+        same = [r for r in same if row["threads"] in (r["threads"], None)][:1]
+        if same and row["round_ms"]:
+            row["over_lead"] = round(row["round_ms"] / same[0]["round_ms"], 3)
 
 
 def fitting(device: torch.device) -> list[int]:
@@ -120,10 +210,41 @@ def fitting(device: torch.device) -> list[int]:
     return [size for size in SIZES if size * need < host and size * DEVICE_BYTES < free]
 
 
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """A round's milliseconds against the pool's size, both logarithmic; the first number of tasks and of threads."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = {"lead": "#d1495b", "lead-mixture": "#6a4c93", "random": "#30638e", PUBLISHED: "#8d99ae"}
+    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    first = rows[0]
+    for name, color in colors.items():
+        chosen = [r for r in rows if r["selection"] == name and r["tasks"] == first["tasks"] and r["threads"] == first["threads"]]
+        measured = [(r["samples"], r["round_ms"]) for r in chosen if r["round_ms"]]
+        if measured:
+            axis.plot(*zip(*measured, strict=True), marker="o", color=color, label=name)
+            axis.annotate(f"{measured[-1][1]:,.3g}", measured[-1], textcoords="offset points", xytext=(6, -3), fontsize=8, color=color)
+        guessed = [(r["samples"], r["extrapolated_ms"]) for r in chosen if not r["round_ms"]]
+        if measured and guessed:
+            axis.plot(*zip(measured[-1], *guessed, strict=True), marker="o", fillstyle="none", linestyle=":", color=color)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("samples in the pool")
+    axis.set_ylabel("ms a round")
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", type=int, nargs="+", help="sizes of pools; default: of 600 thousand, 10 and 100 million, what fits")
+    parser.add_argument("--samples", type=int, nargs="+", help="sizes of pools; default: of 10 thousand to 100 million, what fits")
     parser.add_argument("--tasks", type=int, nargs="+", default=[16])
     parser.add_argument("--clusters", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a round")
@@ -131,22 +252,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=128, help="most samples in a micro-batch")
     parser.add_argument("--capacity", type=int, default=4096, help="tokens in a micro-batch")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--published", type=int, nargs="*", default=[], help="sizes at which the published way is measured too")
+    parser.add_argument("--published-seconds", type=float, default=150.0, help="a published round expected to take longer is left out")
     parser.add_argument("--bandwidth", type=float, default=4800.0, help="GB/s of memory for the floor; default: an H200's")
-    parser.add_argument("--out", type=Path, help="result file; default bench/results/plan.json")
+    parser.add_argument("--out", type=Path, help="result file; default bench/results/plan.json; the plot lies beside it")
     flags = parser.parse_args(arguments)
     device = torch.device(flags.device)
     layout = Layout(flags.steps, flags.micro_batches, flags.slots, flags.capacity)
-    rows = []
-    for samples in flags.samples or fitting(device):
-        for tasks in flags.tasks:
-            selector = synthetic_selector(samples, tasks, flags.clusters, layout, device)
+    rows: list[dict[str, Any]] = []
+    for tasks in flags.tasks:
+        previous = None
+        for samples in flags.samples or fitting(device):
+            pool = synthetic_pool(samples, tasks, flags.clusters)
             for threads in flags.threads:
                 torch.set_num_threads(threads)
-                rows.append({"threads": threads, **measure(selector, flags.repeats, flags.bandwidth)})
+                for name in SELECTIONS:
+                    selector = make_selector(name, pool, layout, device)
+                    rows.append({"threads": threads, "tasks": tasks, **measure(name, selector, flags.repeats, flags.bandwidth)})
+                    del selector
+                    print(rows[-1], flush=True)
+            if samples in flags.published:
+                previous = measure_published(pool, previous, flags.published_seconds)
+                rows.append({"threads": flags.threads[0], "tasks": tasks, **previous})
                 print(rows[-1], flush=True)
-            del selector
-    write("plan", {"device": str(device), "bandwidth_gb_s": flags.bandwidth, "clusters": flags.clusters, "rows": rows}, flags.out)
+            del pool
+    ratios(rows)
+    out = flags.out or RESULTS / "plan.json"
+    result = {"device": str(device), "bandwidth_gb_s": flags.bandwidth, "clusters": flags.clusters, "layout": layout.__dict__}
+    write("plan", {**result, "rows": rows}, out)
+    where = f"{flags.threads[0]} thread{'s' * (flags.threads[0] > 1)} of a CPU" if device.type == "cpu" else torch.cuda.get_device_name()
+    plot(rows, f"A round's selection, {where}, {flags.tasks[0]} tasks, {flags.clusters} clusters", out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
