@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
 from lead_engine.selection import counter_rng
-from lead_engine.selection.methods.lead import DRAW
+from lead_engine.selection.methods.lead import DRAW, RANK
 from lead_kernels.pack_plan import LOOK_AHEAD
 
 
 class SlowLead:
-    """Section by section what LEAD says, with loops, Python lists and EXP3's weights as they stand in its paper.
+    """Section by section what LEAD says, with loops, Python lists and EXP3's weights as they stand in its paper; and its variants.
 
     `dtype` is the precision of U, rewards and weights: in float64 it is the truth, in float32 it shows what rounding
     alone does.
@@ -20,40 +23,102 @@ class SlowLead:
 
     def __init__(self, selector, dtype):
         self.config, self.layout, self.seed, self.dtype = selector.config, selector.layout, selector.method.seed, dtype
-        self.n = selector.samples.num_samples
-        self.lengths, self.dropped = selector.samples.lengths.tolist(), selector.samples.dropped.tolist()
+        self.n, self.tasks = selector.samples.num_samples, selector.samples.num_tasks
+        self.lengths, self.rows = selector.samples.lengths.tolist(), selector.samples.rows.tolist()
+        self.dropped = selector.samples.dropped.tolist() if self.config.drop_misaligned else [False] * self.n
         one_arm = self.config.bandit == "none"
         self.arms = 1 if one_arm else selector.samples.num_clusters
         self.arm = [0] * self.n if one_arm else selector.samples.cluster.tolist()
         self.task = selector.samples.task.tolist() if self.config.use_tasks else [0] * self.n
+        self.cell = list(zip(selector.samples.cluster.tolist(), selector.samples.task.tolist(), strict=True))
         self.utility = selector.samples.utility[:-1].numpy().astype(dtype)
         self.visits = [0] * self.n
-        self.weights = np.ones(self.arms, dtype)
-        self.rewards = []
+        sizes = np.array([sum(self.arm[i] == k for i in self.eligible()) for k in range(self.arms)], dtype)
+        self.prior = sizes / sizes.sum() if self.config.prior == "size" else np.full(self.arms, 1 / self.arms, dtype)
+        self.weights = self.prior.copy()
+        self.rewards, self.first_visits = [], []
 
     def eligible(self):
         return [i for i in range(self.n) if not self.dropped[i] and self.visits[i] < self.config.max_visits]
 
     def probabilities(self):
-        p = (1 - self.config.gamma) * self.weights / self.weights.sum() + self.config.gamma / self.arms
+        p = (1 - self.config.gamma) * self.weights / self.weights.sum() + self.config.gamma * self.prior
         with_samples = {self.arm[i] for i in self.eligible()}
         p = np.array([p[k] if k in with_samples else 0 for k in range(self.arms)], self.dtype)
         return p / p.sum() if p.sum() > 0 else p
 
     def draw(self, p, round):
-        uniform = float(counter_rng.uniform(self.seed, torch.tensor(DRAW), torch.tensor(round)))
+        if self.config.draw == "mixture":
+            return -1
+        uniform = self.uniform(DRAW, round)
         for k in range(self.arms):
             if uniform < p[: k + 1].sum():
                 return k
         return 0
 
-    def ranking(self, cluster):
-        keyed = []
-        for task in set(self.task):
-            members = [i for i in self.eligible() if self.arm[i] == cluster and self.task[i] == task]
-            members.sort(key=lambda i: (-self.utility[i], i))
-            keyed += [((rank + 0.5) / len(members), task, i) for rank, i in enumerate(members)]
-        return [i for _, _, i in sorted(keyed)]
+    def uniform(self, *counters):
+        return float(counter_rng.uniform(self.seed, *(torch.tensor(c) for c in counters)))
+
+    def weighted(self, history, keep):
+        """(sum of weights, weighted sum) of the values in `history`, a list of a list a step, oldest first: a value's weight falls by `keep`
+        with every later one; those of one step share theirs, as they are seen at once.
+        """
+        weights, total, left = 0.0, 0.0, 1.0
+        for values in reversed(history):
+            share = left * (1 - keep ** len(values)) / max(len(values), 1)
+            for value in values:
+                weights += share
+                total += share * value
+            left *= keep ** len(values)
+        return weights, total
+
+    def believed(self):
+        """U of every sample, estimated where it was not trained yet."""
+        if self.config.unseen == "initial":
+            return self.utility
+        everybody = [[value for _, value in step] for step in self.first_visits]
+        weight, total = self.weighted(everybody, 0.99)
+        mean = total / weight if weight else 0.0
+        square = self.weighted([[v**2 for v in step] for step in everybody], 0.99)[1] / weight if weight else 1.0
+        deviation = math.sqrt(max(square - mean**2, 0))
+        utility, estimate = self.utility.copy(), {}
+        for cell in set(self.cell):
+            weight, total = self.weighted([[v for c, v in step if c == cell] for step in self.first_visits], 0.95)
+            estimate[cell] = total + (1 - weight) * mean
+            if self.config.unseen == "estimate":
+                estimate[cell] += self.config.optimism * deviation * (1 - weight)
+        for i in range(self.n):
+            if self.visits[i] == 0:
+                utility[i] = estimate[self.cell[i]] + (self.utility[i] if self.config.unseen == "drift" else 0)
+        return utility
+
+    def rank(self, i, utility):
+        value = utility[i] * self.rows[i] / self.lengths[i] if self.config.rank_by == "density" else utility[i]
+        if self.config.ranking == "hard":
+            return value
+        noise = self.uniform(RANK, self.visits[i], i)
+        if self.config.ranking == "random":
+            return noise
+        return self.config.soft_power * math.log(max(value, 1e-6)) - math.log(-math.log(noise + 2.0**-25))
+
+    def ranking(self, cluster, p):
+        """Highest averages: the next place goes to the group j with the least (places so far + 1/2) / share_j."""
+        utility, eligible, groups, shares = self.believed(), self.eligible(), {}, {}
+        for k in range(self.arms) if cluster < 0 else [cluster]:
+            arm = [i for i in eligible if self.arm[i] == k]
+            for task in range(self.tasks):
+                members = [i for i in arm if self.task[i] == task]
+                rank = {i: self.rank(i, utility) for i in members}
+                groups[k, task] = sorted(members, key=lambda i: (-rank[i], i))
+                # A mixture's shares p_k n_kj / n_k are rounded to whole numbers, and fp32 goes before: the same here.
+                share = np.float32(p[k]) * np.float32(len(members)) / np.float32(max(len(arm), 1))
+                shares[k, task] = max(int(share * np.float32(2**28)), 1) if cluster < 0 else max(len(members), 1)
+        order, places = [], dict.fromkeys(groups, 0)
+        while open_groups := [g for g in groups if places[g] < len(groups[g])]:
+            best = min(open_groups, key=lambda g: (Fraction(2 * places[g] + 1, 2 * shares[g]), g))
+            order.append(groups[best][places[best]])
+            places[best] += 1
+        return order
 
     def pack(self, order, max_tokens):
         total, left = 0, []
@@ -75,32 +140,40 @@ class SlowLead:
                 free -= self.lengths[samples[-1]]
         return bins
 
-    def plan(self, round, max_tokens):
+    def plan(self, round, max_tokens, probabilities):
+        """`probabilities`: those of the selector; where they were rounded is not what a mixture's shares shall differ by."""
         p = self.probabilities()
-        cluster = self.draw(p, round)
-        bins = self.pack(self.ranking(cluster), max_tokens)
-        self.before = {i: self.utility[i] for b in bins for i in b}
+        cluster, utility = self.draw(p, round), self.believed()
+        bins = self.pack(self.ranking(cluster, probabilities), max_tokens)
+        self.before = {i: utility[i] for b in bins for i in b}
         return cluster, p, bins
 
     def observe(self, samples, loss, change):
         b = self.dtype(self.config.smoothing)
+        first = [i for i in samples if self.visits[i] == 0]
+        start = self.utility if self.config.unseen == "drift" else np.zeros(self.n, self.dtype)
+        self.first_visits.append([(self.cell[i], self.dtype(loss[i]) - start[i]) for i in first])
         for i in samples:
             self.utility[i] = (1 - b) * (self.dtype(loss[i]) + self.dtype(change[i])) + b * self.utility[i]
             self.visits[i] += 1
 
     def finish_round(self, cluster, p):
+        """(mean fall of U, reward, range of the rewards seen)."""
         if not self.before:
             return None
-        raw = self.dtype(np.mean([old - self.utility[i] for i, old in self.before.items()], dtype=self.dtype))
-        self.rewards.append(raw)
+        fall = {i: old - self.utility[i] for i, old in self.before.items()}
+        trained = {k: [i for i in fall if self.arm[i] == k] for k in range(self.arms)}
+        raw = {k: self.dtype(np.mean([fall[i] for i in ids], dtype=self.dtype)) for k, ids in trained.items() if ids}
+        self.rewards += raw.values()
         low, high = min(self.rewards), max(self.rewards)
-        reward = 2 * (raw - low) / (high - low) - 1 if high > low else self.dtype(0)
-        gamma, arms, old = self.config.gamma, self.arms, self.weights.copy()
-        if self.config.bandit in ("exp3", "exp3s"):
-            self.weights[cluster] *= np.exp(gamma / arms * reward / p[cluster])
+        reward = {k: 2 * (r - low) / (high - low) - 1 if high > low else self.dtype(0) for k, r in raw.items()}
+        gamma, old = self.config.gamma, self.weights.copy()
+        for k in raw if self.config.bandit in ("exp3", "exp3s") else ():
+            self.weights[k] *= np.exp(gamma * reward[k] * (1 if cluster < 0 else self.prior[k] / p[k]))
         if self.config.bandit == "exp3s":
-            self.weights += np.e * self.config.exp3s_alpha / arms * old.sum()
-        return raw, reward, high - low
+            self.weights += np.e * self.config.exp3s_alpha * self.prior * old.sum()
+        mean_reward = sum(len(trained[k]) * reward[k] for k in reward) / len(fall)
+        return np.mean(list(fall.values()), dtype=self.dtype), mean_reward, high - low
 
 
 def losses(selector, round):
@@ -137,6 +210,18 @@ def same_precision(ours, exact, rounded):
         {"smoothing": 0.0},
         {"gamma": 1.0, "max_visits": 1},
         {"micro_batches": 1, "steps": 1, "slots": 3},
+        {"drop_misaligned": False, "max_visits": 2},
+        {"prior": "size"},
+        {"rank_by": "density"},
+        {"ranking": "soft"},
+        {"ranking": "random", "bandit": "uniform", "prior": "size"},
+        {"unseen": "drift"},
+        {"unseen": "estimate", "optimism": 0.5},
+        {"draw": "mixture"},
+        {"draw": "mixture", "bandit": "exp3s", "exp3s_alpha": 0.05, "prior": "size"},
+        {"draw": "mixture", "ranking": "soft", "soft_power": 3.0, "rank_by": "density", "unseen": "drift"},
+        {"draw": "mixture", "ranking": "random", "use_tasks": False, "max_visits": 2},
+        {"draw": "mixture", "bandit": "none", "unseen": "estimate"},
     ],
     ids=str,
 )
@@ -147,8 +232,8 @@ def test_runs_equal_the_transcription_until_nothing_is_left(make_selector, optio
     while True:
         max_tokens = [10**9, 90, 25][round % 3]
         plan = selector.plan(round, max_tokens)
-        cluster, p, bins = exact.plan(round, max_tokens)
-        cluster32, p32, bins32 = rounded.plan(round, max_tokens)
+        cluster, p, bins = exact.plan(round, max_tokens, plan.probabilities)
+        cluster32, p32, bins32 = rounded.plan(round, max_tokens, plan.probabilities)
         assert same_precision(plan.probabilities, p, p32)
         assert int(plan.cluster) == cluster == cluster32
         ids = plan.sample_ids.flatten(0, 1).tolist()
@@ -158,10 +243,13 @@ def test_runs_equal_the_transcription_until_nothing_is_left(make_selector, optio
         if not any(bins) and not exact.eligible():
             break
         loss, change = losses(selector, round)
+        believed = [[slow.before[i] for i in plan.sample_ids.flatten().tolist() if i < exact.n] for slow in (exact, rounded)]
         for step_ids in plan.sample_ids:
             selector.observe(step_ids, at(loss, step_ids), at(change, step_ids))
-        for slow in (exact, rounded):
-            slow.observe([i for b in bins for i in b], loss, change)
+            step = [i for i in step_ids.flatten().tolist() if i < selector.samples.num_samples]
+            for slow in (exact, rounded):
+                slow.observe(step, loss, change)
+        assert same_precision(plan.utility.flatten()[plan.sample_ids.flatten() < exact.n], *believed)
         stats, want, want32 = (
             selector.finish_round(plan),
             exact.finish_round(cluster, p),
