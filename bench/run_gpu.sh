@@ -5,7 +5,7 @@
 #   bench/run_gpu.sh [--quick] [POOL.jsonl [TEXT...]]     default: the procedural pool and its text
 #
 # Each step has a time limit of its own, and a failure does not stop the rest; the last lines say what failed. At most 30 minutes on an H200;
-# --quick takes at most 8: the tests of the operators, the head on two shapes, planning.
+# --quick takes at most 9: the tests of the operators and that no round waits for the device, the head on two shapes, planning.
 #
 # The head's peers are measured where they are installed. Nothing is installed here:
 #   pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 quack-kernels==0.6.5
@@ -49,11 +49,12 @@ done
 mkdir -p "$work" "$results"
 
 step "operators on the GPU" 120 "$python" -m pytest -q -x --timeout 100 tests/lead_kernels/test_on_cuda.py
+step "no synchronisation" 100 "$python" -m pytest -q -x --timeout 90 tests/training/test_no_synchronisation.py
 head=("$python" bench/head.py --device cuda --out "$results/gpu-head.json")
 plan=("$python" bench/plan.py --device cuda --out "$results/gpu-plan.json")
 if [ "$quick" ]; then
     step "head" 240 "${head[@]}" --shapes 4096x2048x128256 16384x4096x128256 --turns 7 --seconds 15 --build-seconds 30
-    step "plan" 90 "${plan[@]}" --samples 600000 10000000
+    step "plan" 60 "${plan[@]}" --samples 10000 1000000 10000000
 else
     step "head" 600 "${head[@]}" --seconds 20 --build-seconds 60
     step "plan" 150 "${plan[@]}"

@@ -4,11 +4,14 @@ Fake CPU tensors, since autograd has no engine for a GPU that is not there; each
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lead_engine.config import OptimizerConfig, SelectionConfig
@@ -17,7 +20,8 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.selector import Layout, Selector
-from lead_engine.training.loop import Engine, Header
+from lead_engine.training.late import LateCopy
+from lead_engine.training.loop import Engine, Header, RoundValues
 from lead_engine.training.optimizer import make_optimizer
 from lead_kernels import gather_batch
 
@@ -53,7 +57,7 @@ def blind(thing: object, mode: FakeTensorMode) -> object:
     return thing
 
 
-def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode) -> Engine:
+def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode, world: int = 1) -> Engine:
     """Built on real tensors (a constructor may check values), then blinded."""
     places, dropped = torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.bool)
     state = PoolState(torch.rand(SAMPLES), torch.rand(SAMPLES), torch.rand(SAMPLES), places % 3, places % 2, dropped, ["a", "b"], 3)
@@ -67,27 +71,51 @@ def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode) -> Engi
         model = PackedLM(hf, attention="mask", max_length=LENGTH, chunk_bytes=1 << 16)
         model.head.keep_gradient = change.wants_hidden
         optimizer = make_optimizer(model, OptimizerConfig())
-        return Engine(model, optimizer, selector, change, DeviceStore(), LAYOUT, OptimizerConfig(), distributed=False)
+        return Engine(model, optimizer, selector, change, DeviceStore(), LAYOUT, OptimizerConfig(), world=world, distributed=False)
 
 
-CHANGES = {"inner": {}, "inner exact": {"inner_form": "exact"}, "paper": {"loss_change": "paper"}, "none": {"loss_change": "none"}}
+CHANGES = {
+    "inner": {},
+    "inner exact": {"inner_form": "exact"},
+    "paper": {"loss_change": "paper"},
+    "none": {"loss_change": "none"},
+    "mixture, soft, drift": {"draw": "mixture", "ranking": "soft", "unseen": "drift"},
+    "mixture, density, estimate": {"draw": "mixture", "rank_by": "density", "unseen": "estimate", "prior": "size"},
+    "soft, estimate, exp3s": {"ranking": "soft", "unseen": "estimate", "bandit": "exp3s"},
+    "random, no bandit, no tasks": {"ranking": "random", "bandit": "none", "use_tasks": False},
+}
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[int]:
+    """Collectives of two ranks that nobody answers: the other one's tensors stay without data."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield 2
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_nothing_in_a_round_reads_the_device(change: str, make_model) -> None:
+def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks: int) -> None:
+    """Plan, batches, head, backward pass, optimizer, gathering, U and visits, reward and bandit, and what is copied for the logs."""
     folder = make_model("llama")
     options = SelectionConfig(sketch_dim=8, round_steps=LAYOUT.steps, calibrate_every=2, **CHANGES[change])
     header = Header([100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps)  # what read_header would have read
     mode = FakeTensorMode()
-    parts = engine(folder, options, mode)
+    parts = engine(folder, options, mode, two_ranks)
     with mode:
         for number in range(2):
+            parts.watch.start()
             plan = parts.selector.plan(number, 10_000)
+            parts.watch.stop()
+            steps = []
             for step in range(LAYOUT.steps):
-                stats = parts.train_step(plan, header, step, number * LAYOUT.steps + step, 1e-3)
-                assert all(value.shape == () and value.device.type == DEVICE for value in stats)
-            parts.selector.finish_round(plan)
+                steps.append(parts.train_step(plan, header, step, number * LAYOUT.steps + step, 1e-3))
+                assert all(value.shape == () and value.device.type == DEVICE for value in steps[-1])
+            stats = parts.selector.finish_round(plan)
             parts.change.finish_round(plan.cluster)
+            values = LateCopy(RoundValues(steps, stats, plan)).read()
+            assert all(isinstance(value, FakeTensor) for value in (*values.stats, *values.plan))
+            parts.watch.take()
 
 
 def test_the_proof_can_fail(make_model) -> None:
