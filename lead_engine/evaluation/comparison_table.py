@@ -12,6 +12,8 @@ from lead_engine.evaluation.results import summing_up
 Table = list[dict[str, str]]
 """Rows by column name; every row has the same columns."""
 NONE = "-"
+SHOWN_WARNINGS = 6
+"""On the console; results.md holds them all."""
 
 
 def group_rows(results: dict[str, Any], *, compact: bool) -> Table:
@@ -47,8 +49,10 @@ def show(results: dict[str, Any]) -> None:
     """Print the table of losses, one line for every two variants compared, and warnings."""
     _print("Held-out loss (nats per response token), means over seeds", group_rows(results, compact=True))
     _print("Difference in loss, a minus b, mean over budgets", comparison_rows(summing_up(results["comparisons"]), compact=True))
-    for warning in results["warnings"]:
+    for warning in results["warnings"][:SHOWN_WARNINGS]:
         console.say(f"warning: {warning}")
+    if len(results["warnings"]) > SHOWN_WARNINGS:
+        console.say(f"and {len(results['warnings']) - SHOWN_WARNINGS} more warnings in results.md")
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -158,15 +158,19 @@ def pool_max_length(pool: Path) -> int:
 
 
 def check_unchanged(run: StudyRun) -> None:
-    """UserError if the run's folder holds a run of other options: the comparison would mix two studies."""
+    """UserError if the run's folder holds a run of other options: the comparison would mix two studies.
+
+    A run of an older version has no value for options that came later; it did what their defaults do.
+    """
     if not run.started:
         return
     path = run.folder / "config.yaml"
-    before, now = _flat(read_yaml(path)), _flat(to_dict(run.train))
+    now = _flat(to_dict(run.train))
+    before = _flat(to_dict(TrainConfig(run.train.pool, run.train.model, run.train.out))) | _flat(read_yaml(path))
     for key in now:
-        if key.partition(".")[0] not in WHERE_IT_RUNS and before.get(key) != now[key]:
+        if key.partition(".")[0] not in WHERE_IT_RUNS and before[key] != now[key]:
             raise UserError(
-                f"{path}: this run was made with {key} = {before.get(key)}, the study now says {now[key]}; "
+                f"{path}: this run was made with {key} = {before[key]}, the study now says {now[key]}; "
                 "give another --out, or delete the run's folder"
             )
 

@@ -265,6 +265,13 @@ def test_differences_that_are_no_difference_in_the_result_do_not_matter(pool: Pa
     (run.folder / "config.yaml").write_text(yaml.safe_dump(values | {"seed": 5}))
     with pytest.raises(UserError, match="seed = 5"):
         check_unchanged(run)
+    del values["recipe"], values["selection"]["round_steps"]  # as if written by a version that did not know them
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"selection\.round_steps = 4, the study now says 2"):
+        check_unchanged(run)
+    values["selection"]["round_steps"] = 2
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(values))
+    check_unchanged(run)
 
 
 # --- tables ---

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lead_engine.errors import UserError
-from lead_engine.evaluation.launch import child_environment, start, threads_of
+from lead_engine.evaluation.launch import child_environment, end, start, threads_of
 
 
 def python(code: str) -> list[str]:
@@ -87,6 +87,14 @@ def test_forked_commands_write_to_their_log_and_their_status_decides(tmp_path: P
     assert "lead-engine" in log.read_text().splitlines()[1]
     with pytest.raises(UserError, match=r"(?s)second failed \(exit status 2\).*--config nowhere\.yaml"):
         run_logged([sys.executable, "-m", "lead_engine", "train", "--config", "nowhere.yaml"], log, "second")
+
+
+def test_forked_commands_can_be_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lead_engine", "make-pool", "--out", str(tmp_path / "pool"), "--samples", "100000000"]
+    children = [start(command, tmp_path / f"{i}.log", "x") for i in range(2)]
+    assert not any(child.finished() for child in children)
+    end(children)
+    assert [child.process.exitcode for child in children] == [-signal.SIGTERM] * 2
 
 
 def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
