@@ -90,14 +90,17 @@ def grad_inner_product(
     return out
 
 
-def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
+def select_topk(
+    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
     entries = []
     for label in range(num_tasks):
         members = [i for i in range(len(utility)) if eligible[i] and task[i] == label]
         members.sort(key=lambda i: (-float(utility[i]), i))
         share = len(members) if weight is None else int(weight[label])
         if share > 0:
-            entries += [(Fraction(2 * rank + 1, 2 * share), label, i) for rank, i in enumerate(members)]
+            first = Fraction(1, 2) if offset is None else Fraction(int(offset[label]), 4096)
+            entries += [((rank + first) / share, label, i) for rank, i in enumerate(members)]
     order = [i for _, _, i in sorted(entries)][:k]
     return torch.tensor(order + [len(utility)] * (k - len(order)), dtype=torch.int64)
 

@@ -25,6 +25,8 @@ MAX_SAMPLES = 2**30
 """So that a key has at most 62 bits, and a quota's products and a share's fraction fit into int64."""
 MAX_WEIGHT = 2**28
 """So that the products of a weighted quota fit into int64, and 62 bits after the point tell weighted shares apart."""
+OFFSETS = 2**12
+"""Steps in which a task's first key may lie; times a weight of 2^18 they are a denominator of 2^30."""
 TASK_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 NONE = 2**63 - 1  # sorts behind every key
 
@@ -131,23 +133,27 @@ def _winners_kernel(
 
 @triton.jit
 def _share_kernel(
-    sorted_key, by_task, sample, weight, start, whole, share, sample_by_task, num_candidates, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
-):
+    sorted_key, by_task, sample, weight, offset, start, whole, share, sample_by_task, num_candidates,
+    WEIGHTED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """`_share` of the candidates, which stand task after task, and their ids in that order. With WEIGHTED, shares are not below 1:
-    `whole` gets their integer parts and `share` the rest."""
+    `whole` gets their integer parts and `share` the rest. With OFFSET, a task's first share is not 1/2 of its step but offset / 4096."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < num_candidates
     key = tl.load(sorted_key + position, mask=inside, other=0)
     real = inside & (key != 0x7FFFFFFFFFFFFFFF)
     rank = position - tl.load(start + (key >> 32), mask=real, other=0)
-    twice = 2 * tl.load(weight + (key >> 32), mask=real, other=1)
+    below = 2 * tl.load(weight + (key >> 32), mask=real, other=1)
     above = 2 * rank + 1
+    if OFFSET:
+        below <<= 11
+        above = (rank << 12) + tl.load(offset + (key >> 32), mask=real, other=0)
     if WEIGHTED:
-        integer = above // twice
+        integer = above // below
         tl.store(whole + position, tl.where(real, integer, 0x7FFFFFFFFFFFFFFF), mask=inside)
-        above -= integer * twice
-    high = (above << 31) // twice
-    low = (((above << 31) - high * twice) << 31) // twice
+        above -= integer * below
+    high = (above << 31) // below
+    low = (((above << 31) - high * below) << 31) // below
     tl.store(share + position, tl.where(real, (high << 31) | low, 0x7FFFFFFFFFFFFFFF), mask=inside)
     tl.store(sample_by_task + position, tl.load(sample + tl.load(by_task + position, mask=inside, other=0), mask=inside), mask=inside)
 
@@ -211,9 +217,9 @@ def _digits(total_bits: int, bits: int) -> list[tuple[int, int]]:
     return [(shift, min(bits, total_bits - index * bits)) for index, shift in enumerate(shifts)]
 
 
-def _reach(k: int, num_samples: int, num_tasks: int) -> int:
-    """2 (k - 1) + J, see `_quota`; more than N places change nothing."""
-    return 2 * min(k, num_samples) - 2 + num_tasks
+def _reach(k: int, num_samples: int, num_tasks: int, offset: bool = False) -> int:
+    """2 (k - 1) + J, see `_quota`, with offsets 2 (k - 1) + 2 J; more than N places change nothing."""
+    return 2 * min(k, num_samples) - 2 + (2 * num_tasks if offset else num_tasks)
 
 
 def _quota(size_J: Tensor, reach: int) -> Tensor:
@@ -227,7 +233,7 @@ def _quota(size_J: Tensor, reach: int) -> Tensor:
     return torch.minimum(size_J, (size_J * reach + eligible) // (2 * eligible).clamp(min=1))
 
 
-def _weighted_quota(size_J: Tensor, weight_J: Tensor, reach: int) -> Tensor:
+def _weighted_quota(size_J: Tensor, weight_J: Tensor, reach: int, offset: bool = False) -> Tensor:
     """c_j = min(n_j, floor(X w_j + 1/2)): the most samples of task j among the first k, where tasks may run out before.
 
     X is the level up to which water fills the tasks, vessels of width w_j and volume n_j, when k - 1 + J/2 of it are poured in:
@@ -242,6 +248,10 @@ def _weighted_quota(size_J: Tensor, weight_J: Tensor, reach: int) -> Tensor:
     the others. Task j has run out at X where f(n_j / w_j) = N + W n_j / w_j <= k - 1 + J/2, that is where
     n_j <= w_j (2 (k - 1) + J - 2 N) / (2 W). These tasks taken out, X = (2 (k - 1) + J - 2 N) / (2 W) with the N of all of them and the W
     of the rest. All in int64: with n <= 2^30 and w_j <= 2^28 the products stay below 2^28 (2^31 + J).
+
+    With `offset`, keys are (r + u_j) / w_j for any u_j in [0, 1). Then min(n_j, x w_j) - 1 samples at least have keys below x and
+    min(n_j, floor(x w_j) + 1) at most keys up to x: reach is 2 (k - 1) + 2 J, c_j = min(n_j, floor(X w_j) + 1), and their sum at most
+    k - 1 + 2 J.
     """
     size_J = size_J * (weight_J > 0)
     order = _ascending(size_J, weight_J.clamp(min=1))
@@ -249,7 +259,7 @@ def _weighted_quota(size_J: Tensor, weight_J: Tensor, reach: int) -> Tensor:
     left = weight.sum() - weight.cumsum(0) + weight
     out = size <= weight * (reach - 2 * (size.cumsum(0) - size)) // (2 * left).clamp(min=1)
     rest, left = reach - 2 * (size * out).sum(), (weight * ~out).sum()
-    bound_J = (weight_J * rest + left) // (2 * left).clamp(min=1)
+    bound_J = (weight_J * rest + (2 * left if offset else left)) // (2 * left).clamp(min=1)
     return torch.where(left > 0, torch.minimum(size_J, bound_J), size_J)
 
 
@@ -284,7 +294,9 @@ def _ascending(above: Tensor, below: Tensor) -> Tensor:
     return _by_parts(whole, _fraction(above - whole * below, below))
 
 
-def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None) -> Tensor:
+def _on_gpu(
+    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None, offset: Tensor | None
+) -> Tensor:
     utility, eligible, task = utility.contiguous(), eligible.contiguous(), task.contiguous()
     num_samples, device = utility.shape[0], utility.device
     launch, wave = _launch(num_samples, num_tasks), wave_size(utility.device)
@@ -303,8 +315,8 @@ def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: 
         )  # fmt: skip
         if number == 0:  # all of them have been counted
             size = histogram.sum((0, 2))
-            reach = _reach(k, num_samples, num_tasks)
-            quota = _quota(size, reach) if weight is None else _weighted_quota(size, weight, reach)
+            reach = _reach(k, num_samples, num_tasks, offset is not None)
+            quota = _quota(size, reach) if weight is None else _weighted_quota(size, weight, reach, offset is not None)
             need = quota.clone()
         _choose_kernel[(num_tasks,)](
             histogram, prefix, need, threshold, closed, num_tasks, launch.copies, shift, width,
@@ -312,7 +324,7 @@ def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: 
         )  # fmt: skip
 
     # The winners in the order of their ids, so that a stable sort keeps it among equal ones: count, scan, copy.
-    candidates = min(num_samples, k - 1 + num_tasks)
+    candidates = min(num_samples, k - 1 + (1 if offset is None else 2) * num_tasks)
     sort_key = torch.full((candidates,), NONE, dtype=torch.int64, device=device)
     sample = torch.full((candidates,), num_samples, dtype=torch.int64, device=device)
     count = torch.empty(launch.programs, dtype=torch.int64, device=device)
@@ -324,8 +336,9 @@ def _on_gpu(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: 
     share, sample_by_task = torch.empty_like(sort_key), torch.empty_like(sample)
     whole = share if weight is None else torch.empty_like(share)
     _share_kernel[(triton.cdiv(candidates, launch.block),)](
-        sort_key, by_task, sample, size if weight is None else weight, quota.cumsum(0) - quota, whole, share, sample_by_task, candidates,
-        WEIGHTED=weight is not None, BLOCK=launch.block, num_warps=num_warps,
+        sort_key, by_task, sample, size if weight is None else weight, size if offset is None else offset, quota.cumsum(0) - quota,
+        whole, share, sample_by_task, candidates,
+        WEIGHTED=weight is not None, OFFSET=offset is not None, BLOCK=launch.block, num_warps=num_warps,
     )  # fmt: skip
     best = torch.sort(share, stable=True).indices if weight is None else _by_parts(whole, share)
     return _padded(sample_by_task[best[:k]], k, num_samples)
@@ -341,7 +354,9 @@ def _descending_on_host(utility: Tensor) -> Tensor:
     return 0x7FFFFFFF - (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
 
 
-def _on_host(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None) -> Tensor:
+def _on_host(
+    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None, offset: Tensor | None
+) -> Tensor:
     """Here the eligible samples are known by number, and sorting all of them as integers costs no more than selecting among them."""
     num_samples = utility.shape[0]
     ids = eligible.nonzero().squeeze(1)
@@ -349,28 +364,36 @@ def _on_host(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k:
     by_task = torch.sort((group << 32) | _descending_on_host(utility.index_select(0, ids)), stable=True).indices
 
     size_J = torch.bincount(group, minlength=num_tasks)
-    reach = _reach(k, num_samples, num_tasks)
-    quota_J = _quota(size_J, reach) if weight is None else _weighted_quota(size_J, weight, reach)
+    reach = _reach(k, num_samples, num_tasks, offset is not None)
+    quota_J = _quota(size_J, reach) if weight is None else _weighted_quota(size_J, weight, reach, offset is not None)
     group = torch.repeat_interleave(quota_J)
     rank = torch.arange(group.shape[0]) - (quota_J.cumsum(0) - quota_J).index_select(0, group)
     if weight is None:
         best = torch.sort(_share(rank, size_J.index_select(0, group)), stable=True).indices[:k]
-    else:
+    elif offset is None:
         best = _ascending(2 * rank + 1, 2 * weight.index_select(0, group))[:k]
+    else:
+        best = _ascending((rank << 12) + offset.index_select(0, group), weight.index_select(0, group) << 12)[:k]
     place = (size_J.cumsum(0) - size_J).index_select(0, group[best]) + rank[best]
     return _padded(ids[by_task[place]], k, num_samples)
 
 
 @torch.library.custom_op("lead_kernels::select_topk", mutates_args=())
-def _select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
+def _select_topk(
+    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
     with current_device(utility):
         if weight is not None:  # a wrong one would give more candidates than there is room for
-            weight = weight.clamp(0, MAX_WEIGHT).contiguous()
-        return (_on_gpu if uses_kernels(utility) else _on_host)(utility, eligible, task, num_tasks, k, weight)
+            weight = weight.clamp(0, MAX_WEIGHT if offset is None else MAX_WEIGHT >> 10).contiguous()
+        if offset is not None:
+            offset = offset.clamp(0, OFFSETS - 1).contiguous()
+        return (_on_gpu if uses_kernels(utility) else _on_host)(utility, eligible, task, num_tasks, k, weight, offset)
 
 
 @_select_topk.register_fake
-def _(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
+def _(
+    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
     return utility.new_empty((k,), dtype=torch.int64)
 
 
@@ -394,7 +417,9 @@ def _(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
     return mask.new_empty((num_groups,))
 
 
-def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
+def select_topk(
+    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
     """The first `k` eligible samples, tasks interleaved in proportion to their eligible samples or to `weight`, the highest utility first.
 
     utility: fp32 [N] (NaN ranks last, with -inf); eligible: bool [N]; task: integer [N] (int64 or smaller: a byte is read fastest), in
@@ -410,6 +435,10 @@ def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int,
     whatever their sizes. A task of weight 0 gives no sample. One whose samples run out has no more keys, and the others fill the places
     in proportion to their weights. Weights in proportion to the eligible samples give the order that None gives.
 
+    With `offset` (int64 [num_tasks], 0 to 4095; weights then at most 2^18), a sample's key is (r + offset[task] / 4096) / weight[task].
+    With 1/2 for all, a task that is due less than half a sample in a prefix gets none, and in every short prefix anew; with offsets drawn
+    uniformly it gets as many as it is due on average.
+
     Raises ValueError on shapes, dtypes, devices, k or num_tasks below 1, or N above 2^30. Time and memory: see `_launch`; weights add
     sorts of [num_tasks] and one more of the candidates.
     """
@@ -419,10 +448,14 @@ def select_topk(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int,
     check_shape("task", task, (num_samples,), TASK_DTYPES)
     if weight is not None:
         check_shape("weight", weight, (num_tasks,), (torch.int64,))
-    check_device(utility.device, eligible=eligible, task=task, weight=weight)
+    if offset is not None:
+        check_shape("offset", offset, (num_tasks,), (torch.int64,))
+        if weight is None:
+            raise ValueError("offset: needs weights")
+    check_device(utility.device, eligible=eligible, task=task, weight=weight, offset=offset)
     if not 1 <= num_samples <= MAX_SAMPLES or num_tasks < 1 or k < 1:
         raise ValueError(f"{num_samples} samples, num_tasks {num_tasks}, k {k}: expected 1 to 2^30 samples, and at least 1 of the others")
-    return _select_topk(utility, eligible, task, num_tasks, k, weight)
+    return _select_topk(utility, eligible, task, num_tasks, k, weight, offset)
 
 
 def groups_present(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -460,9 +493,10 @@ def builds() -> list[KernelBuild]:
     for bits in range(4, 12):
         constants = {"DIGITS": 1 << bits, "ROWS": max(1, CHOOSE_TILE >> bits)}
         found.append(KernelBuild(f"select_topk choose {bits} bits", _choose_kernel, signature, constants, THREADS))
-    vectors = dict.fromkeys(("sorted_key", "by_task", "sample", "weight", "start", "whole", "share", "sample_by_task"), "*i64")
-    signature = {**vectors, "num_candidates": "i32", "WEIGHTED": "constexpr", "BLOCK": "constexpr"}
-    for weighted in (False, True):
-        name = f"select_topk {'weighted ' if weighted else ''}share"
-        found.append(KernelBuild(name, _share_kernel, signature, {"WEIGHTED": weighted, "BLOCK": block}, THREADS))
+    names = ("sorted_key", "by_task", "sample", "weight", "offset", "start", "whole", "share", "sample_by_task")
+    vectors = dict.fromkeys(names, "*i64")
+    signature = {**vectors, "num_candidates": "i32", "WEIGHTED": "constexpr", "OFFSET": "constexpr", "BLOCK": "constexpr"}
+    for name, weighted, offset in (("share", False, False), ("weighted share", True, False), ("weighted share with offsets", True, True)):
+        constants = {"WEIGHTED": weighted, "OFFSET": offset, "BLOCK": block}
+        found.append(KernelBuild(f"select_topk {name}", _share_kernel, signature, constants, THREADS))
     return found

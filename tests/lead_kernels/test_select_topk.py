@@ -36,8 +36,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHOOSE_TILE", 64)
 
 
-def expected(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None) -> Tensor:
-    return reference.select_topk(torch.where(utility.isnan(), -torch.inf, utility), eligible, task, num_tasks, k, weight)
+def expected(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, *weights: Tensor | None) -> Tensor:
+    return reference.select_topk(torch.where(utility.isnan(), -torch.inf, utility), eligible, task, num_tasks, k, *weights)
 
 
 @property_test
@@ -69,6 +69,37 @@ def test_agrees_with_reference_by_weight(
     weight = torch.tensor(weights)
     want = expected(utility, eligible, task, 4, k, weight)
     assert torch.equal(select_topk(utility, eligible, task.to(dtype), 4, k, weight), want)
+
+
+@property_test
+@given(
+    rows=st.lists(st.tuples(VALUES, st.booleans(), st.integers(0, 3)), min_size=1, max_size=40),
+    k=st.integers(1, 50),
+    weights=st.lists(st.one_of(st.integers(0, 5), st.integers(0, 2**18)), min_size=4, max_size=4),
+    offsets=st.lists(st.integers(0, 4095), min_size=4, max_size=4),
+)
+def test_agrees_with_reference_by_weight_and_offset(
+    form: str, rows: list[tuple[float, bool, int]], k: int, weights: list[int], offsets: list[int]
+) -> None:
+    utility, eligible, task = (torch.tensor(column) for column in zip(*rows, strict=True))
+    weight, offset = torch.tensor(weights), torch.tensor(offsets)
+    want = expected(utility, eligible, task, 4, k, weight, offset)
+    assert torch.equal(select_topk(utility, eligible, task, 4, k, weight, offset), want)
+
+
+def test_with_drawn_offsets_a_small_task_gets_what_it_is_due(form: str) -> None:
+    """Of 8 places a task with 1/32 of the weight is due a quarter of a sample: none in every round by halves, one in a quarter of them by
+    offsets; and offsets of a half are the halves."""
+    g = torch.Generator().manual_seed(0)
+    utility, task = torch.rand(64, generator=g), (torch.arange(64) < 2).long()
+    every, weight = torch.ones(64, dtype=torch.bool), torch.tensor([31, 1])
+    halves = select_topk(utility, every, task, 2, 8, weight)
+    assert int((task[halves] == 1).sum()) == 0
+    assert torch.equal(select_topk(utility, every, task, 2, 8, weight, torch.full((2,), 2048)), halves)
+    drawn = [select_topk(utility, every, task, 2, 8, weight, torch.tensor([2048, 64 * u + 32])) for u in range(64)]
+    assert sum(int((task[order] == 1).sum()) for order in drawn) in (15, 16)  # of 64; the 8th place ends between 7.5 and 8 times 1 / 31
+    with pytest.raises(ValueError, match="needs weights"):
+        select_topk(utility, every, task, 2, 8, None, torch.zeros(2, dtype=torch.int64))
 
 
 @property_test
@@ -226,25 +257,27 @@ def test_a_task_fills_no_more_places_than_its_quota() -> None:
     assert reached > 100  # so the bound is no idle one
 
 
-@pytest.mark.parametrize("largest", [4, 50, 2**28])
-def test_by_weight_a_task_fills_no_more_places_than_its_quota(largest: int) -> None:
-    """As above, with tasks that run out before and tasks without weight."""
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("largest", [4, 50, 2**18, 2**28])
+def test_by_weight_a_task_fills_no_more_places_than_its_quota(largest: int, drawn: bool) -> None:
+    """As above, with tasks that run out before and tasks without weight; and with any offsets."""
     g = torch.Generator().manual_seed(0)
     reached = exhausted = 0
     for tasks in (1, 2, 3, 5, 9):
         for _ in range(12):
             size, weight = torch.randint(0, 12, (tasks,), generator=g), torch.randint(0, largest + 1, (tasks,), generator=g)
             n, pairs = int(size.sum()), list(zip(size.tolist(), weight.tolist(), strict=True))
-            keys = sorted((Fraction(2 * r + 1, 2 * w), j) for j, (c, w) in enumerate(pairs) if w for r in range(c))
+            first = [Fraction(int(torch.randint(0, 4096, (), generator=g)), 4096) if drawn else Fraction(1, 2) for _ in pairs]
+            keys = sorted(((r + first[j]) / w, j) for j, (c, w) in enumerate(pairs) if w for r in range(c))
             for k in range(1, n + 3):
-                first = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
-                quota = module._weighted_quota(size, weight, module._reach(k, n, tasks))
-                assert bool((first <= quota).all())
+                found = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
+                quota = module._weighted_quota(size, weight, module._reach(k, n, tasks, drawn), drawn)
+                assert bool((found <= quota).all())
                 assert bool((quota <= size * (weight > 0)).all())
-                assert int(quota.sum()) <= min(n, k - 1 + tasks)
-                reached += int((first == quota).all() and len(keys) > k > 1)
-                exhausted += int(((first == size) & (size > 0)).any() and len(keys) > k)
-    assert reached > 100  # so the bound is no idle one
+                assert int(quota.sum()) <= min(n, k - 1 + (2 * tasks if drawn else tasks))
+                reached += int((found == quota).all() and len(keys) > k > 1)
+                exhausted += int(((found == size) & (size > 0)).any() and len(keys) > k)
+    assert drawn or reached > 100  # so the bound is no idle one (which offsets may reach differs from task to task)
     assert exhausted > 100
 
 
@@ -315,19 +348,23 @@ def test_shares_that_doubles_cannot_tell_apart() -> None:
 
 
 @pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_kernel_computes_the_same_shares(weighted: bool) -> None:
+@pytest.mark.parametrize(("weighted", "drawn"), [(False, False), (True, False), (True, True)])
+def test_the_kernel_computes_the_same_shares(weighted: bool, drawn: bool) -> None:
     """Candidates of three large tasks: the kernel's ranks are places behind the start of the task."""
     g = torch.Generator().manual_seed(0)
-    weight = torch.tensor([2**28, 1, 5] if weighted else [2**29 - 1, 2**29 - 3, 5])
+    weight = torch.tensor([2**18 if drawn else 2**28, 1, 5] if weighted else [2**29 - 1, 2**29 - 3, 5])
+    offset = torch.tensor([4095, 0, 77])
     start = torch.tensor([0, -(2**30) + 20 if weighted else -(2**28), 12])
     group, position = torch.tensor([0] * 5 + [1] * 7 + [2] * 5), torch.arange(19)
     sorted_key = torch.cat([(group << 32) | torch.randint(0, 2**32, (17,), generator=g), torch.full((2,), module.NONE)])
     by_task, sample = torch.randperm(19, generator=g), torch.randint(0, 2**29, (19,), generator=g)
     whole, share, sample_by_task = torch.full_like(sorted_key, -7), torch.empty_like(sorted_key), torch.empty_like(sample)
-    vectors = sorted_key, by_task, sample, weight, start, whole, share, sample_by_task
-    module._share_kernel[(3,)](*vectors, 19, WEIGHTED=weighted, BLOCK=8)
-    above, below = 2 * (position[:17] - start[group]) + 1, 2 * weight[group]
+    vectors = sorted_key, by_task, sample, weight, offset, start, whole, share, sample_by_task
+    module._share_kernel[(3,)](*vectors, 19, WEIGHTED=weighted, OFFSET=drawn, BLOCK=8)
+    rank = position[:17] - start[group]
+    above, below = 2 * rank + 1, 2 * weight[group]
+    if drawn:
+        above, below = 4096 * rank + offset[group], 4096 * weight[group]
     assert torch.equal(whole[:17], above // below if weighted else torch.full((17,), -7))
     assert torch.equal(share[:17], module._fraction(above % below, below))
     assert share[17:].tolist() == [module.NONE] * 2
@@ -374,9 +411,9 @@ def test_the_kernels_path_reads_nothing(no_host_reads: type, weight: list[int] |
     weights = None if weight is None else torch.tensor(weight)
     want = expected(utility, eligible, task, 3, 20, weights)
     with no_host_reads():
-        order = module._on_gpu(utility, eligible, task, 3, 20, weights)
+        order = module._on_gpu(utility, eligible, task, 3, 20, weights, None)
         with pytest.raises(AssertionError, match="reads the device"):
-            module._on_host(utility, eligible, task, 3, 20, weights)
+            module._on_host(utility, eligible, task, 3, 20, weights, None)
     assert torch.equal(order, want)
 
 

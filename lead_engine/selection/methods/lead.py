@@ -14,13 +14,14 @@ from lead_engine.selection.methods.base import Method, Order
 from lead_engine.selection.samples import Samples, count
 from lead_engine.selection.unseen import CellEstimates
 from lead_kernels import select_topk
+from lead_kernels.select_topk import OFFSETS
 
 if TYPE_CHECKING:
     from lead_engine.selection.selector import Plan
 
-DRAW, RANK = 0, 2  # random streams
+DRAW, RANK, ROUND_OFF = 0, 2, 3  # random streams
 LEAST = 1e-6  # nats; a logarithm is taken of U
-UNIT = 2.0**28
+UNIT = 2.0**18
 """Cells' shares of a round as whole numbers, for `select_topk`."""
 
 
@@ -29,23 +30,20 @@ class Lead(Method):
 
     Coarse stage: the bandit's probabilities p over the clusters with eligible samples. `draw=cluster`: a round trains the one cluster that
     is drawn. `draw=mixture`: it trains all of them, cluster k's share of the samples being p_k.
-    Fine stage: inside a cluster every task gets a quota in proportion to its eligible samples; in it, `ranking` by the rank value.
+    Fine stage: inside a cluster every task gets a quota in proportion to its eligible samples; in it, `ranking` by the rank value. Quotas
+    are rounded up or down at random, since a round has few samples for many cells: rounded to the nearest, small tasks would never be
+    trained.
     """
 
     uses_loss_change = True
 
     def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
         super().__init__(samples, state, config, places, seed)
-        one_arm = config.bandit == "none"
-        tasks = samples.num_tasks if config.use_tasks else 1
-        cluster = torch.zeros_like(samples.cluster, dtype=torch.uint8) if one_arm else samples.cluster
-        task = samples.task if config.use_tasks else torch.zeros_like(samples.task, dtype=torch.uint8)
-        self._num_arms, self.num_groups = (1 if one_arm else samples.num_clusters), tasks
-        self.arm, self.group = cluster, task
-        if config.draw == "mixture":  # quotas of all clusters' tasks at once
-            self.num_groups = self._num_arms * tasks
-            self.group = samples.cell if self.num_groups == samples.num_cells else cluster.short() * tasks + task
-        self.size = torch.zeros(self.num_groups if config.draw == "mixture" else self._num_arms, dtype=torch.int64, device=samples.device)
+        self._num_arms = 1 if config.bandit == "none" else samples.num_clusters
+        self._tasks = samples.num_tasks if config.use_tasks else 1
+        self.arm = samples.cluster if self._num_arms > 1 else torch.zeros_like(samples.cluster, dtype=torch.uint8)
+        self.cell = self.arm if self._tasks == 1 else samples.task if self._num_arms == 1 else samples.cell  # an arm's part of a task
+        self.size = torch.zeros(self._num_arms * self._tasks, dtype=torch.int64, device=samples.device)
         self.loaded()
         sizes = self._arm_sizes().float()
         prior = sizes / sizes.sum().clamp(min=1) if config.prior == "size" else torch.full_like(sizes, 1 / self._num_arms)
@@ -67,13 +65,17 @@ class Lead(Method):
         uniform = self.uniform(DRAW, self.samples.scalar(round))
         cluster, probabilities = self.bandit.draw(self._arm_sizes() > 0, uniform)
         utility = self.samples.utility if self.unseen is None else self.unseen.utility()
-        eligible, weight = self.open_samples(), None
+        eligible, parts = self.open_samples(), probabilities
         if self.config.draw == "mixture":
-            cluster, weight = torch.full_like(cluster, -1), self._shares(probabilities)
-        else:
+            cluster = torch.full_like(cluster, -1)
+        else:  # the mixture in which one arm has all; leaving the others out is not needed, but faster
             eligible &= self.arm == cluster
+            parts = (torch.arange(self._num_arms, device=cluster.device) == cluster).to(parts.dtype)
         rank = self._rank(utility[:-1])
-        return Order(select_topk(rank, eligible, self.group, self.num_groups, self.places, weight), utility, cluster, probabilities)
+        cells = self.size.shape[0]
+        offset = (self.uniform(ROUND_OFF, self.samples.scalar(round), torch.arange(cells, device=rank.device)) * OFFSETS).long()
+        order = select_topk(rank, eligible, self.cell, cells, self.places, self._shares(parts), offset)
+        return Order(order, utility, cluster, probabilities)
 
     def observe(self, sample_ids: Tensor, loss: Tensor) -> None:
         if self.unseen is not None:
@@ -83,8 +85,7 @@ class Lead(Method):
         """The reward of an arm is the mean fall of U of its samples that were trained; those whose loss is not a number do not count."""
         ids = self.samples.real(plan.sample_ids)
         closed = trained & (self.samples.visits[plan.sample_ids] == self.config.max_visits)
-        grouping = self.group if self.config.draw == "mixture" else self.arm
-        self.size -= count(grouping[ids], closed, self.size.shape[0])
+        self.size -= count(self.cell[ids], closed, self.size.shape[0])
 
         counts = trained & fall.isfinite()
         arm = torch.where(counts, self.arm[ids].long(), -1).reshape(-1)
@@ -105,20 +106,21 @@ class Lead(Method):
         return state | (self.unseen.state_dict() if self.unseen is not None else {})
 
     def loaded(self) -> None:
-        """Eligible samples of every group (mixture) or arm; from then on they are only counted down."""
-        grouping = self.group if self.config.draw == "mixture" else self.arm
-        self.size.copy_(count(grouping, self.open_samples(), self.size.shape[0]))
+        """Eligible samples of every cell; from then on they are only counted down."""
+        self.size.copy_(count(self.cell, self.open_samples(), self.size.shape[0]))
 
     def _arm_sizes(self) -> Tensor:
         """Eligible samples of each arm: int64 [K]."""
         return self.size.view(self._num_arms, -1).sum(1)
 
-    def _shares(self, probabilities: Tensor) -> Tensor:
-        """Of a mixture, the shares p_k n_kj / n_k of cluster k's task j, in whole numbers: int64 [K J]; at least 1 where anyone is left."""
+    def _shares(self, parts: Tensor) -> Tensor:
+        """The cells' shares of a round, parts_k n_kj / n_k for arm k's task j, in whole numbers: int64 [K J].
+
+        At least 1 where anyone is left and the arm has a part.
+        """
         size_KJ = self.size.view(self._num_arms, -1)
-        share_KJ = probabilities[:, None] * size_KJ / size_KJ.sum(1, keepdim=True).clamp(min=1)
-        whole = (share_KJ * UNIT).long()
-        return torch.where(size_KJ > 0, whole.clamp(min=1), 0).view(-1)
+        share_KJ = parts[:, None] * size_KJ / size_KJ.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(share_KJ > 0, (share_KJ * UNIT).long().clamp(min=1), 0).view(-1)
 
     def _rank(self, utility: Tensor) -> Tensor:
         """What the highest of comes first: fp32 [N].
