@@ -79,7 +79,7 @@ def make_selector(name: str, pool: tuple[PoolState, Tensor, Tensor], layout: Lay
     config = SelectionConfig(max_visits=4, **options)
     selector = Selector(state, lengths, lengths // 2, method=method, config=config, layout=layout, seed=0, device=device)
     selector.samples.visits[:-1] = visits.to(device)
-    selector.method.loaded()  # eligible samples are counted from visits
+    selector.method.count_open()  # eligible samples are counted from visits
     return selector
 
 

@@ -44,7 +44,7 @@ class Lead(Method):
         self.arm = samples.cluster if self._num_arms > 1 else torch.zeros_like(samples.cluster, dtype=torch.uint8)
         self.cell = self.arm if self._tasks == 1 else samples.task if self._num_arms == 1 else samples.cell  # an arm's part of a task
         self.size = torch.zeros(self._num_arms * self._tasks, dtype=torch.int64, device=samples.device)
-        self.loaded()
+        self.count_open()
         sizes = self._arm_sizes().float()
         prior = sizes / sizes.sum().clamp(min=1) if config.prior == "size" else torch.full_like(sizes, 1 / self._num_arms)
         self.bandit = Bandit(config, prior)
@@ -102,11 +102,14 @@ class Lead(Method):
         return (number * scaled).sum() / number.sum().clamp(min=1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"log_weights": self.bandit.log_weights, "reward_low": self.reward_scale.low, "reward_high": self.reward_scale.high}
+        rewards = {"reward_low": self.reward_scale.low, "reward_high": self.reward_scale.high}
+        state = {"open": self.size, "log_weights": self.bandit.log_weights, **rewards}
         return state | (self.unseen.state_dict() if self.unseen is not None else {})
 
-    def loaded(self) -> None:
-        """Eligible samples of every cell; from then on they are only counted down."""
+    def count_open(self) -> None:
+        """Eligible samples of every cell, by their visits; from then on they are counted down, at the end of every round. In the middle of
+        one the count is therefore not what the visits say: it is part of the state.
+        """
         self.size.copy_(count(self.cell, self.open_samples(), self.size.shape[0]))
 
     def _arm_sizes(self) -> Tensor:
@@ -138,5 +141,5 @@ class Lead(Method):
         if self.config.ranking == "random":
             return noise
         value = utility if self.density is None else utility * self.density
-        noise = noise.add_(2.0**-25)  # in (0, 1): both logarithms are finite
+        noise = noise.add_(2.0**-25).clamp_(max=1 - 2.0**-24)  # in (0, 1): both logarithms are finite
         return value.clamp(min=LEAST).log_().mul_(self.config.soft_power).sub_(noise.log_().neg_().log_())
