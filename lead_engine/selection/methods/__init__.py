@@ -3,6 +3,7 @@
 from lead_engine.selection.methods.base import Method, Order, Scorer
 from lead_engine.selection.methods.full import Full
 from lead_engine.selection.methods.ifd import Ifd
+from lead_engine.selection.methods.iterit import Iterit
 from lead_engine.selection.methods.lead import Lead
 from lead_engine.selection.methods.loss import Loss
 from lead_engine.selection.methods.random import Random
@@ -11,6 +12,7 @@ from lead_engine.selection.methods.rescore import Rescore
 
 METHODS: dict[str, type[Method]] = {
     "lead": Lead,
+    "iterit": Iterit,
     "rescore": Rescore,
     "loss": Loss,
     "ifd": Ifd,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lead_engine.config import SelectionConfig
 from lead_engine.pool.state import PoolState
+from lead_engine.pool.store import TokenStore
 from lead_engine.selection import counter_rng
 from lead_engine.selection.samples import Samples
 from lead_kernels import select_topk
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 class Scorer(Protocol):
     """Measures losses under the model as it is now, over packed micro-batches on all ranks; nothing of model or optimizer changes."""
+
+    store: TokenStore
+    """The pool's tokens."""
 
     def given(self, ids: Tensor) -> Tensor:
         """Mean NLL of the answers given their instructions: fp32 [n], on the training device, for ids int64 [n] on the host."""

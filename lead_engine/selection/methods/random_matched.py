@@ -74,10 +74,13 @@ def _coarse(rows: np.ndarray) -> np.ndarray:
 def _picks(run: Path, num_samples: int) -> np.ndarray:
     """The samples that a run trained, in its order: int64 [n]."""
     log = run / "selection.jsonl"
-    if not (run / "summary.json").exists():
-        raise UserError(f"--selection.match {run}: not a finished run (no summary.json in it)")
-    config = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    names = pq.read_table(Path(config["pool"]) / "records.parquet", columns=["id"]).column("id").to_pylist()
+    for name in ("summary.json", "selection.jsonl"):
+        if not (run / name).exists():
+            raise UserError(f"--selection.match {run}: not a finished run (no {name} in it)")
+    records = Path(json.loads((run / "summary.json").read_text(encoding="utf-8"))["pool"]) / "records.parquet"
+    if not records.exists():
+        raise UserError(f"--selection.match {run}: was trained on the pool {records.parent}, which has no records.parquet; was it moved?")
+    names = pq.read_table(records, columns=["id"]).column("id").to_pylist()
     number = {name: i for i, name in enumerate(names)}
     with log.open(encoding="utf-8") as lines:
         picked = [number[name] for line in lines for name in json.loads(line)["ids"]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
+from lead_engine.config import SelectionConfig
+from lead_engine.pool.state import PoolState
 from lead_engine.selection.methods.base import Scorer
 from lead_engine.selection.methods.lead import Lead
+from lead_engine.selection.samples import Samples
 
 
 class Rescore(Lead):
@@ -13,12 +14,13 @@ class Rescore(Lead):
 
     uses_loss_change = False
 
+    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
+        super().__init__(samples, state, config, places, seed)
+        self.unseen = None  # nothing is estimated for samples that were not trained: they are measured
+
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
         if round == 0 and bool((self.samples.visits == 0).all()):
             return  # nothing was trained: what `prepare` measured is the base model's loss
         ids = self.open_samples().cpu().nonzero().squeeze(1)
         if len(ids):
             self.samples.utility[:-1].index_copy_(0, ids.to(self.samples.device), scorer.given(ids))
-
-    def observe(self, sample_ids: torch.Tensor, loss: torch.Tensor) -> None:
-        """Nothing is estimated for samples that were not trained: they are measured."""
