@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +70,42 @@ def make_selector(make_state, make_lengths) -> SelectorFactory:
         return Selector(state, lengths, rows, method=method, config=config, layout=layout, seed=seed, device=device)
 
     return make
+
+
+class MadeUpLosses:
+    """A scorer whose losses are a function of the round and the sample alone; remembers whom it was asked for."""
+
+    def __init__(self, round: int) -> None:
+        self.round, self.asked = round, []
+
+    def given(self, ids: Tensor) -> Tensor:
+        self.asked += ids.tolist()
+        return ((ids * 37 + self.round * 11) % 101).float() / 25
+
+    def alone(self, ids: Tensor) -> Tensor:
+        raise AssertionError("no method here measures answers alone")
+
+
+@pytest.fixture
+def finished_run(tmp_path) -> Callable[..., Path]:
+    """A function that writes the folder of a run which trained `rounds`, lists of samples, of a pool of `samples`; and the pool's names."""
+
+    def write(samples: int, rounds: Sequence[Sequence[int]], name: str = "imitated") -> Path:
+        pool, run = tmp_path / f"{name}-pool", tmp_path / name
+        for folder in (pool, run):
+            folder.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": [f"sample-{i}" for i in range(samples)]}), pool / "records.parquet")
+        (run / "summary.json").write_text(json.dumps({"pool": str(pool)}), encoding="utf-8")
+        lines = [json.dumps({"round": r, "ids": [f"sample-{i}" for i in ids]}) + "\n" for r, ids in enumerate(rounds)]
+        (run / "selection.jsonl").write_text("".join(lines), encoding="utf-8")
+        return run
+
+    return write
+
+
+@pytest.fixture
+def made_up_losses() -> type[MadeUpLosses]:
+    return MadeUpLosses
 
 
 class Blind(NamedTuple):

@@ -41,23 +41,95 @@ def sequence(selector, rounds, max_tokens=LOTS):
     return ids
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+VARIANTS = [
+    {},
+    {"bandit": "exp3s", "rank_by": "density"},
+    {"bandit": "none", "use_tasks": False},
+    {"max_visits": 1, "drop_misaligned": False},
+    {"ranking": "soft", "prior": "size"},
+    {"ranking": "random", "bandit": "uniform"},
+    {"unseen": "drift"},
+    {"unseen": "estimate", "use_tasks": False},
+    {"draw": "mixture"},
+    {"draw": "mixture", "bandit": "none", "max_visits": 1, "ranking": "soft", "unseen": "estimate"},
+    {"draw": "mixture", "bandit": "exp3s", "prior": "size", "rank_by": "density", "unseen": "drift"},
+    {"method": "rescore", "draw": "mixture"},
+    {"method": "loss"},
+    {"method": "ifd"},
+    {"method": "random"},
+    {"method": "random-matched"},
+    {"method": "full"},
+]
+"""Every method, and every value of every option."""
+
+
+@pytest.fixture
+def make_variant(make_selector, finished_run):
+    """A selector of VARIANTS; `random-matched` imitates a run that trained samples 0 to 119 in steps of 7, then every third."""
+
+    def make(samples=120, **options):
+        if options.get("method") == "random-matched":
+            imitated = [[i * 7 % samples for i in range(samples)], list(range(0, samples, 3))]
+            options["match"] = finished_run(samples, imitated)
+        return make_selector(samples, **options)
+
+    return make
+
+
+def arms(selector):
+    """Every sample's arm."""
+    return [0] * selector.samples.num_samples if selector.config.bandit == "none" else selector.samples.cluster.tolist()
+
+
+def follows_quotas(selector, ids, eligible, plan):
+    """Whether there is a level x such that every arm's every task has min(all it has, x share) samples among `ids`, to within 1.
+
+    Shares are p_k n_kj / n_k in a mixture, n_kj in a round of one cluster; whole numbers round them.
+    """
+    task = selector.samples.task.tolist() if selector.config.use_tasks else [0] * selector.samples.num_samples
+    cell = dict(enumerate(zip(arms(selector), task, strict=True)))
+    have, got, in_arm = (Counter(found) for found in ([cell[i] for i in eligible], [cell[i] for i in ids], [cell[i][0] for i in eligible]))
+    mixture, low, high = selector.config.draw == "mixture", 0.0, float("inf")
+    for c in have if mixture else (c for c in have if c[0] == int(plan.cluster)):
+        share = float(plan.probabilities[c[0]]) * have[c] / in_arm[c[0]] if mixture else have[c] / in_arm[c[0]]
+        low = max(low, (got[c] - 1) / share)
+        high = min(high, (got[c] + 1) / share) if got[c] < have[c] else high
+    return low <= high * (1 + 1e-3)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_promises_for_any_pool_and_layout(make_selector, data):
+def test_promises_for_any_pool_and_layout(make_selector, make_state, finished_run, made_up_losses, data):
     def whole(low, high):
         return data.draw(st.integers(low, high))
 
-    capacity, max_visits = whole(4, 30), whole(1, 3)
-    method = data.draw(st.sampled_from(["lead", "lead", "random", "full"]))
+    def one_of(*values):
+        return data.draw(st.sampled_from(values))
+
+    capacity, max_visits, n, clusters, tasks = whole(4, 30), whole(1, 3), whole(1, 40), whole(1, 5), whole(1, 4)
+    method = one_of("lead", "lead", "lead", "lead", "rescore", "loss", "ifd", "random", "random-matched", "full")
+    seed, lead = whole(0, 10**6), method in ("lead", "rescore")
+    state = make_state(n, seed=seed, clusters=clusters, tasks=tasks)
+    pool = one_of("as it is", "as it is", "one-sample clusters", "an empty cluster", "all dropped")
+    if pool == "one-sample clusters":
+        state = replace(state, cluster=torch.arange(n).clamp(max=clusters - 1))
+    elif pool == "an empty cluster":
+        state = replace(state, cluster=state.cluster.clamp(max=max(clusters - 2, 0)))
+    elif pool == "all dropped":
+        state = replace(state, dropped=torch.ones(n, dtype=torch.bool))
+    picks = data.draw(st.lists(st.lists(st.integers(0, n - 1), unique=True, max_size=n), max_size=4))
     selector = make_selector(
-        whole(1, 40), method=method, seed=whole(0, 10**6), clusters=whole(1, 5), tasks=whole(1, 4), steps=whole(1, 3),
-        micro_batches=whole(1, 3), slots=whole(1, 5), capacity=capacity, longest=whole(2, capacity),
-        max_visits=max_visits,
-        bandit=data.draw(st.sampled_from(["exp3", "exp3s", "uniform", "none"])), use_tasks=data.draw(st.booleans()),
+        n, method=method, seed=seed, state=state, steps=whole(1, 3), micro_batches=whole(1, 3), slots=whole(1, 5), capacity=capacity,
+        longest=whole(2, capacity), max_visits=max_visits, bandit=one_of("exp3", "exp3s", "uniform", "none"), use_tasks=one_of(True, False),
+        draw=one_of("cluster", "mixture"), ranking=one_of("hard", "soft", "random"), prior=one_of("uniform", "size"),
+        rank_by=one_of("utility", "density"), unseen=one_of("initial", "drift", "estimate"), drop_misaligned=one_of(True, True, False),
+        match=finished_run(n, picks) if method == "random-matched" else None,
     )  # fmt: skip
-    shape, n, visits = selector.layout, selector.samples.num_samples, Counter()
-    for round in range(12):
-        max_tokens = data.draw(st.sampled_from([LOTS, 2 * capacity, 5]))
+    shape, visits, generator = selector.layout, Counter(), torch.Generator().manual_seed(seed)
+    bad_losses, arm = one_of(0.0, 0.0, 0.3, 1.0), torch.tensor(arms(selector))
+    for round in range(10):
+        max_tokens = one_of(LOTS, LOTS, 2 * capacity, 5)
+        selector.refresh(round, round / 10, made_up_losses(round))
         plan = selector.plan(round, max_tokens)
         assert plan.sample_ids.shape == (shape.steps, shape.micro_batches, shape.slots)
         assert plan.tokens.shape == plan.rows.shape == (shape.steps, shape.micro_batches)
@@ -70,23 +142,43 @@ def test_promises_for_any_pool_and_layout(make_selector, data):
         assert torch.equal(plan.rows, selector.samples.rows[plan.sample_ids].sum(-1))
         filled = (plan.tokens > 0).flatten().tolist()
         assert filled == sorted(filled, reverse=True)  # empty micro-batches come last
-        open_samples = ~selector.samples.dropped & (selector.samples.visits[:-1] < max_visits)
-        if method == "lead":
-            assert all(not selector.samples.dropped[i] and selector.method.arm[i] == plan.cluster for i in ids)
-            per_arm = torch.stack([(open_samples & (selector.method.arm == k)).any() for k in range(selector.method.num_arms)])
+        left = torch.ones(n, dtype=torch.bool)
+        if lead:
+            left = selector.samples.visits[:-1] < max_visits
+            if selector.config.drop_misaligned:
+                left &= ~state.dropped
+            assert bool(left[ids].all())
+            per_arm = torch.stack([(left & (arm == k)).any() for k in range(selector.method.num_arms)])
             assert torch.equal(plan.probabilities > 0, per_arm)
             assert float(plan.probabilities.sum()) == pytest.approx(1 if per_arm.any() else 0)
+            if selector.config.draw == "cluster":
+                assert all(arm[i] == plan.cluster for i in ids)
+            else:
+                assert int(plan.cluster) == -1
+            order = [i for i in selector.method.order(round).sample_ids.tolist() if i < n]
+            eligible = left.nonzero().flatten().tolist()
+            assert all(follows_quotas(selector, order[:m], eligible, plan) for m in {1, len(order) // 2, len(order)})
+        elif method == "random-matched":
+            left[:] = sum(visits.values()) < sum(map(len, picks))
+        elif method == "ifd":
+            left = state.ifd < 1
         if max_tokens >= capacity:
-            assert bool(ids) == (method != "lead" or bool(open_samples.any()))
+            assert bool(ids) == bool(left.any())
         visits.update(ids)
-        stats = train(selector, plan)
+        loss = torch.rand(n + 1, generator=generator) * 3
+        loss[torch.rand(n + 1, generator=generator) < bad_losses] = torch.nan
+        for step in plan.sample_ids:
+            selector.observe(step, loss[step], -0.1 * loss[step])
+        stats = selector.finish_round(plan)
         assert int(stats.samples) == len(ids) == int(stats.samples_per_task.sum()) == int(stats.samples_per_cluster.sum())
         samples = selector.samples
         assert stats.samples_per_task.tolist() == [sum(int(samples.task[i]) == t for i in ids) for t in range(samples.num_tasks)]
         assert selector.samples.visits[:-1].tolist() == [visits[i] for i in range(n)]
         assert all(bool(torch.isfinite(value).all()) for value in stats)
-        assert all(bool(torch.isfinite(value).all()) for name, value in selector.state_dict().items() if name == "log_weights")
-    if method == "lead":
+        assert -1 <= float(stats.reward) <= 1
+        finite = {"log_weights", "cell_sum", "cell_weight", "all_first_visits"}
+        assert all(bool(torch.isfinite(value).all()) for name, value in selector.state_dict().items() if name in finite)
+    if lead:
         assert max(visits.values(), default=0) <= max_visits
 
 
@@ -181,26 +273,62 @@ def test_only_what_was_trained_counts(make_selector):
     assert float(stats.reward) == 0  # the first reward
 
 
-@pytest.mark.parametrize("options", [{}, {"bandit": "exp3s"}, {"method": "random"}], ids=str)
-def test_restored_selector_goes_on_alike(make_selector, options):
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_restored_selector_goes_on_alike(make_variant, made_up_losses, options):
     """State saved in the middle of a round, loaded into a new selector: the same plans and statistics, bit by bit."""
 
+    def observe(selector, plan, round, steps):
+        for ids in plan.sample_ids[steps]:
+            loss = torch.rand(121, generator=torch.Generator().manual_seed(round))[ids]
+            selector.observe(ids, loss, -0.2 * loss)
+
+    def play(selector, round):
+        selector.refresh(round, round / 12, made_up_losses(round))
+        plan = selector.plan(round, LOTS if round < 6 else 100)
+        observe(selector, plan, round, slice(None))
+        return [*plan, *selector.finish_round(plan)]
+
     def go_on(selector, plan):
-        for ids in plan.sample_ids[1:]:
-            selector.observe(ids, torch.full(ids.shape, 0.5), torch.zeros(ids.shape))
-        everything = [*selector.finish_round(plan)]
+        observe(selector, plan, 5, slice(1, None))
+        everything = [*selector.finish_round(plan), selector.fingerprint()]
         for round in range(6, 12):
-            plan = selector.plan(round, 100)
-            everything += [*plan, *train(selector, plan, loss=1 / round)]
+            everything += [*play(selector, round), selector.fingerprint()]
         return [*everything, *selector.state_dict().values()]
 
-    first, second = make_selector(**options), make_selector(**options)
+    first, second = make_variant(**options), make_variant(**options)
     for round in range(5):
-        train(first, first.plan(round, LOTS), loss=1 / (1 + round))
+        play(first, round)
+    first.refresh(5, 5 / 12, made_up_losses(5))
     plan = first.plan(5, LOTS)
-    first.observe(plan.sample_ids[0], torch.rand(plan.sample_ids[0].shape), torch.zeros(plan.sample_ids[0].shape))
+    assert real(first, plan)
+    observe(first, plan, 5, slice(1))
+    assert first.fingerprint() != second.fingerprint()
     second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    assert first.fingerprint() == second.fingerprint()
     assert all(torch.equal(a, b) for a, b in zip(go_on(first, plan), go_on(second, plan), strict=True))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_fingerprint_sees_every_bit(make_variant, options):
+    """One bit turned, lowest or highest, at the first, the last or a middle place of any tensor: another hash; turned back: the same."""
+    selector = make_variant(30, **options)
+    train(selector, selector.plan(0, LOTS))
+    seen = {int(selector.fingerprint())}
+    for tensor in selector.state_dict().values():
+        bits = tensor.view({1: torch.int8, 4: torch.int32, 8: torch.int64}[tensor.element_size()]).view(-1)
+        for place in sorted({0, len(bits) // 2, len(bits) - 1}):
+            for bit in (0, 8 * tensor.element_size() - 1):
+                turn = 1 << bit if bit < 8 * tensor.element_size() - 1 else torch.iinfo(bits.dtype).min
+                bits[place] ^= turn
+                found = int(selector.fingerprint())
+                assert found not in seen
+                seen.add(found)
+                bits[place] ^= turn
+    assert int(selector.fingerprint()) in seen
+    a, b = selector.samples.utility[:2].tolist()
+    selector.samples.utility[:2] = torch.tensor([b, a])
+    assert a != b
+    assert int(selector.fingerprint()) not in seen  # places count, not only values
 
 
 def test_state_of_another_pool_is_refused_and_changes_nothing(make_selector):
@@ -228,9 +356,10 @@ def test_a_sample_longer_than_a_micro_batch_is_refused(make_state):
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"bandit": "exp3s"}, {"bandit": "none", "use_tasks": False}, {"method": "random"}], ids=str)
-def test_rounds_never_look_at_the_device(make_selector, blind, options):
-    selector = make_selector(**options)
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_rounds_never_look_at_the_device(make_variant, blind, options):
+    """But for `refresh`, where `rescore` has losses measured: its rounds are those of `lead`."""
+    selector = make_variant(**options)
     with blind.mode():
         blind.convert(selector)
         for round in range(3):
@@ -239,7 +368,7 @@ def test_rounds_never_look_at_the_device(make_selector, blind, options):
             for ids in plan.sample_ids.unbind():
                 selector.observe(ids, torch.ones(ids.shape, device=blind.device), torch.zeros(ids.shape, device=blind.device))
             stats = selector.finish_round(plan)
-            values = (*plan, *stats, *selector.state_dict().values())
+            values = (*plan, *stats, *selector.state_dict().values(), selector.fingerprint())
             assert {value.device.type for value in values} == {blind.device}
         for read in (
             lambda: stats.reward.item(),
@@ -251,7 +380,8 @@ def test_rounds_never_look_at_the_device(make_selector, blind, options):
 
 
 @pytest.mark.parametrize(("clusters", "tasks", "dtypes"), [
-    (4, 256, (torch.uint8, torch.uint8)), (4, 257, (torch.uint8, torch.int16)), (300, 40_000, (torch.int16, torch.int32)),
+    (4, 256, (torch.uint8, torch.uint8)), (4, 257, (torch.uint8, torch.int16)),
+    (300, 200, (torch.int16, torch.uint8)), (2, 40_000, (torch.uint8, torch.int32)),
 ])  # fmt: skip
 def test_narrow_types_hold_every_cluster_and_task(make_selector, clusters, tasks, dtypes):
     """The same plans and counts as with int64, where the numbers reach the ends of the types."""
@@ -261,10 +391,11 @@ def test_narrow_types_hold_every_cluster_and_task(make_selector, clusters, tasks
         selector.samples.task = torch.where(ends, tasks - 1, selector.samples.task.long()).to(selector.samples.task.dtype)
         selector.samples.cluster = torch.where(ends, clusters - 1, selector.samples.cluster.long()).to(selector.samples.cluster.dtype)
     assert (narrow.samples.cluster.dtype, narrow.samples.task.dtype) == dtypes
-    wide.samples.cluster, wide.samples.task = wide.samples.cluster.long(), wide.samples.task.long()
+    wide.samples.cluster, wide.samples.task, wide.samples.cell = (getattr(wide.samples, v).long() for v in ("cluster", "task", "cell"))
     for selector in (narrow, wide):
-        selector.method.arm, selector.method.group = selector.samples.cluster, selector.samples.task
-        selector.method.loaded()  # counts the eligible anew
+        selector.samples.cell = (selector.samples.cluster.long() * tasks + selector.samples.task).to(selector.samples.cell.dtype)
+        selector.method.arm, selector.method.cell = selector.samples.cluster, selector.samples.cell
+        selector.method.count_open()  # counts the eligible anew
     for round in range(4):
         plans = narrow.plan(round, LOTS), wide.plan(round, LOTS)
         assert real(narrow, plans[0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lead_engine.selection import counter_rng
-from lead_engine.selection.methods.lead import DRAW, RANK
+from lead_engine.selection.methods.lead import DRAW, RANK, ROUND_OFF
 from lead_kernels.pack_plan import LOOK_AHEAD
 
 
@@ -23,7 +23,7 @@ class SlowLead:
 
     def __init__(self, selector, dtype):
         self.config, self.layout, self.seed, self.dtype = selector.config, selector.layout, selector.method.seed, dtype
-        self.n, self.tasks = selector.samples.num_samples, selector.samples.num_tasks
+        self.n, self.tasks = selector.samples.num_samples, selector.samples.num_tasks if self.config.use_tasks else 1
         self.lengths, self.rows = selector.samples.lengths.tolist(), selector.samples.rows.tolist()
         self.dropped = selector.samples.dropped.tolist() if self.config.drop_misaligned else [False] * self.n
         one_arm = self.config.bandit == "none"
@@ -60,8 +60,9 @@ class SlowLead:
         return float(counter_rng.uniform(self.seed, *(torch.tensor(c) for c in counters)))
 
     def weighted(self, history, keep):
-        """(sum of weights, weighted sum) of the values in `history`, a list of a list a step, oldest first: a value's weight falls by `keep`
-        with every later one; those of one step share theirs, as they are seen at once.
+        """(sum of weights, weighted sum) of the values in `history`, a list of a list a step, oldest first.
+
+        A value's weight falls by `keep` with every later one; those of one step share theirs, as they are seen at once.
         """
         weights, total, left = 0.0, 0.0, 1.0
         for values in reversed(history):
@@ -101,22 +102,23 @@ class SlowLead:
             return noise
         return self.config.soft_power * math.log(max(value, 1e-6)) - math.log(-math.log(noise + 2.0**-25))
 
-    def ranking(self, cluster, p):
-        """Highest averages: the next place goes to the group j with the least (places so far + 1/2) / share_j."""
-        utility, eligible, groups, shares = self.believed(), self.eligible(), {}, {}
+    def ranking(self, cluster, p, round):
+        """The next place goes to the cell c with the least (places so far + u_c) / share_c, u_c drawn anew each round."""
+        utility, eligible, cells, shares, first = self.believed(), self.eligible(), {}, {}, {}
         for k in range(self.arms) if cluster < 0 else [cluster]:
             arm = [i for i in eligible if self.arm[i] == k]
             for task in range(self.tasks):
                 members = [i for i in arm if self.task[i] == task]
                 rank = {i: self.rank(i, utility) for i in members}
-                groups[k, task] = sorted(members, key=lambda i: (-rank[i], i))
-                # A mixture's shares p_k n_kj / n_k are rounded to whole numbers, and fp32 goes before: the same here.
-                share = np.float32(p[k]) * np.float32(len(members)) / np.float32(max(len(arm), 1))
-                shares[k, task] = max(int(share * np.float32(2**28)), 1) if cluster < 0 else max(len(members), 1)
-        order, places = [], dict.fromkeys(groups, 0)
-        while open_groups := [g for g in groups if places[g] < len(groups[g])]:
-            best = min(open_groups, key=lambda g: (Fraction(2 * places[g] + 1, 2 * shares[g]), g))
-            order.append(groups[best][places[best]])
+                cells[k, task] = sorted(members, key=lambda i: (-rank[i], i))
+                # Shares p_k n_kj / n_k are rounded to whole numbers, and fp32 goes before: the same here.
+                share = np.float32(p[k] if cluster < 0 else 1) * np.float32(len(members)) / np.float32(max(len(arm), 1))
+                shares[k, task] = max(int(share * np.float32(2**18)), 1)
+                first[k, task] = int(self.uniform(ROUND_OFF, round, k * self.tasks + task) * 4096)
+        order, places = [], dict.fromkeys(cells, 0)
+        while open_cells := [c for c in cells if places[c] < len(cells[c])]:
+            best = min(open_cells, key=lambda c: (Fraction(4096 * places[c] + first[c], shares[c]), c))
+            order.append(cells[best][places[best]])
             places[best] += 1
         return order
 
@@ -144,7 +146,7 @@ class SlowLead:
         """`probabilities`: those of the selector; where they were rounded is not what a mixture's shares shall differ by."""
         p = self.probabilities()
         cluster, utility = self.draw(p, round), self.believed()
-        bins = self.pack(self.ranking(cluster, probabilities), max_tokens)
+        bins = self.pack(self.ranking(cluster, probabilities, round), max_tokens)
         self.before = {i: utility[i] for b in bins for i in b}
         return cluster, p, bins
 
