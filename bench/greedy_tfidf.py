@@ -11,6 +11,9 @@ model is at hand here). The times are of the choice alone; that of the TF-IDF, w
 
 Seconds are the processor's. What would take more than a minute is timed for a few choices and scaled up ("estimated": true). All must
 choose the same rows, or the script stops.
+
+The re-sum reads the whole matrix for every choice, so its time depends on what else uses the machine's caches and memory: at 50,000 answers
+it was 18, 23 and 28 times that of `choose` in three runs on a machine at work. The result kept is the first, with the quickest re-sum.
 """
 from __future__ import annotations
 
