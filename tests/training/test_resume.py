@@ -18,7 +18,7 @@ OPTIONS = [
     "--selection.calibrate-every", "3", "--selection.sketch-dim", "8", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
     "--checkpoint-every", "2",
 ]  # fmt: skip
-TIMES = ("step_seconds", "tokens_per_second")
+TIMES = ("step_seconds", "tokens_per_second", "selection_seconds", "scoring_seconds")
 
 
 def command(pool: Path, model: Path, out: Path, *extra: str, ranks: int = 1) -> list[str]:
@@ -53,14 +53,25 @@ def kill_after_checkpoint(line: list[str], out: Path) -> None:
     assert not (out / "summary.json").exists(), "the run was over before it was killed; make it longer"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+MIXTURE = ["--selection.draw", "mixture", "--selection.ranking", "soft", "--selection.unseen", "drift"]
+RUNS = {
+    "lead": (1, 900, []),
+    "lead on two ranks": (2, 900, []),
+    "mixture, soft, drift": (1, 600, MIXTURE),
+    "rescore": (1, 150, ["--method", "rescore"]),
+}
+"""Ranks, samples, options."""
+
+
+@pytest.mark.parametrize("which", RUNS)
 @pytest.mark.timeout(300)
-def test_resumed_run_is_the_uninterrupted_one(ranks: int, make_pool, make_model, tmp_path: Path) -> None:
-    pool, model = make_pool(samples=900), make_model("llama")
+def test_resumed_run_is_the_uninterrupted_one(which: str, make_pool, make_model, tmp_path: Path) -> None:
+    ranks, samples, options = RUNS[which]
+    pool, model = make_pool(samples=samples), make_model("llama")
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    run(command(pool, model, whole, ranks=ranks))
-    kill_after_checkpoint(command(pool, model, parted, ranks=ranks), parted)
-    run(command(pool, model, parted, "--resume", ranks=ranks))
+    run(command(pool, model, whole, *options, ranks=ranks))
+    kill_after_checkpoint(command(pool, model, parted, *options, ranks=ranks), parted)
+    run(command(pool, model, parted, *options, "--resume", ranks=ranks))
 
     expected, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (whole, parted))
     assert expected.keys() == resumed.keys()
@@ -71,6 +82,10 @@ def test_resumed_run_is_the_uninterrupted_one(ranks: int, make_pool, make_model,
     with np.load(whole / "utility.npz") as a, np.load(parted / "utility.npz") as b:
         for name in a.files:
             assert np.array_equal(a[name], b[name]), name
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (whole, parted))
+    assert one["fingerprint"] == two["fingerprint"]
+    assert one["rounds"] == two["rounds"] > 4
+    assert (one["scoring_seconds"] > 0) == (two["scoring_seconds"] > 0) == (which == "rescore")
 
 
 @pytest.mark.timeout(300)
