@@ -71,21 +71,21 @@ class SelectionConfig:
     """Exploration share of EXP3."""
     exp3s_alpha: float = 0.01
     """Share of weight that EXP3.S spreads over all clusters each round."""
-    draw: Literal["cluster", "mixture"] = "cluster"
+    draw: Literal["cluster", "mixture"] = "mixture"
     """What a round trains: the one cluster that the bandit draws, or all of them in the proportions of its probabilities."""
-    prior: Literal["uniform", "size"] = "uniform"
+    prior: Literal["uniform", "size"] = "size"
     """What the bandit starts from and explores: every cluster alike, or in proportion to its samples."""
-    ranking: Literal["hard", "soft", "random"] = "hard"
+    ranking: Literal["hard", "soft", "random"] = "soft"
     """Inside a cluster and task: the best first, a draw with probability ~ rank value ** soft_power, or any."""
     soft_power: float = 2.0
     """Power of the rank value in `--selection.ranking soft`."""
-    rank_by: Literal["utility", "density"] = "utility"
+    rank_by: Literal["utility", "density"] = "density"
     """The rank value: U, or U x answer tokens / tokens, which is what a sample teaches for every token of the budget it costs."""
     unseen: Literal["initial", "drift", "estimate"] = "initial"
     """U of samples not trained yet: what `prepare` measured; moved by how far cluster and task have come since; or an estimate alone."""
     optimism: float = 1.0
     """With `--selection.unseen estimate`: standard deviations by which a cluster and task nobody has tried stands above its estimate."""
-    drop_misaligned: bool = True
+    drop_misaligned: bool = False
     """Never train samples whose answer the instruction does not make likelier."""
     use_tasks: bool = True
     """Give every task a quota in proportion to its eligible samples."""
