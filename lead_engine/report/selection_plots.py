@@ -35,9 +35,10 @@ def bandit_plot(run: Run) -> Plot:
         return Plot(name, title, f"There is none: {run.method} draws from the whole pool, no bandit chooses between clusters.")
     rounds = np.array([line["round"] for line in run.rounds]) + 1
     probabilities = np.array([line["probabilities"] for line in run.rounds], dtype=np.float64)
-    drawn = np.array([line["cluster"] for line in run.rounds])
     rewards = np.array([line["reward_raw"] for line in run.rounds], dtype=np.float64)
     colours = ordered_colours(arms)
+    mixture = run.rounds[0]["cluster"] is None
+    of_round = [GREY if mixture else colours[line["cluster"]] for line in run.rounds]
     figure, (shares, reward) = new_figure(2, 1, height=5.4, sharex=True, height_ratios=(1.4, 1))
     edges = np.concatenate([rounds - 0.5, [rounds[-1] + 0.5]])
     below = np.zeros(len(rounds))
@@ -48,22 +49,23 @@ def bandit_plot(run: Run) -> Plot:
         below = above
     shares.set_ylim(0, 1)
     shares.grid(visible=False)
-    shares.set_ylabel("probability of the draw")
+    shares.set_ylabel("share of the round" if mixture else "probability of the draw")
     handles, labels = shares.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], title="cluster\n(0 easiest)", loc="outside right upper")
     reward.axhline(0, color=GREY, linewidth=1)
-    reward.vlines(rounds, 0, rewards, color=[colours[arm] for arm in drawn], linewidth=max(0.6, min(3, 260 / len(rounds))))
-    reward.scatter(rounds, rewards, color=[colours[arm] for arm in drawn], s=max(4, min(30, 2400 / len(rounds))),
+    reward.vlines(rounds, 0, rewards, color=of_round, linewidth=max(0.6, min(3, 260 / len(rounds))))
+    reward.scatter(rounds, rewards, color=of_round, s=max(4, min(30, 2400 / len(rounds))),
                    edgecolor=GREY, linewidth=0.4, zorder=3)  # fmt: skip
     reward.set_ylabel("reward: mean fall\nof utility (nats)")
     reward.set_xlabel("round")
     reward.set_xlim(edges[0], edges[-1])
     whole_numbers(reward)
+    above, below = "with which probability each difficulty cluster is drawn", "what the cluster drawn (its colour) earned"
+    if mixture:
+        above, below = "each difficulty cluster's share of a round's samples", "what all of them earned together"
     text = (
-        "Above: with which probability each difficulty cluster is drawn. Below: what the cluster drawn (its "
-        "colour) earned, the "
-        "mean over the round's samples of their utility before minus after. Clusters that are used up have "
-        "probability 0."
+        f"Above: {above}. Below: {below}, the mean over the round's samples of their utility before minus after. "
+        "Clusters that are used up have probability 0."
     )
     return finish(name, title, text, figure)
 
@@ -184,8 +186,9 @@ def _pool_shares(run: Run, tasks: list[str], clusters: int) -> tuple[NDArray[Any
     if run.utility is None or run.task_names is None:
         return None
     by_task = np.bincount(run.utility["task"], minlength=len(run.task_names))
-    # LEAD drops misaligned samples; they belong to no cluster, whatever their entry says.
-    kept = ~run.utility["dropped"] if "dropped" in run.utility else slice(None)
+    # Where misaligned samples are never trained they belong to no cluster, whatever their entry says.
+    dropped = run.utility["dropped"] if "dropped" in run.utility else np.zeros(len(run.utility["cluster"]), dtype=bool)
+    kept = slice(None) if (run.utility["visits"][dropped] > 0).any() else ~dropped
     by_cluster = np.bincount(run.utility["cluster"][kept], minlength=clusters)
     of_task = dict(zip(run.task_names, by_task, strict=True))
     counts = np.array([of_task.get(task, 0) for task in tasks], dtype=np.float64)

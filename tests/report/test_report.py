@@ -136,11 +136,27 @@ def test_dropped_samples_belong_to_no_cluster(synthetic: ModuleType, tmp_path: P
     read = read_run(synthetic.make_run(tmp_path / "run"))
     assert read.utility is not None
     read.utility["dropped"] = read.utility["cluster"] == 0
+    read.utility["visits"][read.utility["dropped"]] = 0
     shares = selection_plots._pool_shares(read, list(synthetic.TASKS), synthetic.CLUSTERS)
     assert shares is not None
     assert shares[1][0] == 0
     assert shares[1].sum() == pytest.approx(100)
     assert shares[0].sum() == pytest.approx(100)
+    read.utility["visits"][read.utility["cluster"] == 0] = 1  # a run that trains them all the same
+    shares = selection_plots._pool_shares(read, list(synthetic.TASKS), synthetic.CLUSTERS)
+    assert shares is not None
+    assert shares[1][0] > 0
+
+
+def test_a_mixture_has_no_cluster_drawn(synthetic: ModuleType, tmp_path: Path) -> None:
+    read = read_run(synthetic.make_run(tmp_path / "run"))
+    drawn = selection_plots.bandit_plot(read)
+    for line in read.rounds:
+        line["cluster"] = None
+    mixture = selection_plots.bandit_plot(read)
+    assert drawn.png and mixture.png
+    assert "share of a round's samples" in mixture.text
+    assert "share of a round's samples" not in drawn.text
 
 
 def test_paired_differences_pair_by_seed(study: Path) -> None:
