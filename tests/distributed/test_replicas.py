@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lead_engine.config import OptimizerConfig, SelectionConfig
+from lead_engine.config import RECIPES, OptimizerConfig, SelectionConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.selection import counter_rng
 from lead_engine.selection.loss_change import LossChange
@@ -29,7 +29,8 @@ LAYOUT = Layout(steps=2, micro_batches=8, slots=5, capacity=64)
 BUDGET = 3300
 """Tokens: it ends inside a step, so that ranks have nothing to do in the last ones."""
 MIXTURE = {"draw": "mixture", "ranking": "soft", "unseen": "drift"}
-SELECTIONS = {"lead": ("lead", {}), "mixture, soft, drift": ("lead", MIXTURE), "random": ("random", {})}
+PAPER = RECIPES["paper"]["selection"]
+SELECTIONS = {"paper": ("lead", PAPER), "mixture, soft, drift": ("lead", MIXTURE), "random": ("random", {})}
 
 
 def make_selector(method: str, options: dict) -> Selector:
@@ -116,7 +117,7 @@ def test_ranks_that_differ_are_told(tmp_path: Path) -> None:
     """One bit of one rank's state is another: all ranks stop."""
 
     def differ(rank: int, world: int) -> list[str]:
-        selector, ranks, said = make_selector("lead", {}), SimpleNamespace(rank=rank, size=world), []
+        selector, ranks, said = make_selector("lead", PAPER), SimpleNamespace(rank=rank, size=world), []
         check_replicas(selector, ranks, 3)
         if rank == 1:
             selector.samples.visits[17] ^= 1

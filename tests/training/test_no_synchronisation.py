@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lead_engine.config import BatchConfig, SelectionConfig, TrainConfig
+from lead_engine.config import RECIPES, BatchConfig, SelectionConfig, TrainConfig
 from lead_engine.training.distributed import process_group
 from lead_engine.training.late import LateCopy
 from lead_engine.training.loop import RoundValues, read_header
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 SELECTIONS = {
     "lead": ("lead", {}),
-    "paper": ("lead", {"loss_change": "paper"}),
+    "paper": ("lead", RECIPES["paper"]["selection"]),
     "mixture, soft, drift": ("lead", {"draw": "mixture", "ranking": "soft", "unseen": "drift"}),
     "estimate, size": ("lead", {"unseen": "estimate", "prior": "size", "rank_by": "density", "bandit": "exp3s"}),
     "random order": ("lead", {"ranking": "random", "bandit": "none", "use_tasks": False}),

@@ -54,8 +54,9 @@ def kill_after_checkpoint(line: list[str], out: Path) -> None:
 
 
 MIXTURE = ["--selection.draw", "mixture", "--selection.ranking", "soft", "--selection.unseen", "drift"]
+PAPER = ["--recipe", "paper"]
 RUNS = {
-    "lead": (1, 900, []),
+    "paper": (1, 900, PAPER),
     "lead on two ranks": (2, 900, []),
     "mixture, soft, drift": (1, 600, MIXTURE),
     "rescore": (1, 150, ["--method", "rescore"]),

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lead_engine.config import OptimizerConfig, SelectionConfig
+from lead_engine.config import RECIPES, OptimizerConfig, SelectionConfig
 from lead_engine.model.attention import NAME
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.state import PoolState
@@ -77,11 +77,11 @@ def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode, world: 
 CHANGES = {
     "inner": {},
     "inner exact": {"inner_form": "exact"},
-    "paper": {"loss_change": "paper"},
+    "paper": RECIPES["paper"]["selection"],
     "none": {"loss_change": "none"},
     "mixture, soft, drift": {"draw": "mixture", "ranking": "soft", "unseen": "drift"},
     "mixture, density, estimate": {"draw": "mixture", "rank_by": "density", "unseen": "estimate", "prior": "size"},
-    "soft, estimate, exp3s": {"ranking": "soft", "unseen": "estimate", "bandit": "exp3s"},
+    "cluster, estimate, exp3s": {"draw": "cluster", "ranking": "soft", "unseen": "estimate", "bandit": "exp3s"},
     "random, no bandit, no tasks": {"ranking": "random", "bandit": "none", "use_tasks": False},
 }
 
