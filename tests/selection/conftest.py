@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lead_engine.config import Method, SelectionConfig
+from lead_engine.config import RECIPES, Method, SelectionConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.selector import Layout, Selector
 
@@ -55,7 +55,10 @@ def make_lengths() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def make_selector(make_state, make_lengths) -> SelectorFactory:
-    """A selector on a random pool; keyword arguments of Layout and SelectionConfig are taken apart by name."""
+    """A selector on a random pool; keyword arguments of Layout and SelectionConfig are taken apart by name.
+
+    What is not said is the published setting, so that a new default changes no test.
+    """
 
     def make(samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options) -> Selector:
         shape = {"steps": 2, "micro_batches": 2, "slots": 4, "capacity": 40}
@@ -66,7 +69,8 @@ def make_selector(make_state, make_lengths) -> SelectorFactory:
         state = state or make_state(samples, seed=seed, **pool_options)
         lengths = make_lengths(state.num_samples, longest, seed)
         rows = (lengths // 2).clamp(min=1)
-        config = SelectionConfig(**options)
+        published = {k: v for k, v in RECIPES["paper"]["selection"].items() if k != "loss_change"}
+        config = SelectionConfig(**{**published, **options})
         return Selector(state, lengths, rows, method=method, config=config, layout=layout, seed=seed, device=device)
 
     return make

@@ -201,7 +201,7 @@ def test_matched_samples_are_of_like_length(make_selector, make_state, finished_
 
 
 def test_matched_depends_on_the_seed_alone(make_selector, make_state, make_lengths, finished_run, picks):
-    """Rounds of another length train the same. Where they hold more than the run's did, a sample's second visit waits for the next round."""
+    """Rounds of another length train the same. Where they hold more than the run's, a sample's second visit waits for the next round."""
     run, state = finished_run(N, picks), make_state(N)
     runs = [sequence(matched(make_selector, run, state=state, **{**ONE_BY_ONE, "steps": s})) for s in (1, 4, 9)]
     assert runs[0] == runs[1][: len(runs[0])]
