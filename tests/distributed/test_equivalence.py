@@ -18,7 +18,7 @@ BASE = [
 VARIANTS = {
     "full weights, sketch": [],
     "LoRA, exact": ["--lora.rank", "4", "--selection.inner-form", "exact"],
-    "paper, tied embedding": ["--selection.loss-change", "paper"],
+    "paper, tied embedding": ["--recipe", "paper"],
 }
 
 
