@@ -79,8 +79,8 @@ class SelectionConfig:
     """Inside a cluster and task: the best first, a draw with probability ~ rank value ** soft_power, or any."""
     soft_power: float = 2.0
     """Power of the rank value in `--selection.ranking soft`."""
-    rank_by: Literal["utility", "density"] = "density"
-    """The rank value: U, or U x answer tokens / tokens, which is what a sample teaches for every token of the budget it costs."""
+    rank_by: Literal["utility", "density", "answers"] = "density"
+    """The rank value: U; U x answer tokens / tokens, what a sample teaches for every token of budget it costs; or that share alone."""
     unseen: Literal["initial", "drift", "estimate"] = "initial"
     """U of samples not trained yet: what `prepare` measured; moved by how far cluster and task have come since; or an estimate alone."""
     optimism: float = 1.0
@@ -88,7 +88,9 @@ class SelectionConfig:
     drop_misaligned: bool = False
     """Never train samples whose answer the instruction does not make likelier."""
     use_tasks: bool = True
-    """Give every task a quota in proportion to its eligible samples."""
+    """Give every task a quota, in proportion to its eligible samples to the power of `task_power`."""
+    task_power: float = 1.0
+    """1: tasks in proportion to their samples; 0: all tasks alike; between: small ones more often than their share."""
     max_visits: int = 4
     """How often one sample may be trained."""
     round_steps: int = 4
@@ -108,6 +110,7 @@ class SelectionConfig:
         require(0 <= self.smoothing < 1, "--selection.smoothing", self.smoothing, "in [0, 1)")
         require(0 < self.gamma <= 1, "--selection.gamma", self.gamma, "in (0, 1]")
         require(0 <= self.exp3s_alpha < 1, "--selection.exp3s-alpha", self.exp3s_alpha, "in [0, 1)")
+        require(0 <= self.task_power <= 1, "--selection.task-power", self.task_power, "in [0, 1]")
         require(self.max_visits >= 1, "--selection.max-visits", self.max_visits, "at least 1")
         require(self.soft_power > 0, "--selection.soft-power", self.soft_power, "above 0")
         require(self.optimism >= 0, "--selection.optimism", self.optimism, "0 or more")
@@ -138,6 +141,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "unseen": "initial",
             "drop_misaligned": True,
             "use_tasks": True,
+            "task_power": 1.0,
             "max_visits": 4,
         }
     },

@@ -106,13 +106,13 @@ def test_density_is_what_a_token_of_the_budget_teaches(make_state, make_selector
     """U x answer tokens / tokens: a long answer to a short question is worth more than the same U in a few tokens of many."""
     state = pool(make_state, [0] * 3, utility=torch.tensor([2.0, 2.1, 0.9]))
     selector = make_selector(state=state, rank_by="density", bandit="none")
-    selector.method.density = None
+    selector.method.answer_share = None
     assert first_of(selector, 3) == [1, 0, 2]
     selector = make_selector(state=state, rank_by="density", bandit="none")
-    selector.method.density = torch.tensor([0.5, 0.4, 1.0])
+    selector.method.answer_share = torch.tensor([0.5, 0.4, 1.0])
     assert first_of(selector, 3) == [0, 2, 1]
     lengths, rows = selector.samples.lengths, selector.samples.rows[:-1]
-    fresh = make_selector(state=state, rank_by="density").method.density
+    fresh = make_selector(state=state, rank_by="density").method.answer_share
     assert torch.equal(fresh, torch.tensor([r / n for r, n in zip(rows.tolist(), lengths.tolist(), strict=True)]))
 
 

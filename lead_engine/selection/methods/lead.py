@@ -49,7 +49,7 @@ class Lead(Method):
         prior = sizes / sizes.sum().clamp(min=1) if config.prior == "size" else torch.full_like(sizes, 1 / self._num_arms)
         self.bandit = Bandit(config, prior)
         self.reward_scale = RewardScale(samples.device)
-        self.density = samples.rows[:-1] / samples.lengths if config.rank_by == "density" else None
+        self.answer_share = samples.rows[:-1] / samples.lengths if config.rank_by != "utility" else None
         self.unseen = CellEstimates(config, samples) if config.unseen != "initial" else None
 
     @property
@@ -117,12 +117,13 @@ class Lead(Method):
         return self.size.view(self._num_arms, -1).sum(1)
 
     def _shares(self, parts: Tensor) -> Tensor:
-        """The cells' shares of a round, parts_k n_kj / n_k for arm k's task j, in whole numbers: int64 [K J].
+        """The cells' shares of a round, parts_k n_kj^a / sum_j n_kj^a for arm k's task j and a = task_power, in whole numbers: int64 [K J].
 
         At least 1 where anyone is left and the arm has a part.
         """
         size_KJ = self.size.view(self._num_arms, -1)
-        share_KJ = parts[:, None] * size_KJ / size_KJ.sum(1, keepdim=True).clamp(min=1)
+        claim_KJ = torch.where(size_KJ > 0, size_KJ.float() ** self.config.task_power, 0.0)
+        share_KJ = parts[:, None] * claim_KJ / claim_KJ.sum(1, keepdim=True).clamp(min=1)
         return torch.where(share_KJ > 0, (share_KJ * UNIT).long().clamp(min=1), 0).view(-1)
 
     def _rank(self, utility: Tensor) -> Tensor:
@@ -135,11 +136,16 @@ class Lead(Method):
         would not come first in the next, and long samples, which fit more seldom, would be trained less often than they are drawn.
         """
         if self.config.ranking == "hard":
-            return utility if self.density is None else utility * self.density
+            return self._value(utility)
         ids = torch.arange(self.samples.num_samples, device=utility.device)
         noise = self.uniform(RANK, self.samples.visits[:-1].long(), ids)
         if self.config.ranking == "random":
             return noise
-        value = utility if self.density is None else utility * self.density
         noise = noise.add_(2.0**-25).clamp_(max=1 - 2.0**-24)  # in (0, 1): both logarithms are finite
-        return value.clamp(min=LEAST).log_().mul_(self.config.soft_power).sub_(noise.log_().neg_().log_())
+        return self._value(utility).clamp_(min=LEAST).log_().mul_(self.config.soft_power).sub_(noise.log_().neg_().log_())
+
+    def _value(self, utility: Tensor) -> Tensor:
+        """The rank value: fp32 [N], not a view of anything."""
+        if self.answer_share is None:
+            return utility.clone()
+        return self.answer_share.clone() if self.config.rank_by == "answers" else utility * self.answer_share
