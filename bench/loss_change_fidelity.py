@@ -27,7 +27,7 @@ RUNS = {
     "sketch q = 64, full": ({}, {}, "lead"),
     "sketch q = 128, full": ({"sketch_dim": 128}, {}, "lead"),
     "exact, full": ({"inner_form": "exact"}, {}, "lead"),
-    "paper, full": ({"loss_change": "paper"}, {}, "lead"),
+    "paper, full": ({"loss_change": "paper", "draw": "cluster"}, {}, "lead"),
     "sketch q = 64, LoRA": ({}, {"rank": 8}, "lead"),
     "sketch q = 64, full, random samples": ({}, {}, "random"),
     "exact, full, random samples": ({"inner_form": "exact"}, {}, "random"),

@@ -2,10 +2,11 @@
 # Everything that only a GPU can tell, in one command: tests with the real kernels (also that nothing waits for the device), the head against its
 # peers, planning, and then the engine's benchmarks on a model of 100M parameters. Results go to bench/results/gpu-*.json, with machine and versions.
 #
-#   bench/run_gpu.sh [--quick] [POOL.jsonl [TEXT...]]     default: the procedural pool and its text
+#   bench/run_gpu.sh [--quick | --study] [POOL.jsonl [TEXT...]]     default: the procedural pool and its text
 #
 # Each step has a time limit of its own, and a failure does not stop the rest; the last lines say what failed. At most 30 minutes on an H200;
-# --quick takes at most 9: the tests of the operators and that no round waits for the device, the head on two shapes, planning.
+# --quick takes at most 9: the tests of the operators and that no round waits for the device, the head on two shapes, planning. --study is the
+# heart of docs/STUDY.md with a base of 100M parameters, for which heldout.jsonl has to lie beside POOL.jsonl; at most 30 minutes of its own.
 #
 # The head's peers are measured where they are installed. Nothing is installed here:
 #   pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 quack-kernels==0.6.5
@@ -15,11 +16,10 @@
 #   LEAD_ENGINE_GPU_WORK    folder for pools and models (default: runs/gpu)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-quick=
-if [ "${1:-}" = --quick ]; then
-    quick=1
-    shift
-fi
+mode=all
+case "${1:-}" in
+    --quick | --study) mode="${1#--}"; shift ;;
+esac
 python="${PYTHON:-python3}"
 work="${LEAD_ENGINE_GPU_WORK:-runs/gpu}"
 results=bench/results
@@ -48,18 +48,8 @@ for peer in liger_kernel cut_cross_entropy quack; do
 done
 mkdir -p "$work" "$results"
 
-step "operators on the GPU" 120 "$python" -m pytest -q -x --timeout 100 tests/lead_kernels/test_on_cuda.py
-step "no synchronisation" 100 "$python" -m pytest -q -x --timeout 90 tests/training/test_no_synchronisation.py
-head=("$python" bench/head.py --device cuda --out "$results/gpu-head.json")
-plan=("$python" bench/plan.py --device cuda --out "$results/gpu-plan.json")
-if [ "$quick" ]; then
-    step "head" 240 "${head[@]}" --shapes 4096x2048x128256 16384x4096x128256 --turns 7 --seconds 15 --build-seconds 30
-    step "plan" 60 "${plan[@]}" --samples 10000 1000000 10000000
-else
-    step "head" 600 "${head[@]}" --seconds 20 --build-seconds 60
-    step "plan" 150 "${plan[@]}"
-    step "other tests" 210 "$python" -m pytest -q tests/lead_kernels tests/model tests/training tests/selection
-
+# The model and the pool of the engine's benchmarks; sets $pool and $text.
+prepare_100m() {
     if [ $# -ge 1 ]; then
         pool="$1"
         shift
@@ -68,14 +58,36 @@ else
         pool="$work/data/pool.jsonl" text=("$work/data/text.txt")
         [ -e "$pool" ] || step "make-pool" 60 "$python" -m lead_engine make-pool --out "$work/data" --seed 0
     fi
-    batch=(--batch.capacity 16384)
+    local batch=(--batch.capacity 16384)
     step "pretrain" 240 "$python" -m lead_engine pretrain --text "${text[@]}" --model scratch:100m --vocab-size 8192 --out "$work/base" --resume \
         "${batch[@]}" --optimizer.lr 6e-4
     step "prepare" 90 "$python" -m lead_engine prepare --pool "$pool" --model "$work/base" --out "$work/prepared" "${batch[@]}" --optimizer.lr 1e-4
-    for bench in step_overhead loss_change_fidelity sft_against_trainer; do
-        step "$bench" 90 "$python" "bench/$bench.py" --pool "$work/prepared" --model "$work/base" --capacity 16384 --lr 1e-4 \
-            --out "$results/gpu-$bench.json"
-    done
+}
+
+if [ "$mode" = study ]; then
+    prepare_100m "$@"
+    sed "s#runs/gpu/heldout.jsonl#$(dirname "$pool")/heldout.jsonl#; s#runs/gpu#$work#" bench/study/gpu.yaml >"$work/study.yaml"
+    step "study" 1500 "$python" -m lead_engine compare --config "$work/study.yaml" --out "$work/study"
+    cp "$work/study/results.json" "$results/gpu-study.json" || failed+=("study: no results")
+else
+    step "operators on the GPU" 120 "$python" -m pytest -q -x --timeout 100 tests/lead_kernels/test_on_cuda.py
+    step "no synchronisation" 100 "$python" -m pytest -q -x --timeout 90 tests/training/test_no_synchronisation.py
+    head=("$python" bench/head.py --device cuda --out "$results/gpu-head.json")
+    plan=("$python" bench/plan.py --device cuda --out "$results/gpu-plan.json")
+    if [ "$mode" = quick ]; then
+        step "head" 240 "${head[@]}" --shapes 4096x2048x128256 16384x4096x128256 --turns 7 --seconds 15 --build-seconds 30
+        step "plan" 60 "${plan[@]}" --samples 10000 1000000 10000000
+    else
+        step "head" 600 "${head[@]}" --seconds 20 --build-seconds 60
+        step "plan" 150 "${plan[@]}"
+        step "other tests" 210 "$python" -m pytest -q tests/lead_kernels tests/model tests/training tests/selection
+
+        prepare_100m "$@"
+        for bench in step_overhead loss_change_fidelity sft_against_trainer; do
+            step "$bench" 90 "$python" "bench/$bench.py" --pool "$work/prepared" --model "$work/base" --capacity 16384 --lr 1e-4 \
+                --out "$results/gpu-$bench.json"
+        done
+    fi
 fi
 
 if [ "${#failed[@]}" = 0 ]; then
