@@ -107,7 +107,7 @@ def close(ours: Tensor, exact: Tensor, rounded: Tensor) -> None:
 
 
 def make(change="inner", form="sketch", clusters=3, device="cpu", every=3, seed=0):
-    config = SelectionConfig(loss_change=change, inner_form=form, sketch_dim=Q, calibrate_every=every)
+    config = SelectionConfig(draw="cluster", loss_change=change, inner_form=form, sketch_dim=Q, calibrate_every=every)
     return make_loss_change(config, H, clusters, device, seed)
 
 
