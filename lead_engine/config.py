@@ -89,7 +89,7 @@ class SelectionConfig:
     """Never train samples whose answer the instruction does not make likelier."""
     use_tasks: bool = True
     """Give every task a quota, in proportion to its eligible samples to the power of `task_power`."""
-    task_power: float = 1.0
+    task_power: float = 0.5
     """1: tasks in proportion to their samples; 0: all tasks alike; between: small ones more often than their share."""
     max_visits: int = 4
     """How often one sample may be trained."""
