@@ -154,7 +154,8 @@ def test_a_mixture_has_no_cluster_drawn(synthetic: ModuleType, tmp_path: Path) -
     for line in read.rounds:
         line["cluster"] = None
     mixture = selection_plots.bandit_plot(read)
-    assert drawn.png and mixture.png
+    assert drawn.png
+    assert mixture.png
     assert "share of a round's samples" in mixture.text
     assert "share of a round's samples" not in drawn.text
 

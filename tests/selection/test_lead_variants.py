@@ -55,6 +55,26 @@ def test_small_tasks_come_in_as_many_rounds_as_they_are_due(make_state, make_sel
     assert abs(sum(places) / 300 - 0.3) < 3.3 * math.sqrt(0.3 * 0.7 / 300)  # 0.1 %
 
 
+@pytest.mark.parametrize(("power", "want"), [(1.0, [25.6, 5.12, 1.28]), (0.5, [19.15, 8.57, 4.28]), (0.0, [10.67, 10.67, 10.67])])
+@pytest.mark.parametrize("draw", ["cluster", "mixture"])
+def test_task_power_stands_between_the_tasks_sizes_and_equal_quotas(make_state, make_selector, draw, power, want):
+    """Tasks of 500, 100 and 25 samples in 32 places: shares in proportion to size ** power. A fourth task has none."""
+    three = pool(make_state, [0] * 625, [0] * 500 + [1] * 100 + [2] * 25)
+    state = replace(three, task=torch.tensor([0, 1, 3])[three.task], task_names=list("abcd"))
+    selector = make_selector(state=state, draw=draw, task_power=power, bandit="none", steps=4)
+    for round in range(5):
+        got = Counter(state.task[first_of(selector, 32, round)].tolist())
+        assert set(got) <= {0, 1, 3}
+        assert all(abs(got[task] - share) < 1.5 for task, share in zip((0, 1, 3), want, strict=True))
+
+
+def test_ranking_by_answers_looks_at_their_share_of_the_tokens_alone(make_state, make_selector):
+    state = pool(make_state, [0] * 3, utility=torch.tensor([9.0, 1.0, 5.0]))
+    selector = make_selector(state=state, rank_by="answers", bandit="none")
+    selector.method.answer_share = torch.tensor([0.2, 0.9, 0.5])
+    assert first_of(selector, 3) == [1, 2, 0]
+
+
 @pytest.mark.parametrize("power", [1.0, 3.0])
 def test_soft_ranking_draws_in_proportion_to_a_power(make_state, make_selector, power):
     """Who comes first, over 600 seeds: chi-squared against U ** power; and who comes second, given the first."""
