@@ -69,14 +69,19 @@ def compare(selectors: dict[str, Selector], ids: Tensor, loss: Tensor, last: Ten
     unseen = (next(iter(selectors.values())).samples.visits[:-1][ids] == 0).numpy()
     return {
         name: {
-            "spearman": float(spearmanr(values, true).statistic),
-            "spearman_unseen": float(spearmanr(values[unseen], true[unseen]).statistic),
+            "spearman": _correlation(values, true),
+            "spearman_unseen": _correlation(values[unseen], true[unseen]),
             "mean_error": float(np.mean(values - true)),
             "mean_error_unseen": float(np.mean((values - true)[unseen])),
             "rmse_unseen": float(np.sqrt(np.mean((values - true)[unseen] ** 2))),
         }
         for name, values in beliefs.items()
     }
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's; 0 where one of them does not vary: it ranks nothing."""
+    return float(spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 def follow(config: TrainConfig, ngram: Path | None, points: list[float], sample: int) -> list[dict[str, Any]]:
