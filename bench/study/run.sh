@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of docs/STUDY.md, from the data to the tables: about 2.5 hours on 2 cores. What is complete is kept; run it again to go on.
+# The study of docs/STUDY.md, from the data to the tables: about 2 hours on 2 cores. What is complete is kept; run it again to go on.
 #
 #   bench/study/run.sh [FOLDER]     FOLDER holds pool.jsonl, heldout.jsonl and text/*.txt (default: ../shared/data)
 #
