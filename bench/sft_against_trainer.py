@@ -73,8 +73,9 @@ def ours(flags, ranks: Ranks):
 
     engine.store.batch = keep
     done = next(engine.rounds(Progress(), 1 << 60))
-    seconds = (done.after.seconds - done.before.seconds) / len(done.steps)
-    return seconds, [t for t in done.header.tokens if t], [float(s.loss) for s in done.steps[:3]], batches
+    steps = done.values.read().steps
+    seconds = (done.after.seconds - done.before.seconds) / len(steps)
+    return seconds, [t for t in done.header.tokens if t], [float(step.loss) for step in steps[:3]], batches
 
 
 def trainers(flags, batches: list[dict[str, torch.Tensor]], dtype: torch.dtype):
