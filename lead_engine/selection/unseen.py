@@ -30,6 +30,8 @@ class CellEstimates:
 
     A cell's mean is shrunk to that of all samples by how little is known of it: m_c = sum_c + (1 - a_c) m, where sum_c is the
     exponentially weighted sum of its observations and a_c, in [0, 1), the sum of their weights. Losses that are not finite are left out.
+
+    Estimates stand in for U only where samples are ranked and rewarded: a first visit smooths with U as `prepare` measured it.
     """
 
     def __init__(self, config: SelectionConfig, samples: Samples) -> None:

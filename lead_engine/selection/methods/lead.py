@@ -26,11 +26,11 @@ UNIT = 2.0**18
 
 
 class Lead(Method):
-    """Eligible are samples that are not dropped and were trained less than max_visits times.
+    """Eligible are samples that were trained less than max_visits times and, with drop_misaligned, are not dropped.
 
     Coarse stage: the bandit's probabilities p over the clusters with eligible samples. `draw=cluster`: a round trains the one cluster that
     is drawn. `draw=mixture`: it trains all of them, cluster k's share of the samples being p_k.
-    Fine stage: inside a cluster every task gets a quota in proportion to its eligible samples; in it, `ranking` by the rank value. Quotas
+    Fine stage: inside a cluster every task gets a quota by its eligible samples (task_power); in it, `ranking` by the rank value. Quotas
     are rounded up or down at random, since a round has few samples for many cells: rounded to the nearest, small tasks would never be
     trained.
     """
