@@ -21,7 +21,7 @@ from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, Runtime
 from lead_engine.selection.selector import Selector
 from lead_engine.training.distributed import process_group
 from lead_engine.training.loop import Engine, read_header
-from lead_engine.training.train import build
+from lead_engine.training.session import build
 
 RUNS = {
     "sketch q = 64, full": ({}, {}, "lead"),

@@ -23,7 +23,7 @@ from lead_engine.model.load import find_model
 from lead_engine.model.precision import choose_precision
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import Ranks, process_group
-from lead_engine.training.train import build
+from lead_engine.training.session import build
 
 
 class Packed(torch.utils.data.Dataset):

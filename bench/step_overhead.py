@@ -20,7 +20,7 @@ from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, Sele
 from lead_engine.selection.selector import Plan
 from lead_engine.training.distributed import process_group
 from lead_engine.training.loop import Engine, read_header
-from lead_engine.training.train import build
+from lead_engine.training.session import build
 
 VARIANTS = {"random": ("random", "none"), "lead, no loss change": ("lead", "none"), "lead": ("lead", "inner")}
 

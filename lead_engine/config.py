@@ -22,6 +22,9 @@ Recipe = Literal["default", "paper"]
 Precision = Literal["auto", "bf16", "fp32"]
 Placement = Literal["auto", "device", "pinned", "mmap"]
 Attention = Literal["auto", "flash", "varlen", "segment", "mask"]
+Checkpointing = Literal["none", "selective", "full"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
+Quantize = Literal["none", "nf4"]
 
 
 def require(condition: bool, flag: str, value: object, rule: str) -> None:
@@ -169,6 +172,8 @@ class OptimizerConfig:
     """How it falls afterwards."""
     final_lr: float = 0.1
     """Learning rate at the end, as a share of the peak."""
+    kind: OptimizerKind = "adamw"
+    """adamw: torch's fused AdamW, fp32 moments; adamw8bit: moments in 8 bits (bitsandbytes), a quarter of the memory."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "--optimizer.lr", self.lr, "above 0")
@@ -187,9 +192,15 @@ class LoraConfig:
     """Rank of the adapters; 0 means full fine-tuning."""
     alpha: float = 16.0
     """Adapter output is scaled by alpha / rank."""
+    head: bool = False
+    """Give the LM head an adapter too."""
+    quantize: Quantize = "none"
+    """nf4: keep the frozen base in 4 bits, double quantised (QLoRA, arXiv 2305.14314)."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "--lora.rank", self.rank, "0 (full fine-tuning) or more")
+        require(self.rank > 0 or not self.head, "--lora.head", self.head, "false without adapters: give --lora.rank too")
+        require(self.rank > 0 or self.quantize == "none", "--lora.quantize", self.quantize, "none without adapters: give --lora.rank too")
         require(self.alpha > 0, "--lora.alpha", self.alpha, "above 0")
 
 
@@ -205,10 +216,23 @@ class RuntimeConfig:
     """Where the pool's tokens lie: on the training device, in pinned host memory, or on disk."""
     head_chunk_mib: int = 0
     """Most memory for one chunk of logits; 0: 64 MiB on a CPU, 1 GiB on a GPU."""
-    gradient_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass."""
+    checkpointing: Checkpointing = "none"
+    """Activations recomputed in the backward pass: none, all but the blocks' inputs (full), or all but matrix products (selective)."""
+    compile: bool = False
+    """Compile every block with torch.compile."""
+    offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory (FSDP2's CPU offload)."""
+    replicate: int = 1
+    """HSDP: replicas of the model, each sharded over ranks / replicate ranks; 1 shards over all of them."""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for the others before the run stops and says where it stood."""
+    peak_tflops: float = 0.0
+    """Peak of one device in TFLOP/s, for MFU; 0 takes the known figure of the device, or reports no MFU where none is known."""
 
     def __post_init__(self) -> None:
+        require(self.replicate >= 1, "--runtime.replicate", self.replicate, "at least 1")
+        require(self.timeout > 0, "--runtime.timeout", self.timeout, "above 0")
+        require(self.peak_tflops >= 0, "--runtime.peak-tflops", self.peak_tflops, "0 (automatic) or more")
         require(self.head_chunk_mib >= 0, "--runtime.head-chunk-mib", self.head_chunk_mib, "at least 0")
 
 
@@ -238,6 +262,12 @@ class TrainConfig:
     """Rounds between two checkpoints; 0 writes none before the end."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
+    max_skipped_steps: int = 10
+    """Steps with a loss or gradient that is not finite are skipped and counted; after more of them than this the run stops."""
+    wandb: str = ""
+    """Also log to Weights & Biases: the project's name."""
+    mlflow: str = ""
+    """Also log to MLflow: the experiment's name."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -249,6 +279,7 @@ class TrainConfig:
         require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
         require(self.checkpoint_every >= 0, "--checkpoint-every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "--keep-checkpoints", self.keep_checkpoints, "at least 1")
+        require(self.max_skipped_steps >= 0, "--max-skipped-steps", self.max_skipped_steps, "0 or more")
 
 
 @dataclass(frozen=True)

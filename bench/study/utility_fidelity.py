@@ -36,7 +36,7 @@ from lead_engine.pool.state import PoolState
 from lead_engine.selection.selector import Selector
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import process_group
-from lead_engine.training.train import Session, build
+from lead_engine.training.session import Session, build
 
 BELIEFS = {"initial": ("model", "initial"), "drift": ("model", "drift"), "estimate": ("model", "estimate"),
            "ngram": ("ngram", "initial"), "ngram, drift": ("ngram", "drift")}  # fmt: skip

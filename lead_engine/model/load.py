@@ -76,7 +76,7 @@ def build_model(
         elif lora is not None and lora.rank:
             adapter.inject(hf, adapter.new_config(lora, base))
     hf.tie_weights()  # the move to the meta device parted shared parameters
-    if runtime.gradient_checkpointing and trainable:
+    if runtime.checkpointing == "full" and trainable:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=(runtime.head_chunk_mib << 20) or None)
     if mesh is not None:

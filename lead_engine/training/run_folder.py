@@ -82,7 +82,7 @@ def _reopen(path: Path, counter: str, done: int):
 def _same_configuration(path: Path, config: TrainConfig) -> None:
     """Refuse to resume under other options: the result would be neither run. Where it runs may change."""
     before, now = yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config)
-    free = {"resume", "out", "checkpoint_every", "keep_checkpoints", "runtime"}
+    free = {"resume", "out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "wandb", "mlflow", "runtime"}
     for name in now:
         if name not in free and before.get(name) != now[name]:
             raise UserError(f"--resume: {path} was started with {name} = {before.get(name)}, now it is {now[name]}; use the same options")

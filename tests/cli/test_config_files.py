@@ -83,7 +83,7 @@ def test_a_partly_given_group_keeps_the_command_s_own_defaults() -> None:
         ({"optimizer": {"lr": "fast"}}, r"optimizer\.lr: expected a number, found 'fast'"),
         ({"optimizer": {"lr": None}}, r"optimizer\.lr: expected a number, found nothing"),
         ({"optimizer": {"betas": [0.9]}}, r"optimizer\.betas: expected 2 values, found 1"),
-        ({"runtime": {"gradient_checkpointing": "y"}}, r"runtime\.gradient_.*: expected true or false, found 'y'"),
+        ({"runtime": {"compile": "y"}}, r"runtime\.compile: expected true or false, found 'y'"),
         ({"model": 7}, r"model: expected text, found 7 \(a number\)"),
         ({"heldout": "a.jsonl"}, r"heldout: expected a list such as \[a, b\], found 'a.jsonl'"),
         ({"seeds": [0, "x"]}, r"seeds\[1\]: expected a whole number, found 'x'"),

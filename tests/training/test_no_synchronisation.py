@@ -12,7 +12,7 @@ from lead_engine.config import RECIPES, BatchConfig, SelectionConfig, TrainConfi
 from lead_engine.training.distributed import process_group
 from lead_engine.training.late import LateCopy
 from lead_engine.training.loop import RoundValues, read_header
-from lead_engine.training.train import build
+from lead_engine.training.session import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is here")
 

@@ -1,0 +1,106 @@
+"""A training run's parts, put together: pool, model, selector, estimator, optimizer, scorer."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lead_engine.config import TrainConfig
+from lead_engine.errors import UserError
+from lead_engine.model.load import build_model, find_model, load_tokenizer
+from lead_engine.model.packed import PackedLM
+from lead_engine.model.scratch import is_scratch, make_scratch
+from lead_engine.pool.state import PoolState
+from lead_engine.pool.store import ANSWERS, TokenStore
+from lead_engine.selection.loss_change import make_loss_change
+from lead_engine.selection.methods import METHODS
+from lead_engine.selection.selector import Layout, Selector
+from lead_engine.training.distributed import Ranks
+from lead_engine.training.loop import Engine
+from lead_engine.training.optimizer import make_optimizer
+from lead_engine.training.scorer import PoolScorer
+
+
+@dataclass
+class Session:
+    """A training run's parts, built and not yet started: what `lead-engine train` drives, and what others may drive by import."""
+
+    config: TrainConfig
+    engine: Engine
+    state: PoolState
+    tokenizer: PreTrainedTokenizerBase
+    base: Path
+    budget: int
+    """Tokens to train."""
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Session:
+    """Open the pool, load the model, and put the engine together. Raises UserError for everything that the user can mend."""
+    store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
+    state = _pool_state(config, store)
+    base = _base(config, ranks)
+    model = build_model(
+        base,
+        device=ranks.device,
+        mesh=ranks.mesh,
+        runtime=config.runtime,
+        max_length=int(store.lengths.max()),
+        lora=config.lora,
+        seed=config.seed,
+    )
+    _check_vocabulary(config, model, store)
+    layout = Layout(config.selection.round_steps, config.batch.micro_batches, config.batch.num_slots, config.batch.capacity)
+    uses_change = METHODS[config.method].uses_loss_change  # else no estimate is made
+    options = config.selection if uses_change else replace(config.selection, loss_change="none")
+    selector = Selector(
+        state,
+        store.lengths,
+        store.response_rows,
+        method=config.method,
+        config=options,
+        layout=layout,
+        seed=config.seed,
+        device=ranks.device,
+    )
+    change = make_loss_change(options, model.hidden_size, selector.method.num_arms, ranks.device, config.seed)
+    model.head.keep_gradient = change.wants_hidden
+    optimizer = make_optimizer(model, config.optimizer)
+    scorer = PoolScorer(model, store, lambda: _answers(config, ranks), config.batch, ranks.rank, ranks.size)
+    engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size, scorer=scorer)
+    budget = config.epochs * store.num_tokens if METHODS[config.method].whole_pool else round(config.budget * store.num_tokens)
+    return Session(config, engine, state, load_tokenizer(base), base, budget)
+
+
+def _pool_state(config: TrainConfig, store: TokenStore) -> PoolState:
+    """The pool's difficulty and utility, which some methods can do without."""
+    if METHODS[config.method].needs_scores or PoolState.exists(config.pool):
+        return PoolState.load(config.pool, store.num_samples)
+    return PoolState.unscored(store.num_samples)
+
+
+def _answers(config: TrainConfig, ranks: Ranks) -> TokenStore:
+    """The store of answers without instructions. A method that needs it has had `prepare`'s scores, so it is there."""
+    return TokenStore.open(config.pool / ANSWERS, config.runtime.placement, ranks.device)
+
+
+def _base(config: TrainConfig, ranks: Ranks) -> Path:
+    """The folder of the base model; a scratch model is the pool's own, or made here."""
+    if not is_scratch(config.model):
+        return find_model(config.model)
+    folder = config.pool / "model"
+    if not folder.exists():
+        folder = config.out / "init"
+        if ranks.first and not (folder / "config.json").exists():
+            make_scratch(config.model, load_tokenizer(config.pool / "tokenizer"), folder, config.seed)
+        ranks.barrier()
+    return folder
+
+
+def _check_vocabulary(config: TrainConfig, model: PackedLM, store: TokenStore) -> None:
+    rows = model.config.get_text_config().vocab_size
+    if store.max_token_id >= rows:
+        raise UserError(
+            f"--model {config.model}: {rows} tokens in its vocabulary, but --pool {config.pool} holds token {store.max_token_id}: "
+            "prepare the pool with this model's tokenizer"
+        )

@@ -1,0 +1,60 @@
+"""What a finished run leaves beside its model: utility and visits of every sample, and the summary."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+
+from lead_engine.console import say
+from lead_engine.files import write_text
+from lead_engine.training.checkpoint import Progress
+from lead_engine.training.distributed import Ranks
+from lead_engine.training.run_folder import COMPLETE
+from lead_engine.training.session import Session
+
+
+def write_summary(session: Session, ranks: Ranks, done: Progress) -> None:
+    """Utility, visits and the summary; the summary comes last and marks the run complete."""
+    config, state, selector, store = session.config, session.state, session.engine.selector, session.engine.store
+    visits = selector.samples.visits[:-1].cpu().numpy()
+    selection = done.selection_seconds + session.engine.watch.take()
+    building = config.out / "utility.writing.npz"
+    np.savez(
+        building,
+        initial=state.utility.numpy(),
+        final=selector.samples.utility[:-1].cpu().numpy(),
+        visits=visits,
+        cluster=state.cluster.numpy(),
+        task=state.task.numpy(),
+        dropped=state.dropped.numpy(),
+    )
+    building.replace(config.out / "utility.npz")
+    summary = {
+        "method": config.method,
+        "seed": config.seed,
+        "budget": config.budget if config.method != "full" else float(config.epochs),
+        "tokens_trained": done.tokens,
+        "samples_trained": int(visits.sum()),
+        "distinct_samples": int((visits > 0).sum()),
+        "steps": done.step,
+        "rounds": done.round,
+        "seconds": done.seconds,
+        "selection_seconds": selection,
+        "selection_ms_per_round": 1e3 * selection / max(1, done.round),
+        "selection_share": selection / max(done.seconds - done.scoring_seconds, 1e-9),
+        "scoring_seconds": done.scoring_seconds,
+        "response_tokens_trained": int((visits * store.response_rows.numpy()).sum()),
+        "fingerprint": f"{int(selector.fingerprint()) & (1 << 64) - 1:016x}",
+        "pool": str(config.pool),
+        "pool_tokens": store.num_tokens,
+        "pool_samples": store.num_samples,
+        "task_names": state.task_names,
+        "world_size": ranks.size,
+        "torch": torch.__version__,
+    }
+    write_text(config.out / COMPLETE, json.dumps(summary, indent=1))
+    say(f"{done.tokens:,} tokens in {done.step} steps, {done.seconds:.1f} s; model: {config.out / 'model'}")
+    per_round, share = summary["selection_ms_per_round"], summary["selection_share"]
+    scoring = f"; scoring the pool again: {done.scoring_seconds:.1f} s" if done.scoring_seconds else ""
+    say(f"selection: {per_round:.2f} ms a round, {share:.2%} of the time of training{scoring}")
