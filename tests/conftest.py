@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "fixtures"))  # not tests/ itself: its folders have the packages' names
-pytest_plugins = ["pools"]
+pytest_plugins = ["pools", "ranks"]
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
