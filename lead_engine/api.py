@@ -1,0 +1,159 @@
+"""The functions and the session that `import lead_engine` offers: the command line's parts, to be called."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lead_engine.config import EvalConfig, PrepareConfig, TrainConfig
+from lead_engine.errors import UserError
+
+if TYPE_CHECKING:
+    from lead_engine.model.packed import PackedLM
+    from lead_engine.pool.state import PoolState
+    from lead_engine.pool.store import TokenStore
+    from lead_engine.selection.selector import Selector
+    from lead_engine.training.loop import Round
+    from lead_engine.training.session import Session as Parts
+
+
+def prepare_pool(config: PrepareConfig) -> None:
+    """`lead-engine prepare`: records to the folder `config.out` of tokens, difficulty, initial utility, clusters and tasks.
+
+    Goes on where an earlier call was ended; does nothing where it was finished. Under torchrun all ranks call it. UserError for records,
+    models and options that cannot be used.
+    """
+    from lead_engine.prepare import run
+
+    run(config)
+
+
+def train(config: TrainConfig) -> None:
+    """`lead-engine train`: a prepared pool and a model to the run folder `config.out`, whose `model/` is in Hugging Face format.
+
+    Under torchrun all ranks call it. UserError for whatever the caller can mend, among it a run folder that exists (`resume=True` goes
+    on with it).
+    """
+    from lead_engine.training.train import run
+
+    run(config)
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """`lead-engine eval`, without its printing: held-out loss in nats per response token, and exact match if asked for.
+
+    Returns {"loss": {"overall": float, "macro": float, "tasks": {name: {"loss", "samples", "tokens"}}}, "exact_match": None or shares,
+    "problems": counts by kind, "options": those that decide the result}; writes it to `config.out`, or to RUN/eval for a run folder.
+    """
+    from lead_engine.evaluation.evaluate import evaluate as measure
+
+    return measure(config)
+
+
+class RoundReport(NamedTuple):
+    """What a round did. Sample ids are places in the pool: 0 to N - 1."""
+
+    round: int
+    cluster: int | None
+    """The difficulty cluster drawn; None where a round is drawn from all of them (the default)."""
+    sample_ids: list[list[int]]
+    """Those trained, of every optimizer step."""
+    losses: list[float]
+    """Mean loss of every step over its response tokens, in nats, before the step."""
+    tokens: int
+    """Trained in this round: prompts, answers and template."""
+    reward: float
+    """What the bandit learned from it, in [-1, 1]."""
+
+
+class Session:
+    """A training run that the caller drives, without a run folder: nothing is written but what `save` writes.
+
+        with Session(config) as session:
+            for report in session.rounds():
+                ...                          # look, evaluate, stop early
+            session.save(Path("MODEL"))
+
+    `config.out`, `resume`, `checkpoint_every` and the loggers are not used. Under torchrun all ranks do the same. While the block lasts,
+    torch's process group is this session's.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self._parts: Parts | None = None
+
+    def __enter__(self) -> Session:
+        from lead_engine.training.distributed import process_group
+        from lead_engine.training.session import build
+
+        with ExitStack() as stack:
+            self._ranks = stack.enter_context(process_group())
+            self._parts = build(self.config, self._ranks)
+            self._stack = stack.pop_all()  # only now: a build that fails leaves the group at once
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._parts = None
+        self._stack.__exit__(*error)
+
+    @property
+    def model(self) -> PackedLM:
+        """The model in training: an nn.Module, sharded under torchrun."""
+        return self._built.engine.model
+
+    @property
+    def selector(self) -> Selector:
+        """Plans rounds; `selector.samples` has every sample's utility and visits."""
+        return self._built.engine.selector
+
+    @property
+    def store(self) -> TokenStore:
+        """The pool's tokens."""
+        return self._built.engine.store
+
+    @property
+    def state(self) -> PoolState:
+        """What `prepare_pool` found out about the pool."""
+        return self._built.state
+
+    @property
+    def budget(self) -> int:
+        """Tokens to train."""
+        return self._built.budget
+
+    def rounds(self) -> Iterator[RoundReport]:
+        """Train, a round at a time, until the budget is spent or no sample is left. Reading a report waits for its round's last step."""
+        from lead_engine.training.checkpoint import Progress
+
+        for finished in self._built.engine.rounds(Progress(), self.budget):
+            yield _report(finished)
+
+    def save(self, folder: Path) -> None:
+        """Write the model as it is: Hugging Face format, or a peft adapter. On all ranks; the folder appears whole."""
+        from lead_engine.model.save import save_model
+
+        parts = self._built
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save_model(parts.engine.model, parts.tokenizer, folder, base=parts.base, rank=self._ranks.rank)
+
+    @property
+    def _built(self) -> Parts:
+        if self._parts is None:
+            raise UserError("Session: not open; use it in a `with Session(config) as session:` block")
+        return self._parts
+
+
+def _report(finished: Round) -> RoundReport:
+    values = finished.values.read()
+    trained = [step for step, tokens in enumerate(finished.header.tokens) if tokens]
+    ids = [values.plan.sample_ids[step].flatten() for step in trained]
+    cluster = int(values.plan.cluster)
+    return RoundReport(
+        finished.before.round,
+        None if cluster < 0 else cluster,
+        [step_ids[step_ids < finished.dummy].tolist() for step_ids in ids],
+        [float(step.loss) for step in values.steps],
+        finished.after.tokens - finished.before.tokens,
+        float(values.stats.reward),
+    )
