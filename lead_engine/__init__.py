@@ -76,9 +76,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        import importlib.metadata
+        from importlib.metadata import version
 
-        return importlib.metadata.version("lead-engine")
+        return version("lead-engine")
     if name not in _HOME:
         raise AttributeError(f"module 'lead_engine' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
