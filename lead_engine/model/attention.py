@@ -7,22 +7,26 @@ blind across samples. Four ways, one contract:
 - `varlen`   `torch.nn.attention.varlen` (CUDA, half precision);
 - `segment`  SDPA one sample at a time (CPU: reads the segment bounds, which costs no synchronisation there);
 - `mask`     SDPA under a block-diagonal causal mask: O(T^2) memory, but static shapes on any device and dtype.
+
+Layers with soft-capped scores take another way where the kind's own has no cap: softcap.py.
 """
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from lead_engine.config import Attention
 from lead_engine.errors import UserError
+from lead_engine.model.segment_attention import segment_attention, traceable_segment_attention
+from lead_engine.model.softcap import capped_attention, flex_capped_attention, packed_blocks
 
 NAME = "lead_engine_packed"
 """The `attn_implementation` under which transformers finds `packed_attention`."""
@@ -40,6 +44,7 @@ class Packing:
     kind: str
     _bounds: list[int] | None = field(default=None, init=False)
     _masks: dict[int | None, Tensor] = field(default_factory=dict, init=False)
+    _blocks: dict[int | None, BlockMask] = field(default_factory=dict, init=False)
 
     def bounds(self) -> list[int]:
         """Segment bounds as host integers; on the CPU only, where reading them waits for nothing."""
@@ -50,14 +55,29 @@ class Packing:
 
     def mask(self, length: int, window: int | None) -> Tensor:
         """Bool [length, length], True where query i may see key j: same segment, j <= i, i - j < window."""
+        if torch.compiler.is_compiling():
+            return self._make_mask(length, window)  # in every compiled layer: one kept would be an output of that layer's graph
         if window not in self._masks:
-            place = torch.arange(length, device=self.cu_seqlens.device)
-            segment = torch.searchsorted(self.cu_seqlens, place.to(self.cu_seqlens.dtype), right=True)
-            allowed = (segment[:, None] == segment[None, :]) & (place[:, None] >= place[None, :])
-            if window is not None:
-                allowed &= place[:, None] - place[None, :] < window
-            self._masks[window] = allowed
+            self._masks[window] = self._make_mask(length, window)
         return self._masks[window]
+
+    def _make_mask(self, length: int, window: int | None) -> Tensor:
+        place, segment = self._segments(length)
+        allowed = (segment[:, None] == segment[None, :]) & (place[:, None] >= place[None, :])
+        if window is not None:
+            allowed &= place[:, None] - place[None, :] < window
+        return allowed
+
+    def blocks(self, length: int, window: int | None) -> BlockMask:
+        """The same mask for FlexAttention."""
+        if window not in self._blocks:
+            self._blocks[window] = packed_blocks(self._segments(length)[1], window)
+        return self._blocks[window]
+
+    def _segments(self, length: int) -> tuple[Tensor, Tensor]:
+        """(0 .. length - 1, the segment that each of these tokens lies in)."""
+        place = torch.arange(length, device=self.cu_seqlens.device)
+        return place, torch.searchsorted(self.cu_seqlens, place.to(self.cu_seqlens.dtype), right=True)
 
 
 def choose_attention(requested: Attention, device: torch.device, dtype: torch.dtype) -> str:
@@ -97,56 +117,31 @@ def packed_attention(
     """Causal attention within each segment.
 
     Args: query [1, heads, T, D]; key, value [1, kv_heads, T, D]. Returns [1, T, heads, D] and no weights.
-    Raises UserError for attention variants that the chosen kind does not compute (soft-capped scores, sinks).
+    Raises UserError for attention sinks, which no kind computes.
     """
-    if s_aux is not None or (softcap is not None and packing.kind != "flash"):
-        name = type(module).__name__
-        raise UserError(f"--runtime.attention {packing.kind}: {name} uses soft-capped scores or sinks, which it does not compute")
-    if packing.kind == "segment":
-        return _segment(query, key, value, packing, scaling, sliding_window), None
-    if packing.kind == "mask":
+    if s_aux is not None:
+        raise UserError(f"--model: {type(module).__name__} has attention sinks, which packed attention does not compute")
+    kind, tracing = packing.kind, torch.compiler.is_compiling()
+    if kind == "segment" and not (tracing and softcap is not None):  # soft-capped and traced: the mask's form below is the same
+        if tracing:
+            return traceable_segment_attention(query, key, value, packing.cu_seqlens, scaling, sliding_window), None
+        return segment_attention(query, key, value, packing.bounds(), scaling, sliding_window, softcap), None
+    if kind == "varlen" and softcap is not None:
+        blocks = packing.blocks(query.shape[2], sliding_window)
+        return flex_capped_attention(query, key, value, blocks, scaling, softcap).transpose(1, 2), None
+    if kind in ("mask", "segment"):
         mask = packing.mask(query.shape[2], sliding_window)
+        if softcap is not None:
+            return capped_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
         return out.transpose(1, 2), None
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    kernel = _flash if packing.kind == "flash" else _varlen
-    return kernel(*rows, packing, scaling, sliding_window, softcap)[None], None
+    if kind == "flash":
+        return _flash(*rows, packing, scaling, sliding_window, softcap)[None], None
+    return _varlen(*rows, packing, scaling, sliding_window)[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)
-
-
-def _segment(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None) -> Tensor:
-    bounds = packing.bounds()
-    sizes = [end - start for start, end in itertools.pairwise(bounds)]
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    # split (whose backward is one cat) instead of slices (each of whose backwards would fill a whole [T] gradient with zeros)
-    parts = list(zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True))
-    tail = parts.pop()
-    outputs = [_causal(q, k, v, scaling, window) for q, k, v in parts if q.shape[2]]
-    if tail[0].shape[2]:
-        # The dummy segment: nobody reads it, but it must hang on all three. In an empty micro-batch their projections would otherwise
-        # get no gradient at all, and FSDP's ranks would reduce tensors of different sizes.
-        outputs.append(sum(tail).mul(0.0))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """One sample: [1, heads, L, D] -> the same."""
-    length = q.shape[2]
-    if window is not None and length > window:
-        place = torch.arange(length)
-        near = (place[:, None] >= place[None, :]) & (place[:, None] - place[None, :] < window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=scaling)
-    if q.dtype == torch.float32 or length > 512:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    # The CPU's bf16 flash kernel spends most of its backward pass on a fixed cost: at 128 tokens, forward and backward take 1.6 ms
-    # there and 0.4 ms as plain matrix products (fp32: 0.6 and 0.6). At 512 the two meet.
-    hidden = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
-    scores = torch.baddbmm(hidden, q[0], k[0].transpose(1, 2), alpha=q.shape[-1] ** -0.5 if scaling is None else scaling)
-    return torch.bmm(scores.softmax(-1, dtype=torch.float32).to(q.dtype), v[0])[None]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
@@ -157,7 +152,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | N
     return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     extra = _varlen_extras(varlen_attn)

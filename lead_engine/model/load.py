@@ -15,7 +15,7 @@ from lead_engine.errors import UserError
 from lead_engine.model import adapter, weights
 from lead_engine.model.attention import NAME, choose_attention
 from lead_engine.model.packed import PackedLM
-from lead_engine.model.parallelize import parallelize
+from lead_engine.model.parallelize import move_buffers, parallelize, parameter_device
 from lead_engine.model.precision import choose_precision
 
 
@@ -76,12 +76,10 @@ def build_model(
         elif lora is not None and lora.rank:
             adapter.inject(hf, adapter.new_config(lora, base))
     hf.tie_weights()  # the move to the meta device parted shared parameters
-    if runtime.checkpointing == "full" and trainable:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=(runtime.head_chunk_mib << 20) or None)
-    if mesh is not None:
-        parallelize(model, mesh, dtype)
-    weights.materialise(model, device, torch.float32 if trainable else dtype)
+    parallelize(model, runtime, dtype, mesh, trainable=trainable)
+    weights.materialise(model, parameter_device(device, mesh, runtime), torch.float32 if trainable else dtype)
+    move_buffers(model, device)
     weights.load(model, base, adapter_folder)
     adapter.initialise(model, seed, skip=adapter_folder is not None)
     model.train(trainable)

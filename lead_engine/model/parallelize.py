@@ -1,28 +1,64 @@
-"""How a model is cut into FSDP units."""
+"""How a model is wrapped: what is recomputed, what is compiled, how it is cut into FSDP units."""
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from lead_engine.config import RuntimeConfig
 from lead_engine.model.packed import PackedLM
+from lead_engine.model.recompute import recompute
 
 
-def parallelize(model: PackedLM, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard `model` in place over `mesh`: fp32 master weights, `dtype` compute, fp32 gradient reduction.
+def parallelize(model: PackedLM, runtime: RuntimeConfig, dtype: torch.dtype, mesh: DeviceMesh | None, *, trainable: bool = True) -> None:
+    """Wrap a model in place, from the inside out: blocks recomputed and compiled (where it is trained), sharded (with a mesh)."""
+    for block in model.decoder.layers if trainable else ():
+        recompute(block, runtime.checkpointing)
+        if runtime.compile:
+            compile_block(block)
+    if mesh is not None:
+        shard(model, mesh, dtype, offload=runtime.offload)
+
+
+def compile_block(block: nn.Module) -> None:
+    """Compile a block's forward pass, in place: the hooks that FSDP puts around the call stay outside.
+
+    The whole forward is one graph, recomputation included, or the run stops with the compiler's reason; blocks of one shape share one
+    compilation, and a micro-batch's shapes never change. What varies with it, the head's rows, is outside the blocks.
+    """
+    block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def shard(model: PackedLM, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
+    """FSDP2 over `mesh`, in place: fp32 master weights, `dtype` compute, fp32 gradient reduction. Two dimensions: (replicas, shards).
 
     The order is the order of wrapping: blocks first, then the head (with the embedding where they share a weight: a shared
     parameter must belong to one unit), then the root, which takes what is left.
+    offload: parameters, gradients and with them the optimizer's state stay in host memory, pinned where there is a GPU to copy to.
     """
     # Inputs are not cast: the batch is integers, and the token weight and the sketch must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     head = [model.decoder.embed_tokens, model.head] if model.tied else model.head
     units = [*model.decoder.layers, head, model]
     for unit in units:
         # The head's backward follows its forward at once, so freeing its weight in between would only gather it again.
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit is not head)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=unit is not head)
     for module in model.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
             # Losses carry the global 1 / response tokens already: gradients are summed over ranks, never averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def parameter_device(device: torch.device, mesh: DeviceMesh | None, runtime: RuntimeConfig) -> torch.device:
+    """Where parameters lie while they are not in use: the compute device, or the host if they are offloaded to it."""
+    return torch.device("cpu") if runtime.offload and mesh is not None else device
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers (rotary tables) to the compute device, wherever the parameters are."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

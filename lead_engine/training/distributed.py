@@ -49,3 +49,14 @@ def process_group() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
+
+
+def data_mesh(ranks: Ranks, replicate: int) -> DeviceMesh:
+    """The mesh to shard a model over: all ranks, or (HSDP) `replicate` groups of neighbouring ranks with a whole model each.
+
+    Neighbours usually share a machine: parameters are gathered within a group, and only gradients' shards cross to the others.
+    """
+    if replicate == 1:
+        return ranks.mesh
+    shape = (replicate, ranks.size // replicate)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))

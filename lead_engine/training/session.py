@@ -16,7 +16,7 @@ from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
 from lead_engine.selection.selector import Layout, Selector
-from lead_engine.training.distributed import Ranks
+from lead_engine.training.distributed import Ranks, data_mesh
 from lead_engine.training.loop import Engine
 from lead_engine.training.optimizer import make_optimizer
 from lead_engine.training.scorer import PoolScorer
@@ -43,7 +43,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
     model = build_model(
         base,
         device=ranks.device,
-        mesh=ranks.mesh,
+        mesh=data_mesh(ranks, config.runtime.replicate),
         runtime=config.runtime,
         max_length=int(store.lengths.max()),
         lora=config.lora,
