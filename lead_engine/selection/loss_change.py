@@ -73,7 +73,8 @@ class LossChange:
 
         `cluster` 0-d int64, the round's arm; `lr` the step's learning rate; `all_reduce` sums over the ranks in
         place; `first_order` 0-d, <gradient, parameter update> of this step, the same on all ranks, or None; `grad_norm` 0-d, the
-        norm of the whole model's gradient before clipping.
+        norm of the whole model's gradient before clipping. Where that is not finite the step was not taken: every change is 0, and
+        nothing of the step enters later estimates.
         """
         change, self._zeros = torch.stack(self._zeros), []
         return change
@@ -124,7 +125,8 @@ class InnerLossChange(_FromGradient):
     def __init__(self, gradient: SketchGradient | ExactGradient, calibrate_every: int, device: torch.device) -> None:
         super().__init__(gradient)
         self.calibrate_every = calibrate_every
-        self._measured = False  # what the host knows of it: whether there was a measurement
+        self._measured = False  # what the host knows of it: whether there was a measurement, though it may have been of a skipped step
+        self.measured = torch.zeros((), dtype=torch.bool, device=device)  # the same, for checkpoints
         self.ratio_sum = torch.zeros((), device=device)  # exponentially weighted sum of the measured ratios
         self.ratio_weight = torch.zeros((), device=device)  # and of their weights, 1 - KEEP**measurements
 
@@ -135,24 +137,27 @@ class InnerLossChange(_FromGradient):
     def estimate(self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor) -> Tensor:
         step_D, s_AB, _ = self.gradient.take(all_reduce, per_sample=True)
         norm = step_D.dot(step_D)
-        happened = norm > 0  # an empty step has no change and measures nothing
+        happened = (norm > 0) & grad_norm.isfinite()  # an empty step has no change and measures nothing, nor has one that was skipped
         if first_order is None or lr == 0:
             first_order = lr * grad_norm * self.ratio_sum / torch.where(self.ratio_weight > 0, self.ratio_weight, 1.0)
         else:
             ratio = first_order / (lr * torch.where(grad_norm > 0, grad_norm, 1.0))
             measured_sum = KEEP * self.ratio_sum + (1 - KEEP) * ratio
             measured_weight = KEEP * self.ratio_weight + (1 - KEEP)
-            self.ratio_sum.copy_(torch.where(happened, measured_sum, self.ratio_sum))
-            self.ratio_weight.copy_(torch.where(happened, measured_weight, self.ratio_weight))
+            counts = happened & first_order.isfinite()  # it is not where a weight is not, though the gradient there is 0
+            self.ratio_sum.copy_(torch.where(counts, measured_sum, self.ratio_sum))
+            self.ratio_weight.copy_(torch.where(counts, measured_weight, self.ratio_weight))
+            first_order = torch.where(counts, first_order, 0.0)
+            self.measured.fill_(True)
             self._measured = True
-        return first_order / torch.where(happened, norm, 1.0) * s_AB
+        return torch.where(happened, first_order / torch.where(happened, norm, 1.0) * s_AB, 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"ratio_sum": self.ratio_sum, "ratio_weight": self.ratio_weight}
+        return {"ratio_sum": self.ratio_sum, "ratio_weight": self.ratio_weight, "measured": self.measured}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self._measured = bool(self.ratio_weight > 0)
+        self._measured = bool(self.measured)
 
 
 class PaperLossChange(_FromGradient):
@@ -180,6 +185,7 @@ class PaperLossChange(_FromGradient):
 
     def estimate(self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor) -> Tensor:
         step_D, _, weight_AB = self.gradient.take(all_reduce, per_sample=False)
+        step_D = torch.where(grad_norm.isfinite(), step_D, 0.0)
         self.round_sum += step_D
         self.round_steps += (step_D != 0).any()  # a step that the budget left empty is none
         row = cluster.view(1)
@@ -189,7 +195,7 @@ class PaperLossChange(_FromGradient):
         beta = (-self.last.dot(gap_D) / torch.where(gap > 0, gap, 1.0)).clamp(0, 1)
         shortest_D = self.last + beta * gap_D
         change = -lr * shortest_D.dot(shortest_D)
-        return torch.where(weight_AB > 0, change, 0.0)
+        return torch.where((weight_AB > 0) & grad_norm.isfinite(), change, 0.0)
 
     def finish_round(self, cluster: Tensor) -> None:
         happened = self.round_steps > 0

@@ -112,6 +112,16 @@ class Selector:
         self.method.observe(ids, loss)
         idu_update(self.samples.utility, self.samples.visits, ids, loss, change, self.config.smoothing)
 
+    def bar(self, sample_ids: Tensor, loss: Tensor, skipped: Tensor) -> Tensor:
+        """The ids to observe a step by, which `skipped` (0-d bool) says was not taken: then none, so that nothing is learned from it.
+
+        Of a step that was not taken, samples whose own loss is not finite are never planned again.
+        """
+        barred = self.samples.barred
+        bad = skipped & ~loss.isfinite() & (sample_ids < self.samples.num_samples)
+        barred.index_put_((sample_ids.reshape(-1),), barred[sample_ids.reshape(-1)] | bad.reshape(-1))
+        return torch.where(skipped, self.samples.num_samples, sample_ids)
+
     def finish_round(self, plan: Plan) -> RoundStats:
         """Let the method learn from a round, once all its steps are observed.
 
@@ -134,7 +144,8 @@ class Selector:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state itself, not a copy: all that later plans depend on besides the constructor's arguments."""
-        return {"utility": self.samples.utility, "visits": self.samples.visits, **self.method.state_dict()}
+        pool = self.samples
+        return {"utility": pool.utility, "visits": pool.visits, **self.method.state_dict(), "barred": pool.barred}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a `state_dict`; UserError if it belongs to another pool or another number of clusters."""

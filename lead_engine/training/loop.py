@@ -26,6 +26,7 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.selector import Layout, Plan, RoundStats, Selector
 from lead_engine.training.checkpoint import Progress
+from lead_engine.training.finite import check_can_skip, loss_gradient, step_unless
 from lead_engine.training.late import LateCopy, Stopwatch
 from lead_engine.training.optimizer import clip_gradients, inner_product, learning_rate
 from lead_engine.training.scorer import PoolScorer
@@ -52,6 +53,8 @@ class StepStats(NamedTuple):
     grad_norm: Tensor
     mean_change: Tensor
     first_order: Tensor
+    skipped: Tensor
+    """1 if the step changed nothing, because its loss or gradient was not finite; else 0."""
 
 
 class RoundValues(NamedTuple):
@@ -93,8 +96,10 @@ class Engine:
     """For methods that measure the pool again; others never ask it."""
 
     def __post_init__(self) -> None:
+        check_can_skip(self.optimizer)
         self.accumulation = self.layout.micro_batches // self.world
-        self.watch = Stopwatch(self.selector.samples.device)
+        self.device = self.selector.samples.device
+        self.watch = Stopwatch(self.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def rounds(self, progress: Progress, budget_tokens: int) -> Iterator[Round]:
@@ -149,31 +154,36 @@ class Engine:
             batch = self._batch(plan, header, step, place)
             self._reduce_gradients(place == self.accumulation - 1)
             head = self.model(batch, token_weight=token_weight, signature=self.change.signature)
-            head.loss.backward()
+            head.loss.backward(loss_gradient(head.sample_nll))
             rows = self.model.head
             self.change.collect(head, head.sample_tokens * token_weight, rows.hidden_RH, rows.hidden_grad_RH, batch.row_slots)
             losses.append(head.sample_nll)
 
         norm, factor = clip_gradients(self.trained, self.options.max_grad_norm)
+        skip = ~norm.isfinite()  # the same on every rank
         measured = self.change.wants_first_order(global_step)
         before = inner_product(self.trained) if measured else None
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        step_unless(self.optimizer, skip)
         # <G, dtheta>: gradients were scaled by `factor`, the batch loss's own were not.
         first_order = self._all_reduce((inner_product(self.trained) - before) / factor).float() if measured else None
         self.optimizer.zero_grad(set_to_none=True)
+        # Of offloaded parameters, these are on the host.
+        norm, skip = norm.to(self.device), skip.to(self.device)
+        first_order = None if first_order is None else first_order.to(self.device)
 
         self.watch.start()
         change = self.change.estimate(plan.cluster, rate, self._all_reduce, first_order, norm)
         loss, change = self._gather(torch.stack([torch.stack(losses), change]))
         change = torch.maximum(change, -loss)  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
         ids = plan.sample_ids[step]
-        self.selector.observe(ids, loss, change)
+        self.selector.observe(self.selector.bar(ids, loss, skip), loss, change)
         self.watch.stop()
         share = self.selector.samples.rows[ids] * token_weight
         none = norm.new_full((), torch.nan)
-        return StepStats((share * loss).sum(), norm, (share * change).sum(), none if first_order is None else first_order)
+        first_order = none if first_order is None else first_order
+        return StepStats((share * loss).sum(), norm, torch.where(skip, 0.0, (share * change).sum()), first_order, skip.float())
 
     def _batch(self, plan: Plan, header: Header, step: int, place: int) -> PackedBatch:
         micro = self.rank * self.accumulation + place

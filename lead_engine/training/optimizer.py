@@ -39,37 +39,41 @@ def learning_rate(config: OptimizerConfig, progress: float) -> float:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale gradients in place to a global norm of at most max_norm: (norm before, factor applied), 0-d tensors.
+    """Scale gradients in place to a global norm of at most max_norm: (norm before, factor applied), 0-d tensors, the same on every rank.
 
-    Stops the run with an error, on the device's own clock, if the norm is not finite.
+    A norm that is not finite leaves gradients that are good for nothing: see training/finite.py.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters], foreach=True)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    # The norm is the same on every rank, so all of them stop at the same step; no host read is needed to find out.
-    torch._assert_async(torch.isfinite(norm), NOT_FINITE)
     clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-NOT_FINITE = "the gradient is not finite: lower --optimizer.lr, or look for broken samples in problems.jsonl"
-
-
 @torch.no_grad()
 def inner_product(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """<gradient, parameter> over this rank's shards: 0-d float64.
+    """<gradient, parameter> over this rank's shards: 0-d float64. Its sum over all ranks is that of the whole model.
 
     The change of a parameter under a step is the difference of two of these, so no copy of the parameters is needed. Sums are float64:
     the two differ in about the fifth digit only, and fp32 sums over millions of terms would lose it. Products stay fp32: their
     rounding errors (6e-8 each, independent) average out far below the difference.
     """
-    total = None
+    total, copies = None, 1
     for parameter in parameters:
         if parameter.grad is None:
             continue
+        copies = _copies(parameter)
         gradient, value = (x.to_local() if isinstance(x, DTensor) else x for x in (parameter.grad, parameter))
         for g, v in zip(gradient.flatten().split(_CHUNK), value.flatten().split(_CHUNK), strict=True):
             part = torch.sum(g * v, dtype=torch.float64)
             total = part if total is None else total + part
     assert total is not None, "no gradient anywhere"
-    return total
+    return total if copies == 1 else total / copies  # all parameters are on one mesh
+
+
+def _copies(parameter: Tensor) -> int:
+    """How many ranks hold the same shard: 1, or HSDP's replicas."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh = parameter.device_mesh
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(parameter.placements) if placement.is_replicate())

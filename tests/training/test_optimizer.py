@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lead_engine.config import OptimizerConfig
-from lead_engine.training.optimizer import NOT_FINITE, clip_gradients, inner_product, learning_rate, make_optimizer
+from lead_engine.training.optimizer import clip_gradients, inner_product, learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -55,10 +55,3 @@ def test_clipping_gives_norm_and_factor() -> None:
     torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.0, 0.8]))
     norm, factor = clip_gradients([p], 2.0)
     assert float(factor) == 1.0
-
-
-def test_a_gradient_that_is_not_finite_stops_the_step() -> None:
-    p = torch.nn.Parameter(torch.zeros(2))
-    p.grad = torch.tensor([float("nan"), 1.0])
-    with pytest.raises(RuntimeError, match=NOT_FINITE.split(":")[0]):
-        clip_gradients([p], 1.0)

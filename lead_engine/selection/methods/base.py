@@ -109,6 +109,7 @@ class Method:
     def best_by(self, score: Tensor, candidates: Tensor) -> Tensor:
         """The candidates (bool [N]) with the highest score (fp32 [N]; NaN last), those trained least often first: int64 [places]."""
         visits = self.samples.visits[:-1]
+        candidates = candidates & ~self.samples.barred[:-1]
         least = torch.where(candidates, visits, torch.iinfo(torch.int32).max).amin()
         one_task = torch.zeros_like(self.samples.task, dtype=torch.uint8)
         return select_topk(score, candidates & (visits == least), one_task, 1, self.places)

@@ -63,9 +63,10 @@ class Iterit(Method):
         self.tfidf = None
 
     def _seen(self) -> Tensor:
-        """How often every place of the list was trained in this epoch: int32 [N], NEVER behind its end."""
+        """How often every place of the list was trained in this epoch: int32 [N], NEVER behind its end and where a sample is barred."""
         seen = self.samples.visits[self.sequence] - self.visits_before[self.sequence]
-        return torch.where(self.sequence < self.samples.num_samples, seen, NEVER)
+        gone = (self.sequence == self.samples.num_samples) | self.samples.barred[self.sequence]
+        return torch.where(gone, NEVER, seen)
 
     def _begin(self, epoch: int, scorer: Scorer) -> None:
         self.candidates.fill_(epoch == 0)
@@ -76,7 +77,7 @@ class Iterit(Method):
             if len(ids):
                 self.ifd[ids.to(self.ifd.device)] = torch.exp(scorer.given(ids) - scorer.alone(ids))
             self.candidates[ids.to(self.ifd.device)] = True
-        self.candidates &= self.ifd < 1
+        self.candidates &= (self.ifd < 1) & ~self.samples.barred[:-1]
         self.sequence.fill_(self.samples.num_samples)
         self.visits_before.copy_(self.samples.visits)
         self.epoch.fill_(epoch)

@@ -26,7 +26,7 @@ UNIT = 2.0**18
 
 
 class Lead(Method):
-    """Eligible are samples that were trained less than max_visits times and, with drop_misaligned, are not dropped.
+    """Eligible are samples that were trained less than max_visits times, are not barred and, with drop_misaligned, not dropped.
 
     Coarse stage: the bandit's probabilities p over the clusters with eligible samples. `draw=cluster`: a round trains the one cluster that
     is drawn. `draw=mixture`: it trains all of them, cluster k's share of the samples being p_k.
@@ -58,7 +58,7 @@ class Lead(Method):
 
     def open_samples(self) -> Tensor:
         """Who is eligible: bool [N]."""
-        unspent = self.samples.visits[:-1] < self.config.max_visits
+        unspent = (self.samples.visits[:-1] < self.config.max_visits) & ~self.samples.barred[:-1]
         return unspent & ~self.samples.dropped if self.config.drop_misaligned else unspent
 
     def order(self, round: int) -> Order:
@@ -85,6 +85,7 @@ class Lead(Method):
         """The reward of an arm is the mean fall of U of its samples that were trained; those whose loss is not a number do not count."""
         ids = self.samples.real(plan.sample_ids)
         closed = trained & (self.samples.visits[plan.sample_ids] == self.config.max_visits)
+        closed |= self.samples.barred[plan.sample_ids]  # in this round: none of these would have been planned
         self.size -= count(self.cell[ids], closed, self.size.shape[0])
 
         counts = trained & fall.isfinite()

@@ -24,10 +24,12 @@ class Random(Method):
 
     def order(self, round: int) -> Order:
         samples, visits = self.samples, self.samples.visits[:-1]
+        visits = torch.where(samples.barred[:-1], torch.iinfo(torch.int32).max, visits)
         current = visits.amin()
         ids = torch.arange(samples.num_samples, device=samples.device)
         keys = counter_rng.order_keys(self.seed, samples.scalar(SHUFFLE), current.long(), ids)
-        keys = torch.where(visits == current, keys, torch.iinfo(torch.int64).max)
+        due = (visits == current) & ~samples.barred[:-1]
+        keys = torch.where(due, keys, torch.iinfo(torch.int64).max)
         places = min(self.places, samples.num_samples)
         keys, order = keys.topk(places, largest=False, sorted=True)
         order = torch.where(keys < 1 << counter_rng.ORDER_BITS, order, samples.num_samples)

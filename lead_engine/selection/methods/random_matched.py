@@ -45,7 +45,7 @@ class RandomMatched(Method):
     def order(self, round: int) -> Order:
         """The next of the sequence: an entry is due when its sample was trained as often as it occurs before the entry."""
         n, length = self.samples.num_samples, self.sequence.shape[0]
-        due = self.occurrence == self.samples.visits[self.sequence]
+        due = (self.occurrence == self.samples.visits[self.sequence]) & ~self.samples.barred[self.sequence]
         place = torch.where(due, torch.arange(length, device=due.device), length)
         next_places = place.sort().values[: self.places]
         ids = F.pad(self.sequence, (0, 1), value=n)[next_places]

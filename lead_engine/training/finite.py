@@ -1,0 +1,29 @@
+"""Steps whose loss or gradient is not finite: found and skipped on the device, on all ranks alike, without a host read.
+
+A loss that is not finite multiplies its rank's gradients by NaN. The gradients' own reduction over the ranks carries that to all of them,
+and so does the all-reduced norm: one number, the same everywhere, says whether the step is good. No collective is added.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def loss_gradient(sample_nll: Tensor) -> Tensor:
+    """What a micro-batch's backward pass begins with, 0-d fp32: 1, or NaN if a sample's loss (fp32 [B]) is not finite."""
+    return torch.where(sample_nll.isfinite().all(), 1.0, torch.nan)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """`optimizer.step()`, which changes nothing, not a bit of parameters, moments and step counters, where `skip` (0-d bool) holds.
+
+    By the protocol of `torch.amp.GradScaler`: an optimizer that knows it reads `found_inf` (0-d fp32, 1.0: skip) on the device.
+    """
+    optimizer.found_inf, optimizer.grad_scale = skip.float(), None
+    optimizer.step()
+
+
+def check_can_skip(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError for an optimizer that would ignore `found_inf`, and so train on NaN."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(f"{type(optimizer).__name__} does not skip a step by found_inf; use a fused one, or give it _step_supports_amp_scaling")
