@@ -10,19 +10,25 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lead_engine.config import OptimizerConfig
+from lead_engine.training.adamw8bit import AdamW8bit
 
 _CHUNK = 1 << 22
 """Numbers multiplied at a time by `inner_product`: bounds its scratch memory to 16 MiB whatever the parameter's size."""
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; weight decay on matrices only."""
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, torch's fused one or with moments in 8 bits; weight decay on matrices only.
+
+    Raises UserError where bitsandbytes, which 8 bits need, is missing.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if config.kind == "adamw8bit":
+        return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
