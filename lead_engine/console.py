@@ -109,12 +109,12 @@ class _LiveBar(Bar):
 
 
 class _LineBar(Bar):
-    def __init__(self, total: float | None, description: str) -> None:
+    def __init__(self, total: float | None, description: str, done: float) -> None:
         self._total, self._description = total, description
-        self._done = 0.0
+        self._before = self._done = done
         self._info: dict[str, object] = {}
         self._started = self._last_time = time.monotonic()
-        self._last_done: float | None = None  # what the last line said; None before the first
+        self._last_done: float | None = done or None  # what the last line said; None before the first
 
     def advance(self, n: float = 1, **info: object) -> None:
         self._done += n
@@ -133,14 +133,20 @@ class _LineBar(Bar):
         done = f"{self._done:,.0f}"
         if self._total:
             done += f"/{self._total:,.0f} ({100 * self._done / self._total:.0f} %)"
-        info = _format_info(self._info)
-        told = f"{self._description}: {done}, {_duration(now - self._started)}"
-        _print(f"{told}, {info}" if info else told, error=False)
+        parts = [f"{self._description}: {done}", _duration(now - self._started), self._left(now), _format_info(self._info)]
+        _print(", ".join(filter(None, parts)), error=False)
+
+    def _left(self, now: float) -> str:
+        """What is still to come, at the speed so far."""
+        grown = self._done - self._before
+        if not self._total or not grown or self._done >= self._total:
+            return ""
+        return f"{_duration((self._total - self._done) * (now - self._started) / grown)} left"
 
 
 @contextmanager
-def progress(total: float | None, description: str) -> Iterator[Bar]:
-    """Show how far something is while the block runs; `total` None where the end is unknown.
+def progress(total: float | None, description: str, done: float = 0) -> Iterator[Bar]:
+    """Show how far something is while the block runs; `total` None where the end is unknown, `done` what was done before it.
 
     Blocks may be nested: on a terminal the inner bar stands under the outer one and goes when it is done.
     """
@@ -149,7 +155,7 @@ def progress(total: float | None, description: str) -> Iterator[Bar]:
         yield Bar()
         return
     if not _is_terminal(sys.stdout):
-        line = _LineBar(total, description)
+        line = _LineBar(total, description, done)
         try:
             yield line
         finally:
@@ -157,7 +163,7 @@ def progress(total: float | None, description: str) -> Iterator[Bar]:
         return
     outermost = _live is None
     view = _live if _live is not None else _make_view()
-    task = view.add_task(escape(description), total=total, info="")
+    task = view.add_task(escape(description), total=total, completed=done, info="")
     if outermost:
         _live = view
         view.start()

@@ -1,5 +1,9 @@
-"""A run's first screen: what was chosen, before the first step."""
+"""A run's first screen: what was chosen and why, before the first step."""
 from __future__ import annotations
+
+import os
+
+import torch
 
 from lead_engine.config import TrainConfig
 from lead_engine.console import table
@@ -7,29 +11,123 @@ from lead_engine.model.load import count_parameters
 from lead_engine.model.precision import choose_precision
 from lead_engine.selection.methods import METHODS
 from lead_engine.training.distributed import Ranks
+from lead_engine.training.memory import estimate
+from lead_engine.training.records import Meter
 from lead_engine.training.session import Session
 
+ATTENTION = {
+    "flash": "flash-attn's varlen kernel",
+    "varlen": "torch's varlen kernel; flash-attn is not installed",
+    "segment": "one sample at a time, on a CPU the fastest",
+    "mask": "SDPA under a block-diagonal mask",
+}
 
-def announce(session: Session, ranks: Ranks) -> None:
-    """What was chosen, before the first step."""
+
+def announce(session: Session, ranks: Ranks, meter: Meter) -> None:
+    """Print the table, from rank 0; no collective."""
+    config = session.config
+    table(f"{config.method} on {config.pool}", ["what", "chosen"], [[what, text] for what, text in _rows(session, ranks, meter) if text])
+
+
+def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]:
     config, model, store, state = session.config, session.engine.model, session.engine.store, session.state
-    whole, trained = count_parameters(model)
-    precision = str(choose_precision(config.runtime.precision, ranks.device)).removeprefix("torch.")
-    lora = f" (LoRA rank {config.lora.rank})" if config.lora.rank else ""
-    parts = f"{state.num_clusters} clusters, {len(state.task_names)} tasks"
     step = config.batch.capacity * config.batch.micro_batches
-    table(
-        f"{config.method} on {config.pool}",
-        ["what", "chosen"],
-        [
-            ["model", f"{session.base}: {whole:,} parameters, {trained:,} trained{lora}"],
-            ["pool", f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {parts}"],
-            ["budget", f"{session.budget:,} tokens, about {-(-session.budget // step):,} steps of {step:,} token places"],
-            ["ranks", f"{ranks.size} x {ranks.device.type}, {config.batch.micro_batches // ranks.size} micro-batches a rank and step"],
-            ["compute", f"{precision} (fp32 master weights), attention: {model.attention}, tokens on: {store.placement}"],
-            ["selection", _describe_selection(config)],
-        ],
-    )
+    whole, trained = count_parameters(model)
+    return [
+        ("model", f"{session.base}: {model.config.model_type}, {whole:,} parameters, {trained:,} trained{_adapters(config)}"),
+        (
+            "pool",
+            f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {state.num_clusters} clusters, {len(state.task_names)} tasks",
+        ),
+        ("budget", f"{session.budget:,} tokens, about {-(-session.budget // step):,} steps of {step:,} token places"),
+        ("ranks", _ranks(config, ranks)),
+        ("precision", _precision(config, ranks.device)),
+        ("attention", f"{model.attention}: {_why(config.runtime.attention, ATTENTION[model.attention], '--runtime.attention')}"),
+        ("tokens on", f"{store.placement}: {_why(config.runtime.placement, _placement(store.placement), '--runtime.placement')}"),
+        ("memory savers", _savers(config)),
+        ("optimizer", _optimizer(config)),
+        ("memory", str(estimate(model, config.optimizer.kind))),
+        ("selection", _describe_selection(config)),
+        ("checkpoints", _checkpoints(config)),
+        ("logs", _logs(config)),
+        ("MFU", _peak(meter)),
+    ]
+
+
+def _why(requested: str, reason: str, flag: str) -> str:
+    """The reason, where it was chosen; the flag, where it was asked for."""
+    return reason if requested == "auto" else f"asked for by {flag}"
+
+
+def _adapters(config: TrainConfig) -> str:
+    lora = config.lora
+    if not lora.rank:
+        return ""
+    base = ", base in 4 bits (NF4, double quantised)" if lora.quantize == "nf4" else ""
+    head = ", head included" if lora.head else ""
+    return f" (LoRA rank {lora.rank}, alpha {lora.alpha:g}{head}{base})"
+
+
+def _ranks(config: TrainConfig, ranks: Ranks) -> str:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    nodes = f" on {ranks.size // here} nodes" if ranks.size > here else ""
+    replicas, share = config.runtime.replicate, config.batch.micro_batches // ranks.size
+    if ranks.size == 1:
+        sharding = "not sharded"
+    elif replicas > 1:
+        sharding = f"HSDP: {replicas} replicas, each sharded over {ranks.size // replicas}"
+    else:
+        sharding = "FSDP2: sharded over all"
+    threads = torch.get_num_threads()
+    cpu = f"CPU ({threads} thread{'s' if threads > 1 else ''})"
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else cpu
+    return f"{ranks.size} x {device}{nodes}; {sharding}; {share} micro-batches a rank and step"
+
+
+def _precision(config: TrainConfig, device: torch.device) -> str:
+    dtype = choose_precision(config.runtime.precision, device)
+    reason = "multiplied natively here" if dtype == torch.bfloat16 else f"no bf16 instructions on this {device.type.upper()}"
+    why = _why(config.runtime.precision, reason, "--runtime.precision")
+    return f"{str(dtype).removeprefix('torch.')}: {why}; master weights and gradient reduction fp32"
+
+
+def _placement(placement: str) -> str:
+    verb = "fits" if placement == "device" else "does not fit"
+    return f"the pool {verb} in a quarter of the free memory"
+
+
+def _savers(config: TrainConfig) -> str:
+    runtime = config.runtime
+    used = [f"checkpointing {runtime.checkpointing}"] if runtime.checkpointing != "none" else []
+    used += ["parameters and optimizer in host memory (offload)"] if runtime.offload else []
+    used += ["blocks compiled"] if runtime.compile else []
+    return "; ".join(used) or "none: no recomputation, no offload, blocks not compiled"
+
+
+def _optimizer(config: TrainConfig) -> str:
+    o = config.optimizer
+    kind = "AdamW (fused, fp32 moments)" if o.kind == "adamw" else "AdamW (8-bit moments)"
+    return f"{kind}, lr {o.lr:g} {o.schedule}, warm-up {o.warmup:g}, weight decay {o.weight_decay:g}, clipping at {o.max_grad_norm:g}"
+
+
+def _checkpoints(config: TrainConfig) -> str:
+    if not config.checkpoint_every:
+        return "none before the end (--checkpoint-every 0): a run that is stopped begins anew"
+    kept = f"the last {config.keep_checkpoints} kept" if config.keep_checkpoints > 1 else "the last kept"
+    return f"every {config.checkpoint_every} rounds, {kept}; once stopped, the same command with --resume goes on"
+
+
+def _logs(config: TrainConfig) -> str:
+    extra = [f"W&B project {config.wandb}"] if config.wandb else []
+    extra += [f"MLflow experiment {config.mlflow}"] if config.mlflow else []
+    return ", ".join([f"{config.out}: metrics.jsonl, selection.jsonl, tensorboard", *extra])
+
+
+def _peak(meter: Meter) -> str:
+    if meter.peak.tflops is None:
+        return f"not reported: no peak ({meter.peak.reason})"
+    peak = f"{meter.devices} x {meter.peak.tflops:g} TFLOP/s ({meter.peak.reason})"
+    return f"of {peak}; {meter.flops.per_token:.3g} FLOPs a token in the blocks, {meter.flops.per_row:.3g} a response token in the head"
 
 
 def _describe_selection(config: TrainConfig) -> str:

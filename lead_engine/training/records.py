@@ -2,41 +2,107 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lead_engine.pool.state import PoolState
+from lead_engine.pool.store import TokenStore
+from lead_engine.training.flops import ModelFlops, Peak, utilisation
 from lead_engine.training.loop import Round, RoundValues
+from lead_engine.training.memory import size, used_bytes
 from lead_kernels import packing_waste
 
 
-def step_lines(finished: Round, values: RoundValues) -> list[dict[str, Any]]:
-    """One dict per optimizer step. Times are the round's, shared among its steps: a GPU's steps have no end the host could see."""
+@dataclass(frozen=True)
+class Meter:
+    """What turns a plan into FLOPs, and FLOPs into a share of the machine's peak."""
+
+    flops: ModelFlops
+    lengths: Tensor
+    """int64 [N] on the host, tokens of each sample."""
+    rows: Tensor
+    """int64 [N] on the host, response tokens of each sample."""
+    peak: Peak
+    devices: int
+    device: torch.device
+
+    @staticmethod
+    def of(store: TokenStore, flops: ModelFlops, peak: Peak, devices: int) -> Meter:
+        return Meter(flops, store.lengths, store.response_rows, peak, devices, store.device)
+
+    def step_flops(self, sample_ids: Tensor) -> list[float]:
+        """Model FLOPs of each step over all ranks: sample_ids int64 [S, M, B] on the host, N in empty slots."""
+        used = sample_ids < len(self.lengths)
+        ids = sample_ids.clamp(max=len(self.lengths) - 1)
+        return torch.where(used, self.flops.samples(self.lengths[ids], self.rows[ids]), 0.0).sum((1, 2)).tolist()
+
+    def run_flops(self, visits: Tensor) -> float:
+        """Model FLOPs of a run that trained each sample so many times: visits int [N] on the host."""
+        return float((self.flops.samples(self.lengths, self.rows) * visits).sum())
+
+    def utilisation(self, flops: float, seconds: float) -> float | None:
+        """MFU; None where the peak is not known."""
+        return utilisation(flops, seconds, self.devices, self.peak)
+
+
+def step_lines(finished: Round, values: RoundValues, meter: Meter) -> list[dict[str, Any]]:
+    """One dict per optimizer step (docs/METRICS.md says what stands in it).
+
+    Times are the round's, shared among its steps: a GPU's steps have no end the host could see. Memory is read when the line is made, a
+    round later. Values that are not finite are None: JSON has no name for them.
+    """
     before, after = finished.before, finished.after
     seconds = (after.seconds - before.seconds - after.scoring_seconds + before.scoring_seconds) / len(values.steps)
+    flops = [count for count, tokens in zip(meter.step_flops(values.plan.sample_ids), finished.header.tokens, strict=True) if tokens]
+    memory = used_bytes(meter.device)
     step_tokens = [tokens for tokens in finished.header.tokens if tokens]
     step_samples = (values.plan.sample_ids < finished.dummy).sum((1, 2)).tolist()
     step_samples = [n for n, tokens in zip(step_samples, finished.header.tokens, strict=True) if tokens]
     lines, tokens = [], before.tokens
     for place, step in enumerate(values.steps):
         tokens += step_tokens[place]
-        first_order = float(step.first_order)
         lines.append(
             {
                 "step": before.step + place,
                 "round": before.round,
                 "tokens": tokens,
-                "loss": float(step.loss),
+                "loss": _finite(step.loss),
                 "lr": finished.rates[place],
-                "grad_norm": float(step.grad_norm),
-                "mean_change": float(step.mean_change),
-                "first_order": None if math.isnan(first_order) else first_order,
+                "grad_norm": _finite(step.grad_norm),
+                "mean_change": _finite(step.mean_change),
+                "first_order": _finite(step.first_order),
+                "skipped": bool(getattr(step, "skipped", False)),
                 "step_tokens": step_tokens[place],
                 "step_samples": step_samples[place],
                 "step_seconds": seconds,
                 "tokens_per_second": step_tokens[place] / seconds,
+                "flops": flops[place],
+                "mfu": meter.utilisation(flops[place], seconds),
+                "memory_bytes": memory,
             }
         )
     return lines
+
+
+def bar_info(lines: list[dict[str, Any]], skipped_steps: int) -> dict[str, object]:
+    """What a progress bar shows beside a round's last step: its speed is the round's."""
+    last, tokens = lines[-1], sum(line["step_tokens"] for line in lines)
+    seconds = sum(line["step_seconds"] for line in lines)
+    info: dict[str, object] = {"loss": last["loss"], "tok/s": round(tokens / seconds)}
+    if last["mfu"] is not None:
+        info["MFU"] = f"{sum(line['mfu'] for line in lines) / len(lines):.1%}"
+    info["memory"] = size(last["memory_bytes"])
+    if skipped_steps:
+        info["skipped"] = skipped_steps
+    return info
+
+
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def round_line(finished: Round, values: RoundValues, method: str, state: PoolState, names: list[str], capacity: int) -> dict[str, Any]:

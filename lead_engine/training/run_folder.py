@@ -1,19 +1,22 @@
-"""What a run leaves on disk while it trains: configuration, a line per step and per round, TensorBoard."""
+"""What a run leaves on disk while it trains: configuration, a line per step and per round; and what it sends to trackers."""
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from lead_engine.config import TrainConfig, to_dict
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
+from lead_engine.training.trackers import Trackers, check_packages
 
 COMPLETE = "summary.json"
 """Written last: a run folder that has it is finished."""
+STEP_SCALARS = ("loss", "lr", "grad_norm", "mean_change", "tokens_per_second", "mfu", "memory_bytes")
+ROUND_SCALARS = ("cluster", "reward", "selection_seconds")
+"""Of the lines of metrics.jsonl and selection.jsonl, what trackers get."""
 
 
 class RunFolder:
@@ -24,7 +27,10 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig, *, writes: bool):
         self.path, self.writes, self.config = config.out, writes, config
-        self._metrics = self._selection = self._board = None
+        self._metrics = self._selection = self._trackers = None
+        self.skipped_steps = 0
+        """Of the whole run, also before it was resumed."""
+        check_packages(config)
         existing = self.path / "config.yaml"
         if existing.exists():
             if not config.resume:
@@ -39,44 +45,48 @@ class RunFolder:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        self._trackers = Trackers(self.config, steps)  # first: where one cannot start, nothing looks like a run that was begun
         write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
-        self._metrics = _reopen(self.path / "metrics.jsonl", "step", steps)
-        self._selection = _reopen(self.path / "selection.jsonl", "round", rounds)
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=steps)
+        self._metrics, kept = _reopen(self.path / "metrics.jsonl", "step", steps)
+        self._selection, _ = _reopen(self.path / "selection.jsonl", "round", rounds)
+        self.skipped_steps = sum(line.get("skipped", False) for line in kept)
 
     def step(self, line: dict[str, Any]) -> None:
         if not self.writes:
             return
         self._metrics.write(json.dumps(line) + "\n")
-        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mean_change"):
-            if line[name] is not None:
-                self._board.add_scalar(f"train/{name}", line[name], line["step"])
+        self.skipped_steps += line["skipped"]
+        self._trackers.log("train", line["step"], {**{name: line[name] for name in STEP_SCALARS}, "skipped_steps": self.skipped_steps})
 
     def round(self, line: dict[str, Any]) -> None:
         if not self.writes:
             return
         self._selection.write(json.dumps(line) + "\n")
-        for name in ("cluster", "reward", "selection_seconds"):
-            if line[name] is not None:
-                self._board.add_scalar(f"selection/{name}", line[name], line["round"])
-        self._metrics.flush(), self._selection.flush()
+        self._trackers.log("selection", line["round"], {name: line[name] for name in ROUND_SCALARS})
+        self._metrics.flush(), self._selection.flush(), self._trackers.flush()
 
     def close(self) -> None:
-        if self.writes and self._board is not None:
-            self._metrics.close(), self._selection.close(), self._board.close()
+        """End the logs; trackers hear whether the run is complete."""
+        if self._metrics is not None:
+            self._metrics.close(), self._selection.close()
+        if self._trackers is not None:
+            self._trackers.close((self.path / COMPLETE).exists())
 
 
-def _reopen(path: Path, counter: str, done: int):
-    kept = []
+def _reopen(path: Path, counter: str, done: int) -> tuple[TextIO, list[dict[str, Any]]]:
+    """The file, open to be written on, with the lines before `done`; and those."""
+    kept, lines = [], []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)[counter] < done:
+                values = json.loads(line)
+                if values[counter] < done:
                     kept.append(line + "\n")
+                    lines.append(values)
             except json.JSONDecodeError:  # the last line of a killed run may be cut
                 break
     write_text(path, "".join(kept))
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8"), lines
 
 
 def _same_configuration(path: Path, config: TrainConfig) -> None:

@@ -16,9 +16,9 @@ from lead_engine.selection.selector import Selector
 from lead_engine.training.announce import announce
 from lead_engine.training.checkpoint import Checkpoints, Progress
 from lead_engine.training.distributed import Ranks, process_group
+from lead_engine.training.flops import ModelFlops, find_peak
 from lead_engine.training.loop import Round
-from lead_engine.training.optimizer import NOT_FINITE
-from lead_engine.training.records import round_line, step_lines
+from lead_engine.training.records import Meter, bar_info, round_line, step_lines
 from lead_engine.training.run_folder import COMPLETE, RunFolder
 from lead_engine.training.session import Session, build
 from lead_engine.training.summary import write_summary
@@ -39,10 +39,6 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         return
     try:
         _train(config, ranks, folder)
-    except RuntimeError as error:
-        if NOT_FINITE in str(error):
-            raise UserError(f"{config.out}: {NOT_FINITE}") from None
-        raise
     finally:
         folder.close()
     ranks.barrier()  # nobody goes on before rank 0's files are there
@@ -54,30 +50,30 @@ def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder) -> None:
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
     parts = {"selector": engine.selector, "loss_change": engine.change}
     start = checkpoints.load(engine.model, engine.optimizer, parts) if config.resume else Progress()
-    announce(session, ranks)
+    meter = Meter.of(engine.store, ModelFlops.of(engine.model), find_peak(config.runtime.peak_tflops, ranks.device), ranks.size)
+    announce(session, ranks, meter)
     ranks.barrier()
     folder.open(start.step, start.round)
     names = _sample_names(config.pool)
     done, waiting = start, None
-    with progress_bar(budget, f"{config.method}, training tokens") as bar:
-        bar.advance(start.tokens)
+    with progress_bar(budget, f"{config.method}, training tokens", done=start.tokens) as bar:
         for finished in engine.rounds(start, budget):
             # The round before this one has long left the device: reading it now waits for nothing that is not done.
-            _record(waiting, folder, session, names, bar)
+            _record(waiting, folder, session, meter, names, bar)
             done, waiting = finished.after, finished
             if config.checkpoint_every and done.round % config.checkpoint_every == 0:
-                _record(waiting, folder, session, names, bar)  # so that the logs reach as far as the checkpoint
+                _record(waiting, folder, session, meter, names, bar)  # so that the logs reach as far as the checkpoint
                 waiting = None
                 check_replicas(engine.selector, ranks, done.step)
                 checkpoints.save(engine.model, engine.optimizer, parts, done)
-        _record(waiting, folder, session, names, bar)
+        _record(waiting, folder, session, meter, names, bar)
     checkpoints.finish()
     check_replicas(engine.selector, ranks, done.step)
     if budget - done.tokens > int(engine.store.lengths.max()):  # else what is left is too little for the next sample
         say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {config.selection.max_visits})")
     save_model(engine.model, session.tokenizer, config.out / "model", base=session.base, rank=ranks.rank)
     if ranks.first:
-        write_summary(session, ranks, done)
+        write_summary(session, ranks, done, meter, folder.skipped_steps)
 
 
 def check_replicas(selector: Selector, ranks: Ranks, step: int) -> None:
@@ -99,16 +95,16 @@ def check_replicas(selector: Selector, ranks: Ranks, step: int) -> None:
         )
 
 
-def _record(finished: Round | None, folder: RunFolder, session: Session, names: list[str], bar: Bar) -> None:
+def _record(finished: Round | None, folder: RunFolder, session: Session, meter: Meter, names: list[str], bar: Bar) -> None:
     """Write a finished round's metrics."""
     if finished is None:
         return
     values = finished.values.read()
-    lines = step_lines(finished, values)
+    lines = step_lines(finished, values, meter)
     for line in lines:
         folder.step(line)
     folder.round(round_line(finished, values, session.config.method, session.state, names, session.config.batch.capacity))
-    bar.advance(finished.after.tokens - finished.before.tokens, loss=lines[-1]["loss"], round=finished.before.round)
+    bar.advance(finished.after.tokens - finished.before.tokens, **bar_info(lines, folder.skipped_steps))
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> None:

@@ -18,7 +18,7 @@ OPTIONS = [
     "--selection.calibrate-every", "3", "--selection.sketch-dim", "8", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
     "--checkpoint-every", "2",
 ]  # fmt: skip
-TIMES = ("step_seconds", "tokens_per_second", "selection_seconds", "scoring_seconds")
+TIMES = ("step_seconds", "tokens_per_second", "selection_seconds", "scoring_seconds", "memory_bytes", "mfu")
 
 
 def command(pool: Path, model: Path, out: Path, *extra: str, ranks: int = 1) -> list[str]:

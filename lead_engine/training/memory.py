@@ -1,0 +1,76 @@
+"""Memory of one rank: what it holds now, its peak, and what training is going to need, by count."""
+from __future__ import annotations
+
+import resource
+import sys
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lead_engine.config import OptimizerKind
+
+GIB = 1 << 30
+_SMALL_8BIT = 4096
+"""bitsandbytes keeps the moments of smaller tensors in fp32."""
+_BLOCK_8BIT = 256
+"""Numbers that share one fp32 scale in its 8-bit moments."""
+
+
+def used_bytes(device: torch.device) -> int:
+    """On a GPU the most that tensors took there so far (a counter of the host's: nothing waits); on a CPU what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most so far: of tensors on a GPU, of the process on a CPU (whatever it did before training included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Estimate(NamedTuple):
+    """Bytes on this rank, from its shards' sizes. Activations, gathered units and the logits' chunk come on top."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    def __str__(self) -> str:
+        parts = [f"{name} {size(value)}" for name, value in zip(self._fields, self, strict=True)]
+        return f"{size(sum(self))} a rank: {', '.join(parts)}; activations come on top"
+
+
+def estimate(model: nn.Module, kind: OptimizerKind) -> Estimate:
+    """What parameters, their gradients and the optimizer's two moments take on this rank."""
+    parameters = [(_local(p), p.requires_grad) for p in model.parameters()]
+    trained = [local for local, wanted in parameters if wanted]
+    return Estimate(
+        sum(_bytes(local) for local, _ in parameters),
+        sum(_bytes(local) for local in trained),
+        sum(_moments(local, kind) for local in trained),
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: "1.5 GiB", "12 MiB"."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / (1 << 20):.3g} MiB"
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _moments(tensor: Tensor, kind: OptimizerKind) -> int:
+    count = tensor.numel()
+    if kind == "adamw8bit" and count >= _SMALL_8BIT:
+        return 2 * (count + 4 * -(-count // _BLOCK_8BIT))
+    return 2 * (4 if kind == "adamw8bit" else tensor.element_size()) * count
