@@ -9,10 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lead_engine.errors import UserError
 from lead_engine.model.attention import Packing
+from lead_engine.model.stored import Layout
 from lead_kernels import HeadLoss, PackedBatch, linear_cross_entropy
+
+FINAL_NORMS = ("norm", "final_layernorm")
+"""What decoders call their last norm; the second is Phi's."""
 
 
 class LossHead(nn.Module):
@@ -60,22 +65,29 @@ class PackedLM(nn.Module):
     """decoder (embedding and blocks of a transformers model) followed by a LossHead.
 
     Parameter names are `decoder.*`, `head.norm.*` and `head.projection.*`; `checkpoint_names` maps them to Hugging Face's.
+    `stored` says where they lie in the checkpoint that they were loaded from.
     """
 
     def __init__(self, model: PreTrainedModel, *, attention: str, max_length: int, chunk_bytes: int | None):
         super().__init__()
         decoder, projection = model.get_decoder(), model.get_output_embeddings()
-        for owner, name in ((decoder, "norm"), (decoder, "layers"), (decoder, "embed_tokens")):
-            if not hasattr(owner, name):
+        final_norm = next((name for name in FINAL_NORMS if hasattr(decoder, name)), FINAL_NORMS[0])
+        for name in (final_norm, "layers", "embed_tokens"):
+            if not hasattr(decoder, name):
                 raise UserError(f"--model: a {model.config.model_type} model has no decoder.{name}; Llama-like decoders are supported")
         if not isinstance(projection, nn.Linear):
             kind = type(projection).__name__
             raise UserError(f"--model: the LM head of a {model.config.model_type} model is a {kind}, not a linear layer")
         self.config, self.generation_config = model.config, model.generation_config
         self.peft_config = getattr(model, "peft_config", {}).get("default")
-        self.decoder_name = model.base_model_prefix
+        self.stored: Layout | None = None
+        self.transforms, self.base_prefix = get_model_conversion_mapping(model), model.base_model_prefix
+        within = {module: name for name, module in model.named_modules()}
+        norm = getattr(decoder, final_norm)
+        # Ours -> theirs: a multimodal model's decoder is not `model`, and Phi's last norm is not `norm`.
+        self._names = {"decoder": within[decoder], "head.norm": within[norm], "head.projection": within[projection]}
         self.attention, self.max_length = attention, max_length
-        norm, decoder.norm = decoder.norm, nn.Identity()
+        setattr(decoder, final_norm, nn.Identity())
         self.decoder = decoder
         text = model.config.get_text_config()
         self.head = LossHead(
@@ -109,16 +121,22 @@ class PackedLM(nn.Module):
         return self.head(self.hidden(batch), batch, token_weight, signature)
 
     def checkpoint_names(self) -> dict[str, str]:
-        """Parameter name -> name in a Hugging Face checkpoint; adapters' own parameters keep a name with `lora_` in it."""
-        return {name: self._checkpoint_name(name) for name, _ in self.named_parameters(remove_duplicate=False)}
+        """Name of a parameter or persistent buffer -> its name in transformers; adapters' own keep a name with `lora_` in it."""
+        parameters = [name for name, _ in self.named_parameters(remove_duplicate=False)]
+        return {name: self._checkpoint_name(name) for name in (*parameters, *self.persistent_buffers())}
+
+    def persistent_buffers(self) -> dict[str, Tensor]:
+        """Buffers that belong to the checkpoint (a router's score correction, say; not rotary tables), by name."""
+        return {
+            f"{prefix}.{name}": buffer
+            for prefix, module in self.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        }
 
     def _checkpoint_name(self, name: str) -> str:
-        for ours, theirs in (
-            ("decoder.", f"{self.decoder_name}."),
-            ("head.norm.", f"{self.decoder_name}.norm."),
-            ("head.projection.", "lm_head."),
-        ):
-            if name.startswith(ours):
+        for ours, theirs in self._names.items():
+            if name.startswith(f"{ours}."):
                 return theirs + name.removeprefix(ours).replace(".base_layer.", ".")
         raise AssertionError(name)
 

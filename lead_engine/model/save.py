@@ -1,42 +1,103 @@
 """Writing a trained model in Hugging Face format: a whole model, or a peft adapter folder."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
-import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lead_engine.errors import UserError
 from lead_engine.model import adapter, weights
 from lead_engine.model.packed import PackedLM
+from lead_engine.model.stored import Checkpoint, Layout
 
 
 def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: Path, rank: int) -> None:
     """Write `folder` (model or adapter, config, tokenizer); a collective over all ranks, files by rank 0.
 
-    The folder appears whole: it is written beside its place and renamed. Tensors are stored in the base checkpoint's dtype.
+    The folder appears whole: it is written beside its place and renamed. A whole model has the files, names and dtypes of the checkpoint
+    that it was loaded from; tensors there that the model does not use (a vision tower, say) are copied.
     """
     lora = any(adapter.is_adapter(name) for name, _ in model.named_parameters())
-    tensors = weights.gather(model, trained_only=lora, rank=rank)
+    building = folder.with_name(folder.name + ".writing")
+    if rank == 0:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    if lora:
+        _save_adapter(model, building, base, rank)
+    else:
+        _save_whole(model, building, rank)
     if rank != 0:
         return
-    building = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    if lora:
+    tokenizer.save_pretrained(building)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(building, folder)
+
+
+def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> None:
+    tensors = weights.gather_adapter(model, rank)
+    if rank == 0:
         save_file({adapter.stored_name(name): value for name, value in tensors.items()}, building / adapter.WEIGHTS, {"format": "pt"})
         config = model.peft_config
         config.base_model_name_or_path, config.inference_mode = str(base.resolve()), True
         config.save_pretrained(building)
-    else:
-        dtype = model.config.dtype or torch.float32
-        save_torch_state_dict({name: value.to(dtype) for name, value in tensors.items()}, building, safe_serialization=True)
+
+
+def _save_whole(model: PackedLM, building: Path, rank: int) -> None:
+    """One parameter is whole at a time, on the device, and on rank 0's host only the files that are begun and not finished."""
+    aliases, files = weights.aliases_of(model), _Files(building, model.stored) if rank == 0 else None
+    for name, tensor in weights.base_tensors(model):
+        value = weights.whole(tensor)
+        if files is not None:
+            files.add([piece for alias in aliases[name] for piece in model.stored.pieces.get(alias, [])], value)
+    if files is not None:
+        files.finish()
         model.config.save_pretrained(building)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(building)
-    tokenizer.save_pretrained(building)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(building, folder)
+
+
+class _Files:
+    """Safetensors files with a checkpoint's names, each written when the last of its tensors has come."""
+
+    def __init__(self, folder: Path, stored: Layout):
+        self.folder, self.stored = folder, stored
+        self.waiting = Counter(stored.file_of[name] for name in stored.dtype_of)
+        self.begun: dict[str, dict[str, Tensor]] = {}
+        self.sizes: list[int] = []
+
+    def add(self, pieces: list, value: Tensor) -> None:
+        for piece in pieces:
+            file = self.stored.file_of[piece.name]
+            part = value[piece.index].to("cpu", self.stored.dtype_of[piece.name], copy=True).contiguous()
+            self.begun.setdefault(file, {})[piece.name] = part
+            self.waiting[file] -= 1
+            if not self.waiting[file]:
+                self._write(file)
+
+    def finish(self) -> None:
+        """Files of which nothing was trained, and the index."""
+        files = dict.fromkeys(self.stored.file_of.values())
+        for file in files:
+            if file not in self.waiting:
+                self._write(file)
+        if list(files) != [weights.SINGLE]:
+            index = {"metadata": {"total_size": sum(self.sizes)}, "weight_map": self.stored.file_of}
+            (self.folder / f"{weights.SINGLE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _write(self, file: str) -> None:
+        tensors = self.begun.pop(file, {})
+        unused = [name for name, there in self.stored.file_of.items() if there == file and name not in self.stored.dtype_of]
+        if unused:
+            try:
+                checkpoint = Checkpoint(self.stored.folder, weights.SINGLE)
+                tensors |= {name: checkpoint.tensor(name)[...] for name in unused}
+            except (KeyError, UserError) as error:
+                raise UserError(f"{self.stored.folder}: {unused[0]} is to be copied from it beside the trained weights; {error}") from None
+        self.sizes += [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+        save_file(tensors, self.folder / file, {"format": "pt"})

@@ -4,11 +4,11 @@ Every rank opens the files and reads only the slices that its shards hold: no ra
 """
 from __future__ import annotations
 
-import json
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +16,9 @@ from lead_engine.errors import UserError
 from lead_engine.model import adapter
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.shards import local_part
+from lead_engine.model.stored import Checkpoint, find_layout, read
+
+SINGLE = "model.safetensors"
 
 
 def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype) -> None:
@@ -31,67 +34,82 @@ def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype) -> No
 
 
 def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
-    """Fill the parameters from a Hugging Face folder, and the adapter's from its folder.
+    """Fill parameters and persistent buffers from a Hugging Face folder, and the adapter's from its folder. Sets `model.stored`.
 
     Raises UserError naming the file for a file that cannot be read, a tensor that is missing or has another shape.
     """
-    checkpoint = _Files(base, "model.safetensors")
-    adapters = _Files(adapter_folder, adapter.WEIGHTS) if adapter_folder else None
-    names = model.checkpoint_names()
+    checkpoint = Checkpoint(base, SINGLE)
+    tensors, aliases = dict(base_tensors(model)), aliases_of(model)
+    shapes = {alias: tuple(tensors[name].shape) for name, some in aliases.items() for alias in some}
+    model.stored = find_layout(checkpoint, shapes, model.transforms, model.base_prefix)
+    for name, tensor in tensors.items():
+        _fill(tensor, checkpoint, aliases[name], model)
+    if adapter_folder is not None:
+        _load_adapter(model, adapter_folder)
+
+
+def base_tensors(model: PackedLM) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (a shared one once) and persistent buffers that are the base model's, not an adapter's."""
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if not adapter.is_adapter(name))
+    yield from model.persistent_buffers().items()
+
+
+def aliases_of(model: PackedLM) -> dict[str, list[str]]:
+    """Name of each base tensor -> its names in transformers: one, or for a weight that embedding and head share both."""
+    names, by_identity = model.checkpoint_names(), defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_identity[id(parameter)].append(names[name])
+    return {name: by_identity.get(id(tensor), [names[name]]) for name, tensor in base_tensors(model)}
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, checkpoint: Checkpoint, aliases: list[str], model: PackedLM) -> None:
+    stored = [alias for alias in aliases if alias in model.stored.pieces]
+    if not stored:
+        raise UserError(f"{checkpoint.folder}: no tensor {aliases[0]}; the files do not fit the model that config.json describes")
+    local, place = local_part(tensor)
+    if not local.numel():
+        return
+    read(checkpoint, model.stored.pieces[stored[0]], local, place)
+    for other in stored[1:]:
+        again = torch.empty_like(local)
+        read(checkpoint, model.stored.pieces[other], again, place)
+        if not torch.equal(local, again):
+            raise UserError(
+                f"{checkpoint.folder}: config.json says tie_word_embeddings, but {stored[0]} and {other} differ; "
+                "set it to false there, or remove the one that does not count"
+            )
+
+
+@torch.no_grad()
+def _load_adapter(model: PackedLM, folder: Path) -> None:
+    checkpoint, names = Checkpoint(folder, adapter.WEIGHTS), model.checkpoint_names()
     for name, parameter in model.named_parameters():
-        source, stored = checkpoint, names[name]
-        if adapter.is_adapter(name):
-            if adapters is None:
-                continue
-            source, stored = adapters, adapter.stored_name(stored)
-        source.read_into(parameter, stored)
+        if not adapter.is_adapter(name):
+            continue
+        stored = adapter.stored_name(names[name])
+        if stored not in checkpoint.file_of:
+            raise UserError(f"{folder / adapter.WEIGHTS}: no tensor {stored}; the file does not fit the model and adapter_config.json")
+        if checkpoint.shape(stored) != tuple(parameter.shape):
+            shapes = f"{list(checkpoint.shape(stored))}, the model wants {list(parameter.shape)}"
+            raise UserError(f"{folder / adapter.WEIGHTS}: {stored} has shape {shapes}")
+        local, place = local_part(parameter)
+        if local.numel():
+            local.copy_(checkpoint.tensor(stored)[place])
 
 
-class _Files:
-    """The safetensors files of one folder: one file, or shards with an index."""
-
-    def __init__(self, folder: Path, single: str):
-        index = folder / f"{single}.index.json"
-        if index.exists():
-            where = json.loads(index.read_text())["weight_map"]
-        elif (folder / single).exists():
-            with _open(folder / single) as file:
-                where = dict.fromkeys(file.keys(), single)
-        else:
-            raise UserError(f"{folder}: no {single} (only safetensors weights are read; convert .bin files with transformers first)")
-        self.folder, self.where = folder, where
-
-    def read_into(self, parameter: Tensor, name: str) -> None:
-        if name not in self.where:
-            raise UserError(f"{self.folder}: no tensor {name}; the file does not fit the model that its config.json describes")
-        path = self.folder / self.where[name]
-        with _open(path) as file, torch.no_grad():
-            stored = file.get_slice(name)
-            if tuple(stored.get_shape()) != tuple(parameter.shape):
-                raise UserError(f"{path}: {name} has shape {stored.get_shape()}, the model wants {list(parameter.shape)}")
-            local, place = local_part(parameter)
-            if local.numel():
-                local.copy_(stored[place])
+def whole(tensor: Tensor) -> Tensor:
+    """A (possibly sharded) tensor, whole; a collective."""
+    value = tensor.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
-
-
-def gather(model: PackedLM, *, trained_only: bool, rank: int) -> dict[str, Tensor]:
-    """Whole tensors by checkpoint name, on the CPU, on rank 0 ({} elsewhere); a collective over all ranks.
-
-    One tensor is whole at a time, so no device needs room for the model. trained_only: adapter parameters alone.
-    """
+def gather_adapter(model: PackedLM, rank: int) -> dict[str, Tensor]:
+    """Whole adapter tensors by transformers' name, on the CPU, on rank 0 ({} elsewhere); a collective over all ranks."""
     names, tensors = model.checkpoint_names(), {}
     for name, parameter in model.named_parameters():
-        if trained_only and not adapter.is_adapter(name):
-            continue
-        value = parameter.detach()
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if rank == 0:
-            tensors[names[name]] = whole.cpu().contiguous()
+        if adapter.is_adapter(name):
+            value = whole(parameter)
+            if rank == 0:
+                tensors[names[name]] = value.cpu().contiguous()
     return tensors
