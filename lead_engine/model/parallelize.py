@@ -1,12 +1,15 @@
 """How a model is wrapped: what is recomputed, what is compiled, how it is cut into FSDP units."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from lead_engine.config import RuntimeConfig
+from lead_engine.errors import UserError
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.recompute import recompute
 
@@ -26,8 +29,20 @@ def compile_block(block: nn.Module) -> None:
 
     The whole forward is one graph, recomputation included, or the run stops with the compiler's reason; blocks of one shape share one
     compilation, and a micro-batch's shapes never change. What varies with it, the head's rows, is outside the blocks.
+    The first forward pass raises UserError if the block cannot be compiled.
     """
-    block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    name, compiled = type(block).__name__, torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = next(line.strip() for line in str(error).splitlines() if line.strip())
+            raise UserError(f"--runtime.compile: {name} cannot be compiled as one graph ({reason}); leave the flag out") from error
+
+    block.forward = call
 
 
 def shard(model: PackedLM, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
