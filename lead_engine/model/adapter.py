@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from lead_engine.config import LoraConfig
 from lead_engine.errors import UserError
 from lead_engine.model.shards import local_part
+from lead_kernels import Lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -28,7 +30,7 @@ def stored_name(name: str) -> str:
 
 
 def new_config(lora: LoraConfig, base: Path) -> PeftLoraConfig:
-    """Adapters on every linear layer of the blocks (not on the LM head)."""
+    """Adapters on every linear layer of the blocks; `inject` adds the LM head where it is asked to."""
     return PeftLoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=str(base)
     )
@@ -50,14 +52,42 @@ def base_of(folder: Path) -> str:
     return base
 
 
-def inject(model: PreTrainedModel, config: PeftLoraConfig) -> None:
-    """Put adapters into `model` in place; all other parameters are frozen. `model.peft_config` keeps the config."""
+def inject(model: PreTrainedModel, config: PeftLoraConfig, *, head: bool = False) -> None:
+    """Put adapters into `model` in place; all other parameters are frozen. `model.peft_config` keeps the config.
+
+    head: on the LM head too, where the config's target is all linear layers (peft means the blocks' by that).
+    Raises UserError for adapters on an LM head that cannot have one.
+    """
     if config.target_modules == "all-linear":
-        head = model.get_output_embeddings()
-        leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-        config.target_modules = leaves
+        last = model.get_output_embeddings()
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        config.target_modules = {name.rsplit(".", 1)[-1] for name, module in linear.items() if head or module is not last}
     inject_adapter_in_model(config, model)
     model.peft_config = {"default": config}
+    if isinstance(model.get_output_embeddings(), LoraLayer):
+        _check_head(model, config)
+
+
+def _check_head(model: PreTrainedModel, config: PeftLoraConfig) -> None:
+    if model.config.get_text_config().tie_word_embeddings or model.config.tie_word_embeddings:
+        raise UserError(
+            "--lora.head: this model's LM head and embedding are one matrix (tie_word_embeddings). An adapter on the head alone would part "
+            "them, and no model of this kind could hold the merged result; leave --lora.head off"
+        )
+    if config.lora_dropout or config.lora_bias:
+        raise UserError(f"{CONFIG}: an adapter on the LM head is read without lora_dropout and lora_bias only: 0 and false")
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer under an adapter, or the layer itself."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def lora_of(module: nn.Module) -> Lora | None:
+    """A linear layer's adapter as `linear_cross_entropy` takes it; None where it has none."""
+    if not isinstance(module, LoraLayer):
+        return None
+    return Lora(module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"])
 
 
 @torch.no_grad()

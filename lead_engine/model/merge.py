@@ -7,12 +7,16 @@ import shutil
 from lead_engine.config import MergeConfig
 from lead_engine.console import say
 from lead_engine.errors import UserError
-from lead_engine.model import adapter
+from lead_engine.model import adapter, nf4
 from lead_engine.model.load import find_model, load_config, load_hf, load_tokenizer
 
 
 def run(config: MergeConfig) -> None:
-    """Write OUT as a plain Hugging Face model. Raises UserError if RUN holds no adapter or OUT exists."""
+    """Write OUT as a plain Hugging Face model. Raises UserError if RUN holds no adapter or OUT exists.
+
+    An adapter that was trained on a base in 4 bits is merged into that base, dequantised, and not into the checkpoint it came from: the
+    adapter was fitted to the rounded weights, and OUT has the losses that training and `eval` showed.
+    """
     folder = find_model(str(config.run), "RUN")
     if not (folder / adapter.CONFIG).exists():
         raise UserError(f"{folder}: holds no adapter ({adapter.CONFIG}); a fully fine-tuned model needs no merging")
@@ -25,4 +29,5 @@ def run(config: MergeConfig) -> None:
     model.save_pretrained(building)
     load_tokenizer(folder).save_pretrained(building)
     os.replace(building, config.out)
-    say(f"merged {folder} into {base}: {config.out}")
+    rounded = ", its weights rounded to NF4 as in training (not the checkpoint's own)" if nf4.was_trained_on(folder) else ""
+    say(f"merged {folder} into {base}{rounded}: {config.out}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lead_engine.errors import UserError
+from lead_engine.model import adapter
 from lead_engine.model.attention import Packing
 from lead_engine.model.stored import Layout
 from lead_kernels import HeadLoss, PackedBatch, linear_cross_entropy
@@ -21,12 +22,12 @@ FINAL_NORMS = ("norm", "final_layernorm")
 
 
 class LossHead(nn.Module):
-    """Final norm, LM head and cross-entropy.
+    """Final norm, LM head (and its adapter, if it has one) and cross-entropy.
 
     keep_gradient: keep the normed rows and, after the backward pass, the loss gradient there (for the exact inner product).
     """
 
-    def __init__(self, norm: nn.Module, projection: nn.Linear, *, softcap: float | None, logit_scale: float, chunk_bytes: int | None):
+    def __init__(self, norm: nn.Module, projection: nn.Module, *, softcap: float | None, logit_scale: float, chunk_bytes: int | None):
         super().__init__()
         self.norm, self.projection = norm, projection
         self.softcap, self.logit_scale, self.chunk_bytes = softcap, logit_scale, chunk_bytes
@@ -50,6 +51,7 @@ class LossHead(nn.Module):
             token_weight=token_weight,
             signature=signature,
             bias=self.projection.bias,
+            lora=adapter.lora_of(self.projection),
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             gradients="forward",
@@ -75,12 +77,13 @@ class PackedLM(nn.Module):
         for name in (final_norm, "layers", "embed_tokens"):
             if not hasattr(decoder, name):
                 raise UserError(f"--model: a {model.config.model_type} model has no decoder.{name}; Llama-like decoders are supported")
-        if not isinstance(projection, nn.Linear):
+        if not isinstance(adapter.base_layer(projection), nn.Linear):
             kind = type(projection).__name__
             raise UserError(f"--model: the LM head of a {model.config.model_type} model is a {kind}, not a linear layer")
         self.config, self.generation_config = model.config, model.generation_config
         self.peft_config = getattr(model, "peft_config", {}).get("default")
         self.stored: Layout | None = None
+        self.compute_dtype: torch.dtype | None = None
         self.transforms, self.base_prefix = get_model_conversion_mapping(model), model.base_model_prefix
         within = {module: name for name, module in model.named_modules()}
         norm = getattr(decoder, final_norm)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lead_engine.errors import UserError
-from lead_engine.model import adapter
+from lead_engine.model import adapter, nf4
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.shards import local_part
 from lead_engine.model.stored import Checkpoint, find_layout, read
@@ -21,10 +21,14 @@ from lead_engine.model.stored import Checkpoint, find_layout, read
 SINGLE = "model.safetensors"
 
 
-def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype) -> None:
-    """Give meta parameters storage on `device` in `dtype`; buffers (rotary tables) keep their values and dtype."""
+def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype, frozen: torch.dtype | None = None) -> None:
+    """Give meta parameters storage on `device` in `dtype`; buffers (rotary tables) and integers keep their values and dtype.
+
+    frozen: dtype of those that are not trained. Where FSDP casts parameters for computing anyway, they may as well be stored in that dtype.
+    """
     buffers, tied = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.tied
-    model.to(dtype)
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    model._apply(lambda t: t.to(dtype if frozen is None or id(t) in trained else frozen) if t.is_floating_point() else t)
     model.to_empty(device=device)
     for name, value in buffers.items():
         owner, _, attribute = name.rpartition(".")
@@ -40,17 +44,21 @@ def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
     """
     checkpoint = Checkpoint(base, SINGLE)
     tensors, aliases = dict(base_tensors(model)), aliases_of(model)
-    shapes = {alias: tuple(tensors[name].shape) for name, some in aliases.items() for alias in some}
+    quantised = {f"{name}.weight": layer for name, layer in nf4.layers(model)}
+    shapes = {alias: tuple(quantised.get(name, tensors[name]).shape) for name, some in aliases.items() for alias in some}
     model.stored = find_layout(checkpoint, shapes, model.transforms, model.base_prefix)
     for name, tensor in tensors.items():
-        _fill(tensor, checkpoint, aliases[name], model)
+        _fill(quantised.get(name, tensor), checkpoint, aliases[name], model)
     if adapter_folder is not None:
         _load_adapter(model, adapter_folder)
 
 
 def base_tensors(model: PackedLM) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (a shared one once) and persistent buffers that are the base model's, not an adapter's."""
-    yield from ((name, parameter) for name, parameter in model.named_parameters() if not adapter.is_adapter(name))
+    """Parameters (a shared one once) and persistent buffers that are the base model's, not an adapter's. A weight in 4 bits: its codes."""
+    scales = {f"{name}.scale_codes" for name, _ in nf4.layers(model)}
+    for name, parameter in model.named_parameters():
+        if not adapter.is_adapter(name) and name not in scales:
+            yield name, parameter
     yield from model.persistent_buffers().items()
 
 
@@ -63,10 +71,13 @@ def aliases_of(model: PackedLM) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def _fill(tensor: Tensor, checkpoint: Checkpoint, aliases: list[str], model: PackedLM) -> None:
+def _fill(tensor: Tensor | nf4.NF4Linear, checkpoint: Checkpoint, aliases: list[str], model: PackedLM) -> None:
     stored = [alias for alias in aliases if alias in model.stored.pieces]
     if not stored:
         raise UserError(f"{checkpoint.folder}: no tensor {aliases[0]}; the files do not fit the model that config.json describes")
+    if isinstance(tensor, nf4.NF4Linear):
+        tensor.fill(lambda rows, place: read(checkpoint, model.stored.pieces[stored[0]], rows, place))
+        return
     local, place = local_part(tensor)
     if not local.numel():
         return
