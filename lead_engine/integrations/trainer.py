@@ -1,0 +1,338 @@
+"""LEAD in a Hugging Face trainer: the loader that hands out what was planned, the loss, and what happens around the optimizer step.
+
+    fetching a step's batches    `PlannedBatches` plans a round when the one before it is over; nothing is fetched ahead of a step
+    compute_loss                 the loss op on the last hidden state; one denominator for the whole step, on all ranks
+    training_step                after the backward pass: by-products are collected
+    on_optimizer_step            dL is estimated, statistics of all ranks are gathered, U and visits are updated
+    on_step_end                  training stops where budget or pool is spent
+    save_model, train            the selection's state goes into every checkpoint and comes back from it
+
+A sample's identity is never read from a batch: this side knows which rows it asked for, and checks that what the collator made has their
+lengths and masks.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from lead_engine.config import to_dict
+from lead_engine.errors import UserError
+from lead_engine.integrations.head import HeadCall, base_of, check, install
+from lead_engine.integrations.refuse import refuse_arguments, refuse_dataset, refuse_trainer
+from lead_engine.integrations.rounds import LOG, Rounds
+from lead_engine.integrations.rows import check_batch, check_learnable, check_rows, locate, measure, one_sample
+from lead_engine.integrations.score import score_rows
+from lead_engine.integrations.selection import Selection
+from lead_engine.pool.state import PoolState
+from lead_engine.pool.tokenizer import generation_prompt_ids
+from lead_engine.selection.loss_change import make_loss_change
+from lead_engine.selection.methods import METHODS
+from lead_engine.selection.selector import Layout, Selector
+
+ID = "lead_id"
+"""Column that carries a row's number through the trainer's own preparation, which may shuffle rows or leave some out."""
+SCORES = "lead_scores"
+"""Folder in the trainer's output folder: the scores of its own rows, where no pool was given."""
+
+
+def with_lead(cls: type, selection: Selection) -> type:
+    """`cls` with LEAD in it. UserError unless it is a Trainer."""
+    if not (isinstance(cls, type) and issubclass(cls, Trainer)):
+        name = getattr(cls, "__name__", cls)
+        raise UserError(f"selection.trainer({name}): give a class made of transformers' Trainer, as TRL's SFTTrainer is")
+    if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        raise UserError("lead_engine.integrations: needs transformers 5.19 or later (in older ones a loss cannot say how it is scaled)")
+    return type(f"Lead{cls.__name__}", (_WithLead, cls), {"lead_selection": selection, "__doc__": cls.__doc__})
+
+
+class PlannedBatches:
+    """This rank's micro-batches, step by step. It has no length: what a round holds is known when the one before it is over."""
+
+    def __init__(self, trainer: _WithLead) -> None:
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rounds, given = self._trainer.lead_rounds, None
+        while rounds.ahead():
+            if given == rounds.steps_done:
+                raise RuntimeError("the trainer asked for a step's batches before the step in hand was trained")
+            given = rounds.steps_done
+            for place in range(rounds.accumulation):
+                yield self._trainer._lead_batch(rounds.ids(place))
+
+
+class _AroundTheStep(TrainerCallback):
+    def __init__(self, trainer: _WithLead) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trainer._lead_before_step()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trainer._lead_after_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < state.max_steps and not self._trainer.lead_rounds.ahead():
+            control.should_training_stop = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._trainer.lead_rounds.finish_round()
+
+
+class _WithLead(Trainer):
+    """Comes before a trainer class; see `Selection.trainer`."""
+
+    lead_selection: Selection
+    lead_rounds: Rounds
+    """The run's selection, once `train` was called: `.selector.samples.utility`, `.visits`, `.round`, `.tokens`."""
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        parameters = inspect.signature(super().__init__).parameters
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        named = given.arguments
+        if "train_dataset" not in parameters:  # a class of the user's that hands keywords on
+            named = named.setdefault(next(name for name, p in parameters.items() if p.kind == p.VAR_KEYWORD), {})
+        dataset = named.get("train_dataset")
+        if dataset is None and self.lead_selection.store is not None:
+            dataset = self.lead_selection.dataset()
+        refuse_arguments(named.get("args"))
+        if dataset is not None:
+            refuse_dataset(dataset)
+            if _is_arrow(dataset):
+                dataset = dataset.add_column(ID, list(range(len(dataset))))
+            named["train_dataset"], self._lead_given = dataset, len(dataset)
+        super().__init__(*given.args, **given.kwargs)
+        refuse_trainer(self)
+        install(self.model)
+        self.add_callback(_AroundTheStep(self))
+        if self.train_dataset is not None:
+            self._lead_read_rows()
+            self._lead_set_steps()
+
+    # --- rows ---
+
+    def _lead_read_rows(self) -> None:
+        """The trainer's rows as it will train them: their lengths and masks, checked against the pool's where there is one."""
+        order = None
+        if _is_arrow(self.train_dataset):
+            if ID not in self.train_dataset.column_names:
+                raise UserError("args: the trainer's preparation merges samples, whose losses cannot be told apart; switch packing off")
+            order = torch.tensor(self.train_dataset[ID][:], dtype=torch.int64)
+            self.train_dataset = self.train_dataset.remove_columns(ID)
+        rows, self._lead_collate = self.train_dataset, self.data_collator
+        if _is_arrow(rows):
+            rows = self._remove_unused_columns(rows, description="training")
+        else:
+            self._lead_collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        self._lead_rows = rows
+        lengths, counts = measure(rows, self._lead_collate)
+        self._lead_row_of = torch.arange(len(lengths))
+        store = self.lead_selection.store
+        if store is not None:
+            if order is not None:
+                self._lead_row_of = _places(order, self._lead_given)
+                lengths, counts = (values[self._lead_row_of] for values in (lengths, counts))
+            check_rows(lengths, counts, store.lengths, store.response_rows)
+        check_learnable(counts)
+        self._lead_lengths, self._lead_counts = lengths, counts
+
+    def _lead_batch(self, ids: list[int]) -> dict[str, Any]:
+        """The collated samples `ids`, and under "lead" where they lie. No ids: a batch in which nothing is to be learned."""
+        batch = dict(self._lead_collate([self._lead_rows[int(self._lead_row_of[i])] for i in ids or [0]]))
+        where = locate(batch, max(1, len(ids)))
+        rows, targets, slots = where.rows, where.targets, where.row_slots
+        if ids:
+            check_batch(where, ids, self._lead_lengths, self._lead_counts)
+        else:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+            rows, targets, slots = torch.tensor([0]), torch.tensor([-100]), torch.tensor([0])
+        batch["lead"] = {"rows": rows, "targets": targets, "row_slots": slots, "flattened": where.flattened}
+        return batch
+
+    def _lead_set_steps(self) -> None:
+        budget, args = self.lead_selection.budget, self.args
+        if args.max_steps <= 0:
+            if budget is None:
+                raise UserError("lead(): how long? give lead(budget=...) or max_steps in the trainer's arguments")
+            args.max_steps = max(1, round(budget * len(self._lead_lengths) / self._lead_step_samples))
+
+    @property
+    def _lead_step_samples(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def get_train_dataloader(self) -> Any:
+        """What the rounds plan, and nothing else."""
+        if self.train_dataset is None:
+            return super().get_train_dataloader()
+        return PlannedBatches(self)
+
+    # --- a run ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; with resume_from_checkpoint the selection goes on from that checkpoint too."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # the trainer says what is missing
+        if self.train_dataset is not None:
+            folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+            self._lead_begin(folder)
+            if folder is not None:
+                self.args.ignore_data_skip = True  # the plan says where the data go on
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _lead_begin(self, checkpoint: Path | None) -> None:
+        selection, args = self.lead_selection, self.args
+        seed = args.seed if selection.seed is None else selection.seed
+        layout = Layout(
+            steps=selection.options.round_steps,
+            micro_batches=args.gradient_accumulation_steps * args.world_size,
+            slots=args.per_device_train_batch_size,
+            capacity=args.per_device_train_batch_size * int(self._lead_lengths.max()),
+        )
+        options = selection.options if METHODS[selection.method].uses_loss_change else replace(selection.options, loss_change="none")
+        state = selection.state() or self._lead_score(resumed=checkpoint is not None, seed=seed)
+        selector = Selector(
+            state, self._lead_lengths, self._lead_counts, method=selection.method, config=options, layout=layout, seed=seed,
+            device=args.device,
+        )  # fmt: skip
+        hidden_size = base_of(self.model).config.get_text_config().hidden_size
+        change = make_loss_change(options, hidden_size, selector.method.num_arms, args.device, seed)
+        tokens = int(self._lead_lengths.sum())
+        budget = None if selection.budget is None else round(selection.budget * tokens)
+        identity = {
+            "samples": len(self._lead_lengths), "tokens": tokens, "method": selection.method, "options": to_dict(options),
+            "budget": budget, "seed": seed, "layout": asdict(layout), "ranks": args.world_size,
+        }  # fmt: skip
+        log = Path(args.output_dir) / LOG if self.is_world_process_zero() else None
+        self.lead_rounds = Rounds(
+            selector, change, budget=budget, identity=identity, rank=args.process_index, world=args.world_size, log=log
+        )
+        self.lead_rounds.begin() if checkpoint is None else self.lead_rounds.load(checkpoint)
+        self._lead_checked, self._lead_pending, self._lead_losses = False, None, []
+
+    def _lead_score(self, *, resumed: bool, seed: int) -> PoolState:
+        """The scores of the trainer's own rows: measured, or those with which the run began."""
+        folder, args = Path(self.args.output_dir) / SCORES, self.args
+        if not METHODS[self.lead_selection.method].needs_scores:
+            return PoolState.unscored(len(self._lead_lengths))
+        if resumed:
+            return PoolState.load(folder, len(self._lead_lengths))
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        config = base_of(self.model).config.get_text_config()
+        if getattr(tokenizer, "chat_template", None):
+            prompt = generation_prompt_ids(tokenizer)
+        else:
+            starts = [getattr(owner, name, None) for name in ("bos_token_id", "eos_token_id") for owner in (tokenizer, config)]
+            prompt = [next((token for token in starts if isinstance(token, int)), 0)]
+        names = getattr(self.train_dataset, "column_names", None) or []
+        with self.accelerator.autocast():
+            state = score_rows(
+                self.model, lambda i: one_sample(self._lead_rows[i], self._lead_collate), self._lead_lengths, prompt,
+                self.train_dataset["dataset"][:] if "dataset" in names else None, batch=args.per_device_eval_batch_size,
+                device=args.device, rank=args.process_index, world=args.world_size, seed=seed,
+            )  # fmt: skip
+        if self.is_world_process_zero():
+            state.save(folder)
+        return state
+
+    # --- a step ---
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """In training, the loss op's; in evaluation, the trainer's own."""
+        if "lead" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        where = inputs.pop("lead")
+        inputs["use_cache"] = False  # with a cache, sdpa takes position_ids for the places of one long sample
+        change, slots = self.lead_rounds.change, self.args.per_device_train_batch_size
+        # DDP averages gradients over the ranks; the denominator counts all of them.
+        weight = self.args.world_size / self.lead_rounds.rows
+        call = HeadCall(where["rows"], where["targets"], where["row_slots"], slots, weight, change.signature, change.wants_hidden)
+        if not self._lead_checked:
+            check(self.model, inputs, call, where["flattened"])
+            self._lead_checked = True
+        head = model(**inputs, lead=call)
+        self._lead_pending = (head, call)
+        return (head.loss, head) if return_outputs else head.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, forward and backward, and its by-products."""
+        loss = super().training_step(*args, **kwargs)
+        if self._lead_pending is not None:
+            (head, call), self._lead_pending = self._lead_pending, None
+            hidden, gradient = call.kept if call.kept else (None, None)
+            gradient = gradient if gradient is None else gradient / self.args.world_size
+            shares = head.sample_tokens / self.lead_rounds.rows
+            self.lead_rounds.change.collect(head, shares, hidden, gradient, call.row_slots)
+            self._lead_losses.append(head.sample_nll.detach())
+            if len(self._lead_losses) == self.lead_rounds.accumulation:  # of the whole step, and not yet clipped
+                self._lead_norm = get_total_norm([p.grad for p in self._lead_trained() if p.grad is not None]).float()
+        return loss
+
+    def _lead_trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _lead_before_step(self) -> None:
+        self._lead_rate = float(self.optimizer.param_groups[0]["lr"])
+        measured = self.lead_rounds.change.wants_first_order(self.lead_rounds.steps_done)
+        self._lead_before = _along_gradient(self._lead_trained()) if measured else None
+
+    def _lead_after_step(self) -> None:
+        first_order, norm, longest = None, self._lead_norm, self.args.max_grad_norm
+        if self._lead_before is not None:
+            factor = (longest / (norm + 1e-6)).clamp(max=1.0) if longest and longest > 0 else 1.0
+            # Gradients were scaled by `factor`; every rank has all parameters, so nothing is summed over the ranks.
+            first_order = ((_along_gradient(self._lead_trained()) - self._lead_before) / factor).float()
+        losses, self._lead_losses = self._lead_losses, []
+        self.lead_rounds.observe(losses, self._lead_rate, first_order, norm)
+        self.lead_rounds.end_step()
+
+    # --- files ---
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the trainer's; a checkpoint also gets the selection's state, before what marks it as whole."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR):
+            self.lead_rounds.save(Path(output_dir))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the trainer's, with the last round's number, reward and the tokens trained so far."""
+        super().log({**logs, **self.lead_rounds.last} if "loss" in logs else logs, *args, **kwargs)
+
+
+@torch.no_grad()
+def _along_gradient(parameters: list[torch.nn.Parameter], chunk: int = 1 << 22) -> Tensor:
+    """<gradient, parameters>: 0-d float64. As the engine's own, but models in bf16 come here too, whose products need fp32."""
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            for g, v in zip(parameter.grad.flatten().split(chunk), parameter.flatten().split(chunk), strict=True):
+                total += torch.sum(g.float() * v.float(), dtype=torch.float64)
+    return total
+
+
+def _is_arrow(dataset: Any) -> bool:
+    """Whether it is a datasets.Dataset whose rows are what its columns say."""
+    return hasattr(dataset, "add_column") and dataset.format["type"] != "custom"
+
+
+def _places(order: Tensor, count: int) -> Tensor:
+    """Where each of `count` rows of the user's data set came to lie: int64 [count]. UserError naming the first that is gone."""
+    places = torch.full((count,), -1)
+    places[order] = torch.arange(len(order))
+    gone = (places < 0).nonzero()
+    if len(gone):
+        raise UserError(
+            f"train_dataset: row {int(gone[0])} was left out by the trainer ({len(gone):,} such rows), probably because nothing of its "
+            "answer is left within max_length; raise max_length, or leave such records out of pool and data set"
+        )
+    return places
