@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lead_engine.config import LoraConfig, RuntimeConfig
 from lead_engine.errors import UserError
-from lead_engine.model import adapter, weights
+from lead_engine.model import adapter, architectures, nf4, weights
 from lead_engine.model.attention import NAME, choose_attention
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.parallelize import move_buffers, parallelize, parameter_device
 from lead_engine.model.precision import choose_precision
+from lead_engine.model.rope import settle_rope
 
 
 def find_model(model: str, flag: str = "--model") -> Path:
@@ -69,16 +70,24 @@ def build_model(
     dtype = choose_precision(runtime.precision, device)
     kind = choose_attention(runtime.attention, device, dtype)
     config = load_config(base)
+    architectures.check(config, base)
+    options = {"attn_implementation": NAME, "dtype": torch.float32, **architectures.experts_option(config)}
     with init_empty_weights(include_buffers=False):  # parameters on the meta device, rotary tables real
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
+        hf = AutoModelForCausalLM.from_config(architectures.without_noise(config), **options)
         if adapter_folder:
             adapter.inject(hf, adapter.read_config(adapter_folder))
         elif lora is not None and lora.rank:
-            adapter.inject(hf, adapter.new_config(lora, base))
+            adapter.inject(hf, adapter.new_config(lora, base), head=lora.head)
+    if nf4.was_trained_on(adapter_folder) or (lora is not None and lora.quantize == "nf4"):
+        nf4.quantize_blocks(hf)
     hf.tie_weights()  # the move to the meta device parted shared parameters
+    settle_rope(hf.get_decoder(), max_length)
     model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=(runtime.head_chunk_mib << 20) or None)
+    model.config = config  # as it is written to config.json again
+    model.compute_dtype = dtype
     parallelize(model, runtime, dtype, mesh, trainable=trainable)
-    weights.materialise(model, parameter_device(device, mesh, runtime), torch.float32 if trainable else dtype)
+    stored = torch.float32 if trainable else dtype
+    weights.materialise(model, parameter_device(device, mesh, runtime), stored, frozen=dtype if mesh else None)
     move_buffers(model, device)
     weights.load(model, base, adapter_folder)
     adapter.initialise(model, seed, skip=adapter_folder is not None)
@@ -93,7 +102,10 @@ def load_for_inference(folder: Path, runtime: RuntimeConfig, max_length: int) ->
 
 
 def load_hf(folder: Path) -> PreTrainedModel:
-    """The plain transformers model (adapter merged in), for generation; fp32 on the CPU, bf16 on a GPU."""
+    """The plain transformers model (adapter merged in), for generation; fp32 on the CPU, bf16 on a GPU.
+
+    An adapter that was trained on a 4-bit base is merged into that base, dequantised: it is the model that was trained.
+    """
     device = default_device()
     dtype = choose_precision("auto", device) if device.type == "cuda" else torch.float32
     if not (folder / adapter.CONFIG).exists():
@@ -101,6 +113,8 @@ def load_hf(folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(find_model(adapter.base_of(folder)), dtype=dtype)
+    if nf4.was_trained_on(folder):
+        nf4.round_blocks(base)
     return PeftModel.from_pretrained(base, folder).merge_and_unload().to(device).eval()
 
 
@@ -120,6 +134,7 @@ def default_device() -> torch.device:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trained) parameters, a shared one counted once; global sizes where they are sharded."""
+    """(all, trained) parameters, a shared one counted once; global sizes where they are sharded. In 4 bits a weight counts as one, too."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    extra = sum(layer.in_features * layer.out_features - layer.weight.numel() - layer.scale_codes.numel() for _, layer in nf4.layers(model))
+    return sum(p.numel() for p in parameters) + extra, sum(p.numel() for p in parameters if p.requires_grad)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.errors import UserError
-from lead_engine.model import adapter, weights
+from lead_engine.model import adapter, nf4, weights
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.stored import Checkpoint, Layout
 
@@ -46,6 +46,8 @@ def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> Non
         config = model.peft_config
         config.base_model_name_or_path, config.inference_mode = str(base.resolve()), True
         config.save_pretrained(building)
+        if any(nf4.layers(model)):
+            nf4.write_config(building, model.compute_dtype)
 
 
 def _save_whole(model: PackedLM, building: Path, rank: int) -> None:
@@ -58,7 +60,9 @@ def _save_whole(model: PackedLM, building: Path, rank: int) -> None:
     if files is not None:
         files.finish()
         model.config.save_pretrained(building)
-        if model.generation_config is not None:
+        if (own := model.stored.folder / "generation_config.json").exists():
+            shutil.copy(own, building)
+        elif model.generation_config is not None:
             model.generation_config.save_pretrained(building)
 
 

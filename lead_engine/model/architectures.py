@@ -1,0 +1,73 @@
+"""Which transformers architectures are trained, and why others are not.
+
+A packed forward pass that skips something (a scale after the last norm, a state carried along the row) is wrong without any error. So only
+architectures are taken whose packed losses and gradients tests/model/test_architectures.py compares with transformers' own; docs/MODELS.md
+has the table.
+"""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from lead_engine.errors import UserError
+
+DENSE = (
+    "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3", "olmo",
+    "olmo2", "olmo3", "granite", "cohere", "cohere2", "glm", "glm4", "starcoder2", "seed_oss", "ernie4_5", "exaone4",
+)  # fmt: skip
+MIXTURES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "dots1", "minimax_m2")
+WITH_IMAGES = ("gemma3",)
+"""Multimodal ones, of which the text part is trained and all else is kept."""
+SUPPORTED = (*DENSE, *MIXTURES, *WITH_IMAGES)
+LAYERS = {"full_attention", "sliding_attention"}
+NOISE = ("dropout", "pdrop", "jitter_noise")
+
+
+def check(config: PreTrainedConfig, folder: Path) -> None:
+    """Raises UserError, with the reason, for a model that would be trained wrongly or is not known to be trained rightly."""
+    if reason := why_not(config):
+        raise UserError(f"--model {folder}: a model of type {config.model_type} cannot be trained here: {reason}")
+
+
+def why_not(config: PreTrainedConfig) -> str | None:
+    """The reason for which a model is refused."""
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ()) - LAYERS
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, and samples are packed for decoders only"
+    if getattr(config, "quantization_config", None):
+        return "its checkpoint is quantised; give the one that is not (--lora.quantize nf4 quantises it while loading)"
+    if layers:
+        return f"it has layers of other kinds than attention within a sample and its window ({', '.join(sorted(layers))})"
+    if getattr(text, "use_bidirectional_attention", None):
+        return "its attention is bidirectional (use_bidirectional_attention)"
+    if text is not config and config.model_type not in WITH_IMAGES:
+        return f"it is multimodal, and of those only {', '.join(WITH_IMAGES)} is known to be right; give its text model alone"
+    if config.model_type not in SUPPORTED:
+        return f"its packed losses were never compared with transformers' own (those of {', '.join(SUPPORTED)} were)"
+    return None
+
+
+def without_noise(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with dropout and router noise at 0.
+
+    Losses would otherwise depend on a random state that no checkpoint keeps, and packed attention has no dropout. Almost every published
+    model has them at 0 (phi-2: 0.1).
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for name, value in text.to_dict().items():
+        if name.endswith(NOISE) and isinstance(value, float) and value > 0:
+            setattr(text, name, 0.0)
+    return config
+
+
+def experts_option(config: PreTrainedConfig) -> dict[str, str]:
+    """How a mixture computes its experts: one grouped product, whatever the routing.
+
+    transformers' plain loop asks the device which experts were hit (`nonzero`), once a layer; `batched_mm` copies an expert's weights for
+    every token. The grouped product reads nothing, and gives every expert a gradient, so that ranks always reduce the same parameters.
+    """
+    return {"experts_implementation": "grouped_mm"} if config.model_type in MIXTURES else {}
