@@ -62,18 +62,15 @@ def test_a_whole_run_in_ten_lines(make_model, tmp_path, monkeypatch, capsys) -> 
     import json
 
     monkeypatch.chdir(tmp_path)
-    words = "alpha beta gamma delta epsilon zeta eta theta".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     for name, count in (("pool.jsonl", 60), ("heldout.jsonl", 8)):
         lines = [{"instruction": f"say {words[i % 8]} {i}", "output": " ".join(words[: 1 + i % 7])} for i in range(count)]
         Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     Path("MODEL").symlink_to(make_model())
     code = program("from pathlib import Path")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    # The page keeps to the defaults, whose step holds more than these 60 records: smaller batches, or there would be one step only.
-    from lead_engine import BatchConfig, TrainConfig
+    from lead_engine import TrainConfig, UserError
 
-    small = BatchConfig(capacity=1024)
-    monkeypatch.setattr("lead_engine.config.BatchConfig", lambda: small)
     scope = execute(code)
     assert 2 < scope["result"]["loss"]["overall"] < 20
     assert "held-out loss" in capsys.readouterr().out
@@ -88,8 +85,6 @@ def test_a_whole_run_in_ten_lines(make_model, tmp_path, monkeypatch, capsys) -> 
     assert sum(map(len, report.sample_ids)) == selection[-1]["samples"]
     assert report.tokens == selection[-1]["tokens"]
     assert (tmp_path / "TUNED" / "model.safetensors").read_bytes() == (tmp_path / "RUN" / "model" / "model.safetensors").read_bytes()
-    from lead_engine import UserError
-
     with pytest.raises(UserError, match="with Session"):
         _ = again["session"].model
     assert isinstance(again["session"].config, TrainConfig)
@@ -104,7 +99,7 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
     from lead_engine.training.session import build
 
     monkeypatch.chdir(tmp_path)
-    pool, model = make_pool(samples=400), make_model()
+    pool, model = make_pool(samples=1500), make_model()
     Path("PREPARED").symlink_to(pool)
     Path("MODEL").symlink_to(model)
     scope = execute(program("import torch\n"))

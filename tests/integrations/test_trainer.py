@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
+
 from lead_engine.config import SelectionConfig
 from lead_engine.errors import UserError
 from lead_engine.integrations import lead
-from transformers import Trainer
 
 # Padded and packed batches add the same numbers in another order: fp32 losses near 5 agree to about 1e-6 at first, and steps carry that on.
 LOSS = {"rtol": 0, "atol": 5e-5}
