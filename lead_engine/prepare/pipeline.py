@@ -34,7 +34,7 @@ WARMUP_STEPS = 16
 
 def run(config: PrepareConfig) -> None:
     """Write config.out; see the README for its files. Raises UserError for everything that the user can mend."""
-    with process_group() as ranks:
+    with process_group(config.runtime.timeout) as ranks:
         if not _begin(config, ranks):
             say(f"{config.out}: already prepared with these options")
             return

@@ -17,8 +17,8 @@ class Samples:
     """N samples. Sample id N is the dummy of empty slots; vectors that are indexed by planned ids have an entry for it, at their end.
 
     lengths int64 [N], tokens; rows int32 [N+1], counted response tokens; cluster, task [N], of the smallest integer type that holds them;
-    dropped bool [N]; utility fp32 [N+1], U, at first as `prepare` measured it; visits int32 [N+1], how often a sample was trained; barred bool [N+1], whose loss was not finite once: no method
-    names them again.
+    dropped bool [N]; utility fp32 [N+1], U, at first as `prepare` measured it; visits int32 [N+1], how often a
+    sample was trained; barred bool [N+1], whose loss was not finite once: no method names them again.
 
     A *cell* is a cluster's part of a task: cell = cluster x num_tasks + task.
     """

@@ -66,6 +66,7 @@ class RoundStats(NamedTuple):
     samples: Tensor  # int64 []
     samples_per_task: Tensor  # int64 [tasks of the pool]
     samples_per_cluster: Tensor  # int64 [clusters of the pool]
+    barred: Tensor  # bool [S, M, B], whose own loss was not finite
 
 
 class Selector:
@@ -140,7 +141,8 @@ class Selector:
 
         per_task = pool.count(pool.task, ids, trained, pool.num_tasks)
         per_cluster = pool.count(pool.cluster, ids, trained, pool.num_clusters)
-        return RoundStats(mean(fall), reward, mean(plan.utility), mean(now), trained.sum(), per_task, per_cluster)
+        barred = pool.barred[ids]
+        return RoundStats(mean(fall), reward, mean(plan.utility), mean(now), trained.sum(), per_task, per_cluster, barred)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state itself, not a copy: all that later plans depend on besides the constructor's arguments."""

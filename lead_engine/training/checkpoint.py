@@ -1,8 +1,11 @@
 """Checkpoints by torch.distributed.checkpoint: written in the background, valid once their marker exists.
 
-A checkpoint is taken between two rounds and holds everything that the next round depends on: parameters, AdamW's moments, the selector and
-the loss-change estimator, and the counters (round, step, tokens). Random numbers are counter-based on (seed, round), so there is no other
-generator state. Sharded tensors are stored as such and load on any number of ranks.
+A checkpoint is taken between two rounds and holds everything that the next round depends on: trained parameters, AdamW's moments, the
+selector and the loss-change estimator, and the counters (round, step, tokens). Random numbers are counter-based on (seed, round), so there
+is no other generator state. Sharded tensors are stored as such and load on any number of ranks. Frozen parameters are the base model's.
+
+The marker names every file with its size and checksum, and is written last. Whatever goes wrong, at writing or at reading, all ranks learn
+of it and do the same.
 """
 from __future__ import annotations
 
@@ -11,16 +14,18 @@ import shutil
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from lead_engine.console import warn
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
+from lead_engine.training.checkpoint_files import METADATA, Planner, Reader, Writer, check_file
 from lead_engine.training.distributed import Ranks
 
 MARKER = "COMPLETE"
@@ -41,71 +46,177 @@ class Progress:
     """And for forward passes over the pool that a method asked for."""
 
 
+class _Writing(NamedTuple):
+    """A checkpoint on its way to the disk."""
+
+    future: Future
+    path: Path
+    writer: Writer
+    progress: Progress
+    notes: dict[str, Any]
+
+
 class Checkpoints:
     """The `checkpoints/` folder of one run."""
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        self._writing: tuple[Future, Path, Progress] | None = None
+        self._writing: _Writing | None = None
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any], progress: Progress) -> None:
-        """Start writing; returns once the tensors are copied. `parts`: name -> object with state_dict()."""
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parts: dict[str, Any],
+        progress: Progress,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        """Start writing; returns once the tensors are copied. `parts`: name -> object with state_dict(); `notes`: JSON, for the marker."""
         self.finish()
         path = self.folder / f"step-{progress.step:08d}"
-        if self.ranks.first:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-        self.ranks.barrier()
-        state = _state(model, optimizer, parts)
-        future = dcp.async_save(state, checkpoint_id=path, process_group=self.ranks.host_group)
-        self._writing = (future, path, progress)
-
-    def finish(self) -> None:
-        """Wait for the checkpoint being written, mark it complete, and remove those that are too many."""
-        if self._writing is None:
+        if self._failed(path, _try(_empty_folder, path) if self.ranks.first else None):
             return
-        future, path, progress = self._writing
-        future.result()
-        self._writing = None
-        self.ranks.barrier()  # every rank's files are there before the marker says so
-        if self.ranks.first:
-            write_text(path / MARKER, json.dumps(asdict(progress)))
-            for old in _complete(self.folder)[: -self.keep]:
-                (old / MARKER).unlink()  # first: a half-deleted checkpoint must not look whole
-                shutil.rmtree(old)
+        writer = Writer(path)
+        state = _state(model, optimizer, parts)
+        future = dcp.async_save(state, storage_writer=writer, process_group=self.ranks.host_group)
+        self._writing = _Writing(future, path, writer, progress, notes or {})
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]) -> Progress:
-        """Load the newest complete checkpoint into the objects given; Progress() if there is none.
+    def finish(self) -> bool:
+        """Wait for the checkpoint being written, mark it complete, and remove those that are too many.
 
-        Raises UserError naming the folder if it cannot be read.
+        False, with a warning, if it could not be written; what there is of it is removed then, and earlier ones stay.
         """
-        chosen = [max(_complete(self.folder), default=None)]
-        dist.broadcast_object_list(chosen, src=0, group=self.ranks.host_group)  # a shared file system may show ranks different folders
-        path = chosen[0]
-        if path is None:
-            return Progress()
+        if self._writing is None:
+            return True
+        writing, self._writing = self._writing, None
+        error = None
+        try:
+            writing.future.result()
+        except (CheckpointException, Exception) as failure:  # the first is no Exception
+            error = _reason(failure)
+        files = writing.writer.files
+        everyone = self.ranks.everyone((_reason(files.error) if files.error else None, error, files.written))
+        error = next((e for causes in zip(*[e[:2] for e in everyone], strict=True) for e in causes if e), None)  # a file's own error first
+        if error is None and self.ranks.first:
+            written = {name: entry for *_, mine in everyone for name, entry in mine.items()}
+            marker = {"progress": asdict(writing.progress), "notes": writing.notes, "files": written}
+            error = _try(write_text, writing.path / MARKER, json.dumps(marker))
+        if self._failed(writing.path, error):
+            return False
+        if self.ranks.first:
+            self._remove_old(writing.path)
+        return True
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:
+        """Load the newest whole checkpoint into the objects given: (where it stands, its notes); (Progress(), {}) if there is none at all.
+
+        One that is damaged is named in a warning, and the one before it is taken. Raises UserError if there are some, but none is whole.
+        """
+        names = self.ranks.everyone([path.name for path in _complete(self.folder)])[0]  # a shared file system may show ranks different ones
+        problems = []
+        for path in (self.folder / name for name in reversed(names)):
+            marker, problem = self._verify(path)
+            problem = problem or self._read(path, model, optimizer, parts)
+            if problem is None:
+                return Progress(**marker["progress"]), marker["notes"]
+            warn(f"{path}: damaged, not used ({problem})" + ("; the one before it is tried" if path.name != names[0] else ""))
+            problems.append(f"{path.name}: {problem}")
+        if problems:
+            raise UserError(
+                f"--resume: no checkpoint in {self.folder} is whole ({'; '.join(problems)}); bring back one that is, or delete that folder "
+                "to train from the start"
+            )
+        return Progress(), {}
+
+    def _verify(self, path: Path) -> tuple[dict[str, Any], str | None]:
+        """(marker, what is wrong with it or any file: the same on all ranks). Ranks share the reading."""
+        marker: dict[str, Any] = {}
+        try:
+            marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+            files = sorted(marker["files"].items())
+            Progress(**marker["progress"]), marker["notes"]
+            problem = None if METADATA in marker["files"] else f"{MARKER} does not name {METADATA}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            files, problem = [], f"{MARKER} cannot be read"
+        for name, (size, crc) in files[self.ranks.rank :: self.ranks.size]:
+            problem = problem or check_file(path / name, size, crc)
+        return marker, next(filter(None, self.ranks.everyone(problem)), None)
+
+    def _read(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]) -> str | None:
+        """Fill the objects; what went wrong, the same on all ranks."""
+        try:
+            Reader(path).read_metadata()
+            problem = None
+        except Exception as error:  # whatever a wrong pickle leads to
+            problem = _reason(error)
+        problem = next(filter(None, self.ranks.everyone(problem)), None)
+        if problem is not None:
+            return problem
         state = _state(model, optimizer, parts)
         try:
-            dcp.load(state, checkpoint_id=path, process_group=self.ranks.host_group)
-        except Exception as error:  # dcp wraps whatever a rank met
-            raise UserError(f"{path}: cannot be read ({type(error).__name__}); delete that folder to resume from an earlier one") from error
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS)
+            dcp.load(state, storage_reader=Reader(path), planner=Planner(), process_group=self.ranks.host_group)
+        except (CheckpointException, Exception) as error:  # DCP makes all ranks raise if one does
+            return _reason(error)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])  # parameters were filled in place
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return Progress(**json.loads((path / MARKER).read_text()))
+        return None
 
+    def _failed(self, path: Path, error: str | None) -> bool:
+        """Whether any rank has an error; if so, the checkpoint is given up."""
+        error = next(filter(None, self.ranks.everyone(error)), None)
+        if error is None:
+            return False
+        if self.ranks.first:
+            shutil.rmtree(path, ignore_errors=True)
+        left = "earlier ones stay" if any(_complete(self.folder)) else "there is no earlier one"
+        warn(f"{path}: this checkpoint could not be written ({error}) and was removed; {left}, and training goes on")
+        return True
 
-_OPTIONS = StateDictOptions(strict=True)
+    def _remove_old(self, newest: Path) -> None:
+        """All but the last `keep` up to the newest, and what killed runs left unfinished."""
+        kept = [path for path in _complete(self.folder) if path <= newest][-self.keep :]
+        for path in self.folder.glob("step-*"):
+            if path < newest and path not in kept:
+                (path / MARKER).unlink(missing_ok=True)  # first: a half-deleted checkpoint must not look whole
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    """Trained parameters themselves; copies of all else."""
+    state: dict[str, Any] = {
+        "model": {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad},
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     for name, part in parts.items():
         state[name] = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in part.state_dict().items()}
     return state
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Checkpoints with a marker, oldest first."""
     return sorted(path.parent for path in folder.glob(f"step-*/{MARKER}"))
+
+
+def _empty_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _try(action: Any, *arguments: Any) -> str | None:
+    """Why an action on files failed; None if it did not."""
+    try:
+        action(*arguments)
+    except OSError as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """One line for a person."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

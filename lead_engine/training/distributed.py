@@ -5,10 +5,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from lead_engine.errors import UserError
+from lead_engine.training.watchdog import Watchdog
+
+BEHIND_WATCHDOG = timedelta(seconds=60)
+"""How much later than the watchdog, which knows who is missing, a collective gives up by itself."""
+PATIENT = timedelta(days=7)
+"""For host collectives in which ranks wait while rank 0 works, for how long nobody knows. The watchdog looks after them."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,10 @@ class Ranks:
     mesh: DeviceMesh
     host_group: dist.ProcessGroup
     """A gloo group of all ranks for the checkpoint thread, whose collectives must not mix with training's."""
+    signal_group: dist.ProcessGroup
+    """Another, for the main thread while the checkpoint thread may be at work."""
+    timeout: timedelta
+    """Of training's collectives."""
 
     @property
     def first(self) -> bool:
@@ -30,25 +45,60 @@ class Ranks:
         """Wait until every rank is here."""
         dist.barrier(self.host_group)
 
+    def everyone(self, value: Any) -> list[Any]:
+        """Every rank's value, in order. Not while a checkpoint is being written."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Join the group that torchrun's environment describes, or a group of one without it; leave it at the end."""
+def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
+    """Join the group that torchrun's environment describes, or a group of one without it; leave it at the end.
+
+    A rank that waits longer than `timeout` seconds for the others in training ends, and says who is missing (watchdog.py). On GPUs, NCCL's
+    own watchdog (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default) would abort a collective a minute later.
+    """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if launched:
-        dist.init_process_group(backend)
-    else:
+    limit = timedelta(seconds=timeout) + BEHIND_WATCHDOG
+    watchdog = _join(backend, limit, timeout) if launched else None
+    if not launched:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh, dist.new_group(backend="gloo"))
+        groups = [dist.new_group(backend="gloo", timeout=PATIENT) for _ in range(2)]
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh, *groups, limit)
     finally:
+        if watchdog is not None:
+            watchdog.stop()
         dist.destroy_process_group()
+
+
+def _join(backend: str, limit: timedelta, timeout: float) -> Watchdog | None:
+    """Meet the other ranks; the watchdog, running, if there are others. UserError if they do not come."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        dist.init_process_group(backend, store=dist.PrefixStore("training", store), rank=rank, world_size=size, timeout=limit)
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"the ranks did not come together at {where} within {limit.total_seconds():.0f} s ({str(error).splitlines()[0]}): is every "
+            "node started, with the same --nnodes, --nproc-per-node and --rdzv-endpoint, and can it reach that address?"
+        ) from error
+    if size == 1:
+        return None
+    own = dist.PrefixStore("watchdog", store.clone())  # a connection that nobody else waits on
+    own.set_timeout(timedelta(seconds=5))
+    watchdog = Watchdog(own, rank, size, timeout)
+    watchdog.start()
+    return watchdog
 
 
 def data_mesh(ranks: Ranks, replicate: int) -> DeviceMesh:
@@ -59,4 +109,7 @@ def data_mesh(ranks: Ranks, replicate: int) -> DeviceMesh:
     if replicate == 1:
         return ranks.mesh
     shape = (replicate, ranks.size // replicate)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(ranks.timeout, group)  # else they have torch's default
+    return mesh

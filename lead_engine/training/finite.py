@@ -24,6 +24,6 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 def check_can_skip(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError for an optimizer that would ignore `found_inf`, and so train on NaN."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(f"{type(optimizer).__name__} does not skip a step by found_inf; use a fused one, or give it _step_supports_amp_scaling")
+    """ValueError for one of torch's optimizers that would ignore `found_inf`, and so train on NaN. Others are taken at their word."""
+    if type(optimizer).__module__.startswith("torch.optim") and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(f"this {type(optimizer).__name__} ignores found_inf, by which steps are skipped; give it fused=True")

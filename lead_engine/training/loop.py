@@ -30,6 +30,7 @@ from lead_engine.training.finite import check_can_skip, loss_gradient, step_unle
 from lead_engine.training.late import LateCopy, Stopwatch
 from lead_engine.training.optimizer import clip_gradients, inner_product, learning_rate
 from lead_engine.training.scorer import PoolScorer
+from lead_engine.training.watchdog import at, here
 from lead_kernels import PackedBatch
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name changed in torch 2.13
@@ -106,10 +107,12 @@ class Engine:
         """Train until the budget is spent or no sample is left; yields every round after its last step was launched."""
         while progress.tokens < budget_tokens:
             started = time.perf_counter()
+            at("planning", progress.round)
             choosing, scoring = self._refresh(progress, budget_tokens)
             self.watch.start()
             plan = self.selector.plan(progress.round, budget_tokens - progress.tokens)
             self.watch.stop()
+            at("waiting for the device and the plan", progress.round)
             header = read_header(plan)
             if sum(header.tokens) == 0:
                 return
@@ -150,6 +153,7 @@ class Engine:
         # One denominator for the whole step: its response tokens over all ranks and micro-batches. Every rank has the whole plan.
         token_weight = 1.0 / plan.rows[step].sum().float()
         losses = []
+        at("forward and backward", here().round, global_step)
         for place in range(self.accumulation):
             batch = self._batch(plan, header, step, place)
             self._reduce_gradients(place == self.accumulation - 1)
@@ -159,6 +163,7 @@ class Engine:
             self.change.collect(head, head.sample_tokens * token_weight, rows.hidden_RH, rows.hidden_grad_RH, batch.row_slots)
             losses.append(head.sample_nll)
 
+        at("gradient norm and optimizer", here().round, global_step)
         norm, factor = clip_gradients(self.trained, self.options.max_grad_norm)
         skip = ~norm.isfinite()  # the same on every rank
         measured = self.change.wants_first_order(global_step)
@@ -173,6 +178,7 @@ class Engine:
         norm, skip = norm.to(self.device), skip.to(self.device)
         first_order = None if first_order is None else first_order.to(self.device)
 
+        at("gathering the samples' losses", here().round, global_step)
         self.watch.start()
         change = self.change.estimate(plan.cluster, rate, self._all_reduce, first_order, norm)
         loss, change = self._gather(torch.stack([torch.stack(losses), change]))

@@ -27,7 +27,7 @@ from lead_engine.training.train import train
 
 def run(config: PretrainConfig) -> None:
     """Write OUT/corpus (tokens), OUT/model and the run's records. Raises UserError for text that cannot be read."""
-    with process_group() as ranks:
+    with process_group(config.runtime.timeout) as ranks:
         corpus = config.out / "corpus"
         if ranks.first:
             _make_corpus(config, corpus)

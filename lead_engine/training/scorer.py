@@ -14,6 +14,7 @@ from lead_engine.console import progress
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import num_rows, pack_by_length
 from lead_engine.pool.store import TokenStore
+from lead_engine.training.watchdog import at, here
 
 
 class PoolScorer:
@@ -54,6 +55,7 @@ class PoolScorer:
         on_device, losses = slots.to(store.device), []
         with progress(sum(int(lengths[group].sum()) for group in mine), description) as bar:
             for place, group in enumerate(mine):
+                at(description, here().round)
                 packed = store.batch(on_device[place], capacity=self.batch.capacity, num_rows=num_rows(rows[group]))
                 losses.append(self.model(packed).sample_nll.float())
                 bar.advance(int(lengths[group].sum()))
