@@ -167,9 +167,15 @@ def test_the_plain_experts_loop_does(make_model) -> None:
 
 def fake_step(config, options: dict[str, str]) -> None:
     options |= {"attn_implementation": NAME, "dtype": torch.bfloat16}  # in which grouped products have a kernel on a GPU
-    with FakeTensorMode():
-        hf = AutoModelForCausalLM.from_config(architectures.without_noise(config), **options)
-        model = PackedLM(hf, attention="mask", max_length=12, chunk_bytes=1 << 16)
+    hf = AutoModelForCausalLM.from_config(architectures.without_noise(config), **options)
+    model = PackedLM(hf, attention="mask", max_length=12, chunk_bytes=1 << 16)
+    mode = FakeTensorMode()
+    for module in model.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(mode.from_tensor(value.detach())))
+        for name, value in list(module.named_buffers(recurse=False)):
+            setattr(module, name, mode.from_tensor(value))
+    with mode:
         tokens, response, offsets = torch.zeros(60, dtype=torch.int32), torch.ones(60, dtype=torch.bool), torch.arange(0, 61, 12)
         packed = gather_batch(tokens, response, offsets, torch.tensor([0, 3, 5]), capacity=48, num_rows=40)
         model(packed).loss.backward()
