@@ -234,6 +234,7 @@ COMMANDS: dict[str, Command] = {
     "prepare": Command(config.PrepareConfig, "lead_engine.prepare:run", has_config_file=True),
     "train": Command(config.TrainConfig, "lead_engine.training.train:run", has_config_file=True),
     "eval": Command(config.EvalConfig, "lead_engine.evaluation.evaluate:run"),
+    "lm-eval": Command(config.HarnessConfig, "lead_engine.evaluation.harness:run"),
     "compare": Command(config.CompareConfig, "lead_engine.evaluation.compare:run"),
     "report": Command(_report, "lead_engine.report:run"),
     "merge": Command(_merge, "lead_engine.model.merge:run"),

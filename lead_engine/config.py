@@ -379,6 +379,40 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class HarnessConfig:
+    """Public benchmarks by lm-eval: GSM8K, MMLU, HumanEval, TyDiQA, and tasks of your own."""
+
+    model: str
+    """Run folder, model folder, or hub name; an adapter is merged into its base."""
+    tasks: tuple[str, ...]
+    """lm-eval's task, group or tag names, or patterns of them: gsm8k mmlu humaneval tydiqa."""
+    out: Path
+    """Folder for results.json and the samples."""
+    include_path: Path | None = None
+    """Folder with task YAML files of your own."""
+    shots: int = -1
+    """Examples in the prompt; -1 takes each task's own number."""
+    limit: int = 0
+    """Samples a task; 0 takes all."""
+    batch_size: int = 8
+    """Samples at a time."""
+    max_length: int = 0
+    """Longest prompt and answer in tokens; 0 takes the model's own limit."""
+    chat: bool = False
+    """Put prompts into the tokenizer's chat template."""
+    allow_code: bool = False
+    """Run tasks that execute what the model writes (humaneval): on this machine, as this user."""
+    seed: int = 0
+    """Seed of the examples in the prompts."""
+
+    def __post_init__(self) -> None:
+        require(self.shots >= -1, "--shots", self.shots, "0 or more, or -1 for each task's own")
+        require(self.limit >= 0, "--limit", self.limit, "0 (all) or more")
+        require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        require(self.max_length >= 0, "--max-length", self.max_length, "0 (the model's) or more")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Plots and one stand-alone HTML page from run folders."""
 
