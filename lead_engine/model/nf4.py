@@ -32,7 +32,7 @@ Rows = Callable[[Tensor, tuple[slice, slice]], None]
 
 
 class NF4Linear(nn.Linear):
-    """y = x W^T + bias with W [out, in] in 4 bits, frozen: gradients reach x alone. Computes in x's dtype.
+    """y = x W^T + bias with W [out, in] in 4 bits, both frozen: gradients reach x alone. Computes in x's dtype.
 
     `weight` and `scale_codes` are parameters, so that FSDP shards and gathers them (as they are: mixed precision casts floats only). The
     buffers are the same on all ranks; they are worked out again from the checkpoint whenever the model is built.
@@ -57,8 +57,7 @@ class NF4Linear(nn.Linear):
         self.register_buffer("levels", _levels(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Product.apply(x, self.weight, self.scale_codes, self.scale_scales, self.scale_offset, self.levels)
-        return y if self.bias is None else y + self.bias
+        return _Product.apply(x, self.bias, self.weight, self.scale_codes, self.scale_scales, self.scale_offset, self.levels)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,19 +78,21 @@ class NF4Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T. W is dequantised in the forward pass and once more in the backward pass, never kept."""
+    """x W^T + bias. W is dequantised in the forward pass and once more in the backward pass, never kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, scale_codes: Tensor, scale_scales: Tensor, scale_offset: Tensor, levels: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, bias: Tensor | None, codes: Tensor, scale_codes: Tensor, scale_scales: Tensor, scale_offset: Tensor, levels: Tensor
+    ) -> Tensor:
         weight = (codes, scale_codes, scale_scales, scale_offset, levels)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(*weight)
-        return nn.functional.linear(x, dequantize(*weight, x.dtype))
+        return nn.functional.linear(x, dequantize(*weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inward = gradient @ dequantize(*ctx.saved_tensors, gradient.dtype) if ctx.needs_input_grad[0] else None
-        return inward, None, None, None, None, None
+        return inward, None, None, None, None, None, None
 
 
 def dequantize(
@@ -168,8 +169,8 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
         layer = blocks.get_submodule(name)
         if layer.in_features % _BLOCK:
             raise UserError(
-                f"{FLAG}: {prefix}.{name} has {layer.in_features} inputs, not a multiple of {_BLOCK}, the weights that share a scale; "
-                "train this model with --lora.quantize none"
+                f"{FLAG}: {prefix}.{name.removesuffix('.base_layer')} has {layer.in_features} inputs, not a multiple of {_BLOCK}, the weights "
+                "that share a scale; train this model with --lora.quantize none"
             )
         yield f"{prefix}.{name}", layer
 
