@@ -2,7 +2,8 @@
 
 A tracker gets groups of scalars: `train/...` by optimizer step, `selection/...` by round. One that fails while the run trains is dropped
 with one warning: training goes on. A resumed run goes on in the same W&B or MLflow run, whose id lies in the run folder; steps that it
-repeats are not logged twice (they are bit for bit what they were).
+repeats are logged again (they are bit for bit what they were), and what a killed process had not handed over yet is missing there. The run
+folder's own files have every step once.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from lead_engine.errors import UserError
 from lead_engine.files import read_json, write_text
 
 STATE = "trackers.json"
-"""In the run folder: {tracker: {"id": run id, group: next step or round to log}}."""
+"""In the run folder: {tracker: its run's id}."""
 PATIENCE = 30.0
 """Seconds that the end of a run waits for a tracker's server."""
 
@@ -172,34 +173,28 @@ class Trackers:
         for option, kind in (("wandb", Wandb), ("mlflow", Mlflow)):
             if getattr(config, option):
                 self._live[option] = self._start(config, option, kind)
-        self._save()
+        if self._state:
+            write_text(self._path, json.dumps(self._state))
 
     def _start(self, config: TrainConfig, option: str, kind: Callable[[TrainConfig, str], Tracker]) -> Tracker:
-        state = self._state.setdefault(option, {"id": ""})
         try:
-            tracker = kind(config, state["id"])
+            tracker = kind(config, self._state.get(option, ""))
         except Exception as error:  # the packages' own errors have no common type
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"--{option} {getattr(config, option)}: cannot start ({reason})") from None
-        state["id"] = tracker.id
+        self._state[option] = tracker.id
         return tracker
 
     def log(self, group: str, place: int, values: dict[str, float | None]) -> None:
         """Scalars `group/name` at step or round `place`; those that are None or not finite are left out."""
         finite = {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
         for name in list(self._live):
-            known = self._state.get(name)
-            if known is None:
-                self._guard(name, lambda tracker: tracker.log(group, place, finite))
-            elif place >= known.get(group, 0):
-                known[group] = place + 1
-                self._guard(name, lambda tracker: tracker.log(group, place, finite))
+            self._guard(name, lambda tracker: tracker.log(group, place, finite))
 
     def flush(self) -> None:
         """A round is complete."""
         for name in list(self._live):
             self._guard(name, lambda tracker: tracker.flush())
-        self._save()
 
     def close(self, complete: bool) -> None:
         """End every tracker's run."""
@@ -214,7 +209,3 @@ class Trackers:
             reason = " ".join(str(error).split()) or type(error).__name__
             warn(f"{name} failed and gets no more of this run ({reason}); training goes on, metrics.jsonl has everything")
             del self._live[name]
-
-    def _save(self) -> None:
-        if self._state:
-            write_text(self._path, json.dumps(self._state))
