@@ -90,7 +90,7 @@ class Rounds:
         stats = self.selector.finish_round(plan)
         self.change.finish_round(plan.cluster)
         cluster = int(plan.cluster)
-        self.last = {"lead_round": self.round, "lead_tokens": self.tokens, "lead_reward": float(stats.reward)}
+        self.last = {"lead_round": self.round, "lead_reward": float(stats.reward)}
         if self.log is not None:
             trained = [[i for micro in step for i in micro if i < self.selector.samples.num_samples] for step in self._ids[: self.step]]
             line = {
@@ -135,7 +135,7 @@ class Rounds:
         try:
             with safetensors.safe_open(path, "pt") as file:
                 header = json.loads(file.metadata()["lead"])
-            tensors = load_file(path, device=str(self.selector.samples.device))
+            tensors = load_file(path)
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error}); resume from an older checkpoint") from None
         for name, now in self.identity.items():
@@ -152,7 +152,7 @@ class Rounds:
             setattr(self, name, value)
         self.plan = None
         if parts["plan"]:
-            self._adopt(Plan(**parts["plan"]))
+            self._adopt(Plan(**{name: value.to(self.selector.samples.device) for name, value in parts["plan"].items()}))
         self._cut_log()
 
     def begin(self) -> None:

@@ -62,7 +62,7 @@ class PlannedBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rounds, given = self._trainer.lead_rounds, None
-        while rounds.ahead():
+        while rounds.steps_done < self._trainer.state.max_steps and rounds.ahead():  # a resumed run may have been over
             if given == rounds.steps_done:
                 raise RuntimeError("the trainer asked for a step's batches before the step in hand was trained")
             given = rounds.steps_done
@@ -306,7 +306,9 @@ class _WithLead(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the trainer's, with the last round's number, reward and the tokens trained so far."""
-        super().log({**logs, **self.lead_rounds.last} if "loss" in logs else logs, *args, **kwargs)
+        if "loss" in logs:
+            logs = {**logs, **self.lead_rounds.last, "lead_tokens": self.lead_rounds.tokens}
+        super().log(logs, *args, **kwargs)
 
 
 @torch.no_grad()

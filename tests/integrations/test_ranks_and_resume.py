@@ -1,0 +1,105 @@
+"""Several ranks, and a run that goes on from a checkpoint, also in the middle of a round."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_rank import train
+from transformers import Trainer
+
+from lead_engine.config import SelectionConfig
+from lead_engine.errors import UserError
+from lead_engine.integrations import lead
+from lead_engine.integrations.rounds import FILE
+
+
+def losses(trainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("pool_given", [True, False], ids=["pool", "rows scored by both ranks"])
+def test_two_ranks_are_one_with_twice_the_accumulation(make_pool, make_model, make_args, load, collator, tmp_path, pool_given) -> None:
+    pool, model = make_pool(), make_model()
+    selection = lead(pool if pool_given else None)
+    one = selection.trainer(Trainer)(
+        model=load(model), args=make_args(max_steps=9, gradient_accumulation_steps=4), data_collator=collator(model),
+        train_dataset=lead(pool).dataset(),
+    )  # fmt: skip
+    one.train()
+    options = make_args(max_steps=9, gradient_accumulation_steps=2).to_dict()
+    wanted = (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "adam_beta2", "optim",
+        "weight_decay", "max_grad_norm", "logging_steps", "report_to", "seed", "disable_tqdm", "use_cpu", "max_steps",
+            "logging_nan_inf_filter",
+    )  # fmt: skip
+    options = {name: options[name] for name in wanted} | {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 6}
+    first, second = train(pool, model, tmp_path, options, score=not pool_given)
+    assert first["utility"] == second["utility"]  # bit for bit
+    assert first["visits"] == second["visits"]
+    assert first["weights"] == second["weights"]
+    samples = one.lead_rounds.selector.samples
+    assert first["visits"] == samples.visits.tolist()
+    torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(losses(one)), rtol=0, atol=5e-5)
+    torch.testing.assert_close(torch.tensor(first["utility"]), samples.utility, rtol=0, atol=5e-4)
+    if not pool_given:
+        return
+    (tmp_path / "rank0.json").unlink()
+    again = train(pool, model, tmp_path, options, resume=str(tmp_path / "checkpoint-6"))
+    assert again[0]["utility"] == again[1]["utility"]
+    assert again[0]["losses"] == first["losses"]
+    assert again[0]["utility"] == first["utility"]
+    assert again[0]["weights"] == first["weights"]
+
+
+def test_a_resumed_run_is_the_run_bit_for_bit(make_pool, make_model, make_args, load, collator, tmp_path) -> None:
+    """Checkpoints at steps 6 (two steps into the second round) and 8 (between two rounds)."""
+    pool, model = make_pool(), make_model()
+    selection = lead(pool, options=SelectionConfig(calibrate_every=3, unseen="drift"))
+
+    def make(out: Path, **options: object):
+        args = make_args(output_dir=str(out), max_steps=13, save_strategy="steps", save_steps=2, lr_scheduler_type="cosine", **options)
+        return selection.trainer(Trainer)(model=load(model), args=args, data_collator=collator(model))
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    log = (tmp_path / "whole" / "selection.jsonl").read_text()
+    for step in (6, 8):
+        resumed = make(tmp_path / f"from {step}")
+        Path(resumed.args.output_dir).mkdir(exist_ok=True)
+        (Path(resumed.args.output_dir) / "selection.jsonl").write_text(log)  # what a killed run leaves: more than its checkpoint
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert losses(resumed) == losses(whole)
+        for name, value in whole.lead_rounds.selector.state_dict().items():
+            assert torch.equal(resumed.lead_rounds.selector.state_dict()[name], value), name
+        for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(p, q), name
+        assert (Path(resumed.args.output_dir) / "selection.jsonl").read_text() == log
+    rounds = [json.loads(line) for line in log.splitlines()]
+    assert [line["round"] for line in rounds] == [0, 1, 2, 3]
+    assert [len(line["ids"]) for line in rounds] == [4, 4, 4, 1]
+
+
+def test_checkpoints_of_other_runs_are_refused(make_pool, make_model, make_args, load, collator, tmp_path) -> None:
+    pool, model = make_pool(samples=60), make_model()
+
+    def make(selection, out: Path = tmp_path, **options: object):
+        args = make_args(output_dir=str(out), max_steps=4, save_strategy="steps", save_steps=2, **options)
+        return selection.trainer(Trainer)(model=load(model), args=args, data_collator=collator(model))
+
+    make(lead(pool)).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    with pytest.raises(UserError, match="layout"):
+        make(lead(pool), gradient_accumulation_steps=1).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(UserError, match="method = lead, now it is random"):
+        make(lead(pool, method="random")).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / FILE).write_bytes((checkpoint / FILE).read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged"):
+        make(lead(pool)).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / FILE).unlink()
+    with pytest.raises(UserError, match="not written by a run with lead"):
+        make(lead(pool)).train(resume_from_checkpoint=str(checkpoint))
+    again = make(lead(pool))
+    again.train(resume_from_checkpoint=True)  # the last one, of step 4, is whole: nothing is left to do
+    assert again.state.global_step == 4
