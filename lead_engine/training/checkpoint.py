@@ -9,7 +9,10 @@ of it and do the same.
 """
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import shutil
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -21,6 +24,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from lead_engine.console import warn
 from lead_engine.errors import UserError
@@ -29,6 +34,10 @@ from lead_engine.training.checkpoint_files import METADATA, Planner, Reader, Wri
 from lead_engine.training.distributed import Ranks
 
 MARKER = "COMPLETE"
+PER_TENSOR = 2048
+"""Bytes that a tensor takes on the disk beside its numbers, and in the metadata."""
+RESERVE = 1 << 30
+"""Bytes that a checkpoint leaves free, at most: for logs and the final model."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +79,21 @@ class Checkpoints:
         parts: dict[str, Any],
         progress: Progress,
         notes: dict[str, Any] | None = None,
-    ) -> None:
-        """Start writing; returns once the tensors are copied. `parts`: name -> object with state_dict(); `notes`: JSON, for the marker."""
+    ) -> bool:
+        """Start writing; returns once the tensors are copied. `parts`: name -> object with state_dict(); `notes`: JSON, for the marker.
+
+        False, with a warning, if nothing can be written there.
+        """
         self.finish()
         path = self.folder / f"step-{progress.step:08d}"
-        if self._failed(path, _try(_empty_folder, path) if self.ranks.first else None):
-            return
-        writer = Writer(path)
         state = _state(model, optimizer, parts)
+        bytes_needed = sum(self.ranks.everyone(_local_bytes(state, self.ranks.first)))
+        if self._failed(path, _try(_make_folder, path, bytes_needed) if self.ranks.first else None):
+            return False
+        writer = Writer(path)
         future = dcp.async_save(state, storage_writer=writer, process_group=self.ranks.host_group)
         self._writing = _Writing(future, path, writer, progress, notes or {})
+        return True
 
     def finish(self) -> bool:
         """Wait for the checkpoint being written, mark it complete, and remove those that are too many.
@@ -170,7 +184,7 @@ class Checkpoints:
         if self.ranks.first:
             shutil.rmtree(path, ignore_errors=True)
         left = "earlier ones stay" if any(_complete(self.folder)) else "there is no earlier one"
-        warn(f"{path}: this checkpoint could not be written ({error}) and was removed; {left}, and training goes on")
+        warn(f"{path}: this checkpoint could not be written ({error}) and is removed; {left}, and training goes on")
         return True
 
     def _remove_old(self, newest: Path) -> None:
@@ -198,9 +212,26 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{MARKER}"))
 
 
-def _empty_folder(path: Path) -> None:
+def _make_folder(path: Path, bytes_needed: int) -> None:
+    """An empty folder. OSError if the disk has no room for so much: filling it up would stop the run's logs, and other runs, too."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
+    free, wanted = shutil.disk_usage(path).free, bytes_needed + min(bytes_needed // 10, RESERVE)
+    if wanted > free:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it needs {wanted / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free")
+
+
+def _local_bytes(state: dict[str, Any], first: bool) -> int:
+    """About what this rank will write of a state. Of a tensor that several ranks hold, one writes."""
+    total = 0
+    for tensor in pytree.tree_leaves(state):
+        if isinstance(tensor, DTensor):
+            mesh, placements = tensor.device_mesh, tensor.placements
+            copies = math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_replicate())
+            total += PER_TENSOR + tensor.to_local().nbytes // copies
+        elif isinstance(tensor, Tensor) and first:
+            total += PER_TENSOR + tensor.nbytes
+    return total
 
 
 def _try(action: Any, *arguments: Any) -> str | None:

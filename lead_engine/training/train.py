@@ -88,9 +88,10 @@ def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSi
                 waiting = None
                 at("checkpoint", done.round, done.step)
                 check_replicas(engine.selector, ranks, done.step)
-                checkpoints.save(engine.model, engine.optimizer, parts, done, {"skipped": skipped.state()})
+                started = checkpoints.save(engine.model, engine.optimizer, parts, done, {"skipped": skipped.state()})
             if number:
-                _stop(config, number, done, "a checkpoint is written" if checkpoints.finish() else "its checkpoint could not be written")
+                written = started and checkpoints.finish()
+                _stop(config, number, done, "a checkpoint is written" if written else "its checkpoint could not be written")
         _record(waiting, folder, session, meter, names, bar, skipped)
     at("last checkpoint", done.round, done.step)
     checkpoints.finish()

@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import OPTIONS, assert_same_run, lines
+
+from runs import OPTIONS, assert_same_run, kill_after_checkpoint, lines
 
 MIXTURE = ["--selection.draw", "mixture", "--selection.ranking", "soft", "--selection.unseen", "drift"]
 PAPER = ["--recipe", "paper"]
@@ -20,20 +19,6 @@ RUNS = {
     "rescore": (1, 120, ["--method", "rescore"]),
 }
 """Ranks, samples, options."""
-
-
-def kill_after_checkpoint(group, out: Path, more: int = 2) -> None:
-    """SIGKILL a run's ranks as soon as `more` further checkpoints are complete."""
-    before = set(out.glob("checkpoints/step-*/COMPLETE"))
-    deadline = time.monotonic() + 60
-    while len(set(out.glob("checkpoints/step-*/COMPLETE")) - before) < more:
-        assert any(process.exitcode is None for process in group.processes), f"the run ended before it could be killed\n{group.output()}"
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.005)
-    group.signal(signal.SIGKILL)
-    for process in group.processes:
-        process.join()
-    assert not (out / "summary.json").exists(), "the run was over before it was killed; make it longer"
 
 
 @pytest.mark.parametrize("which", RUNS)
