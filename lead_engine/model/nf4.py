@@ -169,7 +169,7 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
         layer = blocks.get_submodule(name)
         if layer.in_features % _BLOCK:
             raise UserError(
-                f"{FLAG}: {prefix}.{name.removesuffix('.base_layer')} has {layer.in_features} inputs, not a multiple of {_BLOCK}, the weights "
+                f"{FLAG}: {prefix}.{name.removesuffix('.base_layer')} has {layer.in_features} inputs, no multiple of {_BLOCK}, the weights "
                 "that share a scale; train this model with --lora.quantize none"
             )
         yield f"{prefix}.{name}", layer

@@ -161,7 +161,7 @@ def test_what_cannot_be_quantised_is_refused(make_model, make_pool, run_ranks, m
     narrow = make_model("llama", **{**SHAPE, "intermediate_size": 96})
     refused = run_ranks("train", "--pool", make_pool(samples=60), "--model", narrow, "--out", tmp_path / "run", *OPTIONS, check=False)
     assert refused.processes[0].exitcode == 2
-    assert "--lora.quantize nf4: model.layers.0.mlp.down_proj has 96 inputs, not a multiple of 64" in " ".join(refused.output().split())
+    assert "--lora.quantize nf4: model.layers.0.mlp.down_proj has 96 inputs, no multiple of 64" in " ".join(refused.output().split())
     experts = make_model("qwen3_moe", **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
     with pytest.raises(UserError, match=r"--lora\.quantize nf4: model\.layers\.0\.mlp\.experts\.\w+ is a weight .* of no linear layer"):
         build(experts, lora=lora)
