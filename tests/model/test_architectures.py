@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from model_kinds import KINDS
+from separate import reference, worst
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,46 +22,6 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
 from lead_kernels import PackedBatch, gather_batch
 
-MIXTURE = {
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
-}  # fmt: skip
-ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-KINDS: dict[str, dict] = {
-    "llama": {},
-    "mistral": {"sliding_window": 9},
-    "ministral": {"sliding_window": 9},
-    "ministral3": {},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
-    "qwen3": {"tie_word_embeddings": True},
-    "gemma": {"tie_word_embeddings": True},
-    "gemma2": {"tie_word_embeddings": True, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, **ALTERNATING},
-    "gemma3_text": {"tie_word_embeddings": True, "final_logit_softcapping": 5.0, **ALTERNATING},
-    "gemma3": {"text_config": {"tie_word_embeddings": True, **ALTERNATING}, "vision_config": VISION, "mm_tokens_per_image": 4},
-    "phi": {"resid_pdrop": 0.1},
-    "phi3": {"sliding_window": 9},
-    "smollm3": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
-    "olmo": {"clip_qkv": 0.5},
-    "olmo2": {},
-    "olmo3": ALTERNATING,
-    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
-    "cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
-    "cohere2": {"logit_scale": 0.25, "tie_word_embeddings": True, **ALTERNATING},
-    "glm": {},
-    "glm4": {},
-    "starcoder2": {"sliding_window": 9},
-    "seed_oss": {},
-    "ernie4_5": {},
-    "exaone4": ALTERNATING,
-    "qwen2_moe": MIXTURE,
-    "qwen3_moe": MIXTURE,
-    "mixtral": {**MIXTURE, "sliding_window": 9},
-    "olmoe": MIXTURE,
-    "glm4_moe": MIXTURE,
-    "dots1": MIXTURE,
-    "minimax_m2": MIXTURE,
-}
 CPU = torch.device("cpu")
 IDS = [3, 17, 4, 29, 11]
 
@@ -73,30 +34,11 @@ def build(folder: Path, attention: str = "auto", max_length: int = 64) -> Packed
     return build_model(folder, device=CPU, runtime=RuntimeConfig(precision="fp32", attention=attention), max_length=max_length)
 
 
-def reference(folder: Path, store: TokenStore, ids: list[int], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each sample alone through transformers' eager code: mean NLL of response tokens, gradients of their token-weighted mean."""
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager).eval()
-    losses, total, count = [], 0, 0
-    for i in ids:
-        low, high = int(store.offsets[i]), int(store.offsets[i + 1])
-        tokens, mask = store.tokens[low:high].long(), store.response[low:high]
-        nll = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")[mask[1:]]
-        losses.append(nll.mean().detach())
-        total, count = total + nll.sum(), count + len(nll)
-    (total / count).backward()
-    return torch.stack(losses), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 def batch(store: TokenStore, ids: list[int], slots: int = 8, spare: int = 6) -> PackedBatch:
     """A micro-batch with empty slots and an empty tail of `spare` tokens."""
     padded = torch.tensor(ids + [store.num_samples] * (slots - len(ids)))
     rows = int(store.response_rows[ids].sum()) if ids else 0
     return store.batch(padded, capacity=int(store.lengths[ids].sum()) + spare, num_rows=rows + 5)
-
-
-def worst(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).abs().max())
 
 
 def compare(folder: Path, store: TokenStore, ids: list[int]) -> None:
