@@ -102,7 +102,7 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
     pool, model = make_pool(samples=1500), make_model()
     Path("PREPARED").symlink_to(pool)
     Path("MODEL").symlink_to(model)
-    scope = execute(program("import torch\n"))
+    scope = execute(program("import torch\nfrom torch.nn"))
     assert scope["step"] > 4
 
     longest = int(scope["store"].lengths.max())
@@ -122,3 +122,25 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
     # Both are fp32; padded and packed batches differ in the order of sums. The estimate of dL amplifies rounding by <G, dtheta> / |G|^2.
     torch.testing.assert_close(own.utility, theirs.utility, rtol=2e-4, atol=2e-4)
     assert not torch.allclose(own.utility[:-1], scope["state"].utility)
+
+
+def test_three_lines_bring_it_into_trainers(make_model, make_pool, tmp_path, monkeypatch) -> None:
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"say {i} twice:", "completion": f" {i} {i} and {'so on ' * (i % 3)}"} for i in range(48)]
+    Path("pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("MODEL").symlink_to(make_model())
+    Path("PREPARED").symlink_to(make_pool(samples=80))
+    code = program("import torch\nfrom datasets import load_dataset")
+    assert [line.partition("#")[2].strip()[:1] for line in code.splitlines() if "#" in line] == ["1", "2", "3"]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    trainer = execute(code)["trainer"]
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    assert 1 <= len(log) <= trainer.args.max_steps == 2
+    assert log[-1]["lead_tokens"] <= 0.4 * int(trainer._lead_lengths.sum())
+    scope = execute(program("from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollator"))
+    assert int(scope["visits"].sum()) > 20
+    assert (tmp_path / "OUT2" / "checkpoint-2" / "lead_selection.safetensors").exists()
+    ids = [json.loads(line)["ids"] for line in Path("OUT2/selection.jsonl").read_text().splitlines()]
+    assert sum(len(step) for steps in ids for step in steps) == int(scope["visits"].sum())

@@ -23,6 +23,8 @@ def refuse_arguments(args: Any) -> None:
         "loss_type: utility is the plain loss; take 'nll'": getattr(args, "loss_type", "nll") != "nll",
         "fp16=True: gradients are scaled, and steps skipped, where nobody sees it; take bf16=True or neither": args.fp16,
         "dataloader_num_workers: a round is known once the one before it is over; leave it at 0": args.dataloader_num_workers > 0,
+        "torch_compile=True: batches hold another number of learned tokens each, for which all would be compiled anew; leave it out":
+            getattr(args, "torch_compile", False),
         "auto_find_batch_size=True: a round is planned for one batch size; leave it out": args.auto_find_batch_size,
         "deepspeed: its optimizer keeps gradients to itself; take DDP, or `lead-engine train`, which shards": bool(args.deepspeed),
         "fsdp: the LM head's weight is sharded where its loss is computed; take DDP, or `lead-engine train`, which shards": bool(args.fsdp),
@@ -40,6 +42,10 @@ def refuse_dataset(dataset: Any) -> None:
 
 def refuse_trainer(trainer: Any) -> None:
     """UserError for what only the built trainer knows."""
+    if trainer.model_init is not None:
+        raise UserError("model_init: makes another model when training starts; give the model itself")
+    if trainer.is_model_parallel:
+        raise UserError("a model spread over several devices (device_map): give every process a whole one")
     if trainer.compute_loss_func is not None:
         raise UserError("compute_loss_func: the loss is computed here, a sample at a time; leave it out")
     if trainer.args.n_gpu > 1:

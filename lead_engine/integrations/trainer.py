@@ -306,7 +306,7 @@ class _WithLead(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the trainer's, with the last round's number, reward and the tokens trained so far."""
-        if "loss" in logs:
+        if "loss" in logs and hasattr(self, "lead_rounds"):
             logs = {**logs, **self.lead_rounds.last, "lead_tokens": self.lead_rounds.tokens}
         super().log(logs, *args, **kwargs)
 
