@@ -42,9 +42,9 @@ def score(model: PackedLM, store: TokenStore, folder: Path, ranks: Ranks, batch:
 def _shards(store: TokenStore) -> list[Tensor]:
     """Consecutive sample ids of about SHARD_TOKENS tokens each."""
     ends = store.lengths.cpu().cumsum(0)
-    shard = (ends - 1) // SHARD_TOKENS
+    shard = (ends - 1) // SHARD_TOKENS  # rises along the pool; a sample longer than a shard leaves numbers out
     ids = torch.arange(store.num_samples)
-    return [ids[shard == i] for i in range(int(shard.max()) + 1) if bool((shard == i).any())]
+    return list(ids.split(shard.unique_consecutive(return_counts=True)[1].tolist()))
 
 
 def _path(folder: Path, shard: int) -> Path:
