@@ -22,20 +22,22 @@ def losses(trainer) -> list[float]:
 @pytest.mark.parametrize("pool_given", [True, False], ids=["pool", "rows scored by both ranks"])
 def test_two_ranks_are_one_with_twice_the_accumulation(make_pool, make_model, make_args, load, collator, tmp_path, pool_given) -> None:
     pool, model = make_pool(), make_model()
-    selection = lead(pool if pool_given else None)
-    one = selection.trainer(Trainer)(
-        model=load(model), args=make_args(max_steps=9, gradient_accumulation_steps=4), data_collator=collator(model),
+    steps, budget = (9, None) if pool_given else (100, 0.29)  # a budget that ends with a step too short for the second rank
+    one = lead(pool if pool_given else None, budget).trainer(Trainer)(
+        model=load(model), args=make_args(max_steps=steps, gradient_accumulation_steps=4), data_collator=collator(model),
         train_dataset=lead(pool).dataset(),
     )  # fmt: skip
     one.train()
-    options = make_args(max_steps=9, gradient_accumulation_steps=2).to_dict()
+    *_, last = [json.loads(line) for line in (Path(one.args.output_dir) / "selection.jsonl").read_text().splitlines()]
+    assert len(last["ids"][-1]) == 16 if pool_given else 0 < len(last["ids"][-1]) <= 8
+    options = make_args(max_steps=steps, gradient_accumulation_steps=2).to_dict()
     wanted = (
         "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "adam_beta2", "optim",
         "weight_decay", "max_grad_norm", "logging_steps", "report_to", "seed", "disable_tqdm", "use_cpu", "max_steps",
             "logging_nan_inf_filter",
     )  # fmt: skip
     options = {name: options[name] for name in wanted} | {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 6}
-    first, second = train(pool, model, tmp_path, options, score=not pool_given)
+    first, second = train(pool, model, tmp_path, options, score=not pool_given, budget=budget)
     assert first["utility"] == second["utility"]  # bit for bit
     assert first["visits"] == second["visits"]
     assert first["weights"] == second["weights"]

@@ -64,3 +64,170 @@ def test_steps_follow_from_the_budget(make_pool, make_model, make_args, load, co
     assert trainer.args.max_steps == 200 * 0.2 / 8
     with pytest.raises(UserError, match="max_steps"):
         lead(make_pool()).trainer(Trainer)(model=load(make_model()), args=make_args(), data_collator=collator(make_model()))
+
+
+def first_batch(trainer):
+    """(ids, our HeadLoss, the batch) of a run's first micro-batch, under the model as it is."""
+    trainer._lead_begin(None)
+    assert trainer.lead_rounds.ahead()
+    ids = trainer.lead_rounds.ids(0)
+    batch = trainer._prepare_inputs(trainer._lead_batch(ids))
+    with torch.no_grad(), trainer.accelerator.autocast():
+        trainer.model.eval()
+        return ids, trainer.compute_loss(trainer.model, batch, return_outputs=True)[1], batch
+
+
+def by_logits(model, batch) -> torch.Tensor:
+    """Mean loss of every row by the model's own logits, fp32 [b]."""
+    with torch.no_grad():
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return nll.sum(1) / (labels != -100).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gemma2", {"tie_word_embeddings": True, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("phi", {"partial_rotary_factor": 0.5}),  # its head has a bias
+        ("qwen3", {}),
+    ],
+)
+def test_losses_are_those_of_the_models_logits(make_pool, make_model, make_args, load, collator, kind, options) -> None:
+    folder = make_model(kind, **options)
+    make = lead(make_pool(samples=40)).trainer(Trainer)
+    trainer = make(model=load(folder, attn_implementation="eager"), args=make_args(max_steps=1), data_collator=collator(folder))
+    if trainer.model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(trainer.model.get_output_embeddings().bias)
+    ids, head, batch = first_batch(trainer)
+    torch.testing.assert_close(head.sample_nll, by_logits(trainer.model, batch), rtol=0, atol=1e-5)
+    assert head.sample_tokens.tolist() == trainer._lead_counts[ids].tolist()
+
+
+def test_a_head_that_is_more_than_a_product_is_found_out(make_pool, make_model, make_args, load, collator) -> None:
+    model = load(make_model())
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 1.3 * output)
+    trainer = lead(make_pool(samples=40)).trainer(Trainer)(model=model, args=make_args(max_steps=1), data_collator=collator(make_model()))
+    with pytest.raises(UserError, match="something else stands between"):
+        trainer.train()
+
+
+def test_bf16_is_as_exact_as_the_models_own(make_pool, make_model, make_args, load, collator) -> None:
+    make = lead(make_pool(samples=60)).trainer(Trainer)
+    folder = make_model(hidden_size=64, intermediate_size=128)
+    trainer = make(model=load(folder), args=make_args(max_steps=5, bf16=True), data_collator=collator(folder))
+    _, head, batch = first_batch(trainer)
+    exact = by_logits(trainer.model, batch)
+    with trainer.accelerator.autocast():
+        theirs = by_logits(trainer.model, batch)
+    assert (head.sample_nll - exact).abs().max() <= 1.2 * (theirs - exact).abs().max()
+    trainer.train()
+    assert all(5 < loss < 7 for loss in losses(trainer))
+    whole = make(model=load(folder).bfloat16(), args=make_args(max_steps=5), data_collator=collator(folder))  # bf16 weights
+    whole.train()
+    assert losses(whole) == pytest.approx(losses(trainer), abs=0.1)
+
+
+def test_evaluation_is_the_trainers_own(make_pool, make_model, make_args, load, collator) -> None:
+    pool, folder = make_pool(samples=80), make_model()
+    held_out = lead(make_pool(samples=10, seed=5)).dataset()
+    plain = Trainer(model=load(folder), args=make_args(), data_collator=collator(folder), eval_dataset=held_out).evaluate()
+    args = make_args(max_steps=6, eval_strategy="steps", eval_steps=3, eval_on_start=True)
+    trainer = lead(pool).trainer(Trainer)(model=load(folder), args=args, data_collator=collator(folder), eval_dataset=held_out)
+    trainer.train()
+    measured = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(measured) == 3
+    assert measured[0] == plain["eval_loss"]
+    quiet = lead(pool).trainer(Trainer)(model=load(folder), args=make_args(max_steps=6), data_collator=collator(folder))
+    quiet.train()
+    assert losses(quiet) == losses(trainer)  # in the middle of rounds, evaluation changes nothing
+
+
+def test_batches_that_are_not_what_was_planned_are_refused(make_pool, make_model, make_args, load, collator) -> None:
+    folder, pad = make_model(), collator(make_model())
+
+    def cuts(examples: list[dict]) -> dict:
+        return {name: value[:, :6] for name, value in pad(examples).items()}
+
+    wrong = ((cuts, "cut nothing"), (lambda rows: pad(rows[::-1]), "keep the order"), (lambda rows: pad(rows[:1]), "1 rows of 4"))
+    for collate, words in wrong:
+        trainer = lead(make_pool(samples=40)).trainer(Trainer)(model=load(folder), args=make_args(max_steps=1), data_collator=collate)
+        with pytest.raises(UserError, match=words):
+            trainer.train()
+    trainer = lead(make_pool(samples=40)).trainer(Trainer)(model=load(folder), args=make_args(max_steps=1), data_collator=pad)
+    trainer._lead_begin(None)
+    trainer.state.max_steps = 4
+    batches = iter(trainer.get_train_dataloader())
+    assert {"lead", "labels"} <= set(next(batches)) & set(next(batches))
+    with pytest.raises(RuntimeError, match="before the step in hand was trained"):
+        next(batches)
+
+
+def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load, collator, tmp_path) -> None:
+    from datasets import Dataset, IterableDataset
+
+    pool, folder, pad = make_pool(samples=40), make_model(), collator(make_model())
+    for wrong, words in (
+        ({"method": "rescore"}, "only `lead-engine train` does"), ({"method": "full"}, "selects nothing"),
+        ({"method": "lucky"}, "no such method"), ({"budget": 0.0}, "budget"), ({"pool": tmp_path}, "no such file"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            lead(**wrong)
+    with pytest.raises(UserError, match="made of transformers' Trainer"):
+        lead(pool).trainer(dict)
+
+    def build(**options: object):
+        return lead(pool).trainer(Trainer)(**{"model": load(folder), "args": make_args(max_steps=1), "data_collator": pad, **options})
+
+    with pytest.raises(UserError, match="compute_loss_func"):
+        build(compute_loss_func=lambda *_: None)
+    with pytest.raises(UserError, match="model_init"):
+        build(model=None, model_init=lambda: load(folder))
+    with pytest.raises(UserError, match="a stream"):
+        build(train_dataset=IterableDataset.from_generator(lambda: iter([{"input_ids": [1]}])))
+    mixture = make_model("mixtral", num_local_experts=2, output_router_logits=True)
+    with pytest.raises(UserError, match="auxiliary loss"):
+        build(model=load(mixture))
+    with pytest.raises(UserError, match=r"give lead\(budget=...\) or max_steps"):
+        lead().trainer(Trainer)(
+            model=load(folder), args=make_args(), data_collator=pad,
+            train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5, 6, 7]]}),
+        )  # fmt: skip
+
+
+def test_other_methods_follow_too(make_pool, make_model, make_args, load, collator, engine_rounds) -> None:
+    """`random` needs no scores and makes no estimate; rows may come from any data set with a length, without labels of its own."""
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+
+    pool, folder = make_pool(), make_model()
+    trainer = lead(pool, method="random").trainer(Trainer)(model=load(folder), args=make_args(max_steps=4), data_collator=collator(folder))
+    trainer.train()
+    reports, _ = engine_rounds(pool, folder, rounds=1, method="random")
+    assert lines(trainer)[0]["ids"] == reports[0].sample_ids
+    assert losses(trainer) == pytest.approx(reports[0].losses, abs=5e-5)
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, i: int) -> dict:
+            return {"input_ids": [4 + (i * j) % 200 for j in range(1, 6 + i % 9)]}
+
+    pad = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(folder), mlm=False)
+    trainer = lead(budget=1.0).trainer(Trainer)(model=load(folder), args=make_args(), data_collator=pad, train_dataset=Rows())
+    assert trainer._lead_counts.tolist() == [n - 1 for n in trainer._lead_lengths.tolist()]
+    trainer.train()
+    assert trainer.state.global_step <= trainer.args.max_steps == 5
+
+
+def test_importing_it_needs_transformers_only() -> None:
+    import lead_engine.integrations
+
+    for path in Path(lead_engine.integrations.__file__).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "import trl" not in text
+        assert "from trl" not in text
+        assert not [line for line in text.splitlines() if line.startswith(("import datasets", "from datasets"))], path
