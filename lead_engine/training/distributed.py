@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lead_engine.errors import UserError
-from lead_engine.training.watchdog import Watchdog
+from lead_engine.training.watchdog import Watchdog, at
 
 BEHIND_WATCHDOG = timedelta(seconds=60)
 """How much later than the watchdog, which knows who is missing, a collective gives up by itself."""
@@ -96,6 +96,7 @@ def _join(backend: str, limit: timedelta, timeout: float) -> Watchdog | None:
         return None
     own = dist.PrefixStore("watchdog", store.clone())  # a connection that nobody else waits on
     own.set_timeout(timedelta(seconds=5))
+    at("starting up", limited=False)
     watchdog = Watchdog(own, rank, size, timeout)
     watchdog.start()
     return watchdog

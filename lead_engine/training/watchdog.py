@@ -20,6 +20,8 @@ from torch.distributed import Store
 
 EXIT_HANG = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
+SILENCE = 60.0
+"""Seconds: at start-up, importing and loading may keep a rank's threads from speaking for a while."""
 
 
 class Place(NamedTuple):
@@ -77,6 +79,7 @@ class Watchdog:
         self._over = threading.Event()
 
     def start(self) -> None:
+        self._last_answer = time.monotonic()
         for target in (self._talk, self._watch):
             threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True).start()
 
@@ -125,7 +128,7 @@ class Watchdog:
 
     def _may_wait(self) -> bool:
         patient = not _here.limited or any(not heard.place.limited for heard in self._heard.values())
-        return patient and not self._silent(self.timeout)
+        return patient and not self._silent(max(self.timeout, SILENCE))
 
     def _end(self) -> None:
         silent = self._silent(2.5 * self.refresh)

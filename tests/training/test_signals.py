@@ -8,18 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from runs import OPTIONS, assert_same_run, lines
+from runs import OPTIONS, assert_same_run, lines, wait_for_steps
 
 Reach = Sequence[int] | None
-
-
-def wait_for_steps(group, out: Path, steps: int) -> None:
-    """Until metrics.jsonl has so many lines."""
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < steps:
-        assert all(process.exitcode is None for process in group.processes), group.output()
-        assert time.monotonic() < deadline, group.output()
-        time.sleep(0.005)
 
 
 CASES: dict[str, tuple[int, signal.Signals, Reach, list[str]]] = {
