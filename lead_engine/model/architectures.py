@@ -50,18 +50,22 @@ def why_not(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def noise_of(config: PreTrainedConfig) -> dict[str, float]:
+    """Dropout and router noise that a config asks for, by name."""
+    values = config.get_text_config().to_dict().items()
+    return {name: value for name, value in values if name.endswith(NOISE) and isinstance(value, float) and value > 0}
+
+
 def without_noise(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy with dropout and router noise at 0.
 
     Losses would otherwise depend on a random state that no checkpoint keeps, and packed attention has no dropout. Almost every published
     model has them at 0 (phi-2: 0.1).
     """
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    for name, value in text.to_dict().items():
-        if name.endswith(NOISE) and isinstance(value, float) and value > 0:
-            setattr(text, name, 0.0)
-    return config
+    quiet = copy.deepcopy(config)
+    for name in noise_of(config):
+        setattr(quiet.get_text_config(), name, 0.0)
+    return quiet
 
 
 def experts_option(config: PreTrainedConfig) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_engine.config import LoraConfig, RuntimeConfig
+from lead_engine.console import say
 from lead_engine.errors import UserError
 from lead_engine.model import adapter, architectures, nf4, weights
 from lead_engine.model.attention import NAME, choose_attention
@@ -71,6 +72,8 @@ def build_model(
     kind = choose_attention(runtime.attention, device, dtype)
     config = load_config(base)
     architectures.check(config, base)
+    if trainable and (noise := architectures.noise_of(config)):
+        say(f"{base}: trained without the {', '.join(f'{name} {value:g}' for name, value in noise.items())} of its config.json")
     options = {"attn_implementation": NAME, "dtype": torch.float32, **architectures.experts_option(config)}
     with init_empty_weights(include_buffers=False):  # parameters on the meta device, rotary tables real
         hf = AutoModelForCausalLM.from_config(architectures.without_noise(config), **options)

@@ -144,6 +144,14 @@ def test_dynamic_rope_is_refused_beyond_its_length(make_model, store: TokenStore
         build(folder, max_length=49)
 
 
+def test_dropout_is_off_and_said_so(make_model, capsys) -> None:
+    folder = make_model("phi", all_random=True, **KINDS["phi"])
+    model = build(folder)
+    assert "trained without the resid_pdrop 0.1 of its config.json" in " ".join(capsys.readouterr().out.split())
+    assert not [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+    assert model.config.resid_pdrop == 0.1  # what is saved is the model's own
+
+
 REFUSED = {
     "qwen3_next": "layers of other kinds .*linear_attention",
     "lfm2": "compared",
