@@ -117,7 +117,7 @@ def _quantize_scales(scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Te
     """fp32 [out, in / 64] -> codes uint8 of that shape, their scales fp32 [k], what was taken off before: fp32, 0-d."""
     flat = scales.reshape(-1)
     offset = flat.mean()
-    codes, nested = torch.ops.bitsandbytes.quantize_blockwise(flat - offset, levels, _NESTED_BLOCK)
+    codes, nested = torch.ops.bitsandbytes.quantize_blockwise(flat - offset, levels.to(flat.device), _NESTED_BLOCK)
     return codes.view(scales.shape), nested, offset
 
 
@@ -134,11 +134,14 @@ def _levels() -> Tensor:
     return bitsandbytes_functional(FLAG).create_dynamic_map(signed=True)
 
 
-def quantize_blocks(model: PreTrainedModel) -> None:
+def quantize_blocks(model: PreTrainedModel, *, sharded: bool) -> None:
     """Put an NF4Linear, not yet filled, in the place of every frozen linear layer of the decoder's blocks; adapters stay as they are.
 
-    Raises UserError where bitsandbytes is missing, and for blocks whose weights cannot all be quantised.
+    Raises UserError where bitsandbytes is missing, where torch's FSDP cannot shard integers, and for blocks whose weights cannot all be
+    quantised.
     """
+    if sharded and torch.__version__ < (2, 12):
+        raise UserError(f"{FLAG}: FSDP shards integers from torch 2.12 on, and this is {torch.__version__}; pip install 'torch>=2.12'")
     for name, layer in _linear_layers(model):
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, NF4Linear(layer.out_features, layer.in_features, layer.bias))
@@ -150,7 +153,7 @@ def round_blocks(model: PreTrainedModel) -> None:
     levels = _levels()
     for _, layer in _linear_layers(model):
         codes, scales = _quantize(layer.weight.float())
-        weight = dequantize(codes, *_quantize_scales(scales, levels.to(scales.device)), levels.to(scales.device), layer.weight.dtype)
+        weight = dequantize(codes, *_quantize_scales(scales, levels), levels.to(scales.device), layer.weight.dtype)
         layer.weight.copy_(weight)
 
 

@@ -102,7 +102,8 @@ class AdamW8bit(torch.optim.Optimizer):
             for pieces in _together(chain.from_iterable(self._pieces(p) for p in stepped)):
                 _update(pieces, group, found_inf, grad_scale)
             for parameter in stepped:
-                self.state[parameter]["step"] += 1 if found_inf is None else 1 - found_inf
+                step = self.state[parameter]["step"]
+                step += 1 if found_inf is None else 1 - found_inf.to(step.device)
         return loss
 
     def _pieces(self, parameter: nn.Parameter) -> Iterator[_Piece]:
@@ -152,7 +153,7 @@ def _update(pieces: list[_Piece], group: dict[str, Any], found_inf: Tensor | Non
         fused=True, found_inf=found_inf, grad_scale=grad_scale, amsgrad=False, maximize=False, beta1=group["betas"][0],
         beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
-    skip = None if found_inf is None else found_inf != 0
+    skip = None if found_inf is None else found_inf.to(pieces[0].step.device) != 0
     for piece, *moments in zip(pieces, first, second, strict=True):
         for moment, value in zip(piece.moments, moments, strict=True):
             moment.write(value, skip)

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
@@ -19,6 +20,7 @@ from lead_engine.model import merge, nf4
 from lead_engine.model.load import build_model, count_parameters, load_hf
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
+from lead_engine.training.distributed import process_group
 
 CPU = torch.device("cpu")
 # Rows that three ranks do not divide; more than one block of scales in a weight; biases.
@@ -165,6 +167,11 @@ def test_what_cannot_be_quantised_is_refused(make_model, make_pool, run_ranks, m
     experts = make_model("qwen3_moe", **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
     with pytest.raises(UserError, match=r"--lora\.quantize nf4: model\.layers\.0\.mlp\.experts\.\w+ is a weight .* of no linear layer"):
         build(experts, lora=lora)
+    with monkeypatch.context() as older:
+        older.setattr(torch, "__version__", TorchVersion("2.11.1+cpu"))
+        build(make_model("llama", **SHAPE), lora=lora)
+        with pytest.raises(UserError, match=r"--lora\.quantize nf4: FSDP shards integers from torch 2\.12 on"), process_group() as ranks:
+            build(make_model("llama", **SHAPE), lora=lora, mesh=ranks.mesh)
     for name in ("bitsandbytes", "bitsandbytes.functional"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"--lora\.quantize nf4: needs bitsandbytes.*pip install"):
