@@ -82,7 +82,7 @@ def build_model(
         elif lora is not None and lora.rank:
             adapter.inject(hf, adapter.new_config(lora, base), head=lora.head)
     if nf4.was_trained_on(adapter_folder) or (lora is not None and lora.quantize == "nf4"):
-        nf4.quantize_blocks(hf)
+        nf4.quantize_blocks(hf, sharded=mesh is not None)
     hf.tie_weights()  # the move to the meta device parted shared parameters
     settle_rope(hf.get_decoder(), max_length)
     model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=(runtime.head_chunk_mib << 20) or None)
@@ -91,8 +91,8 @@ def build_model(
     parallelize(model, runtime, dtype, mesh, trainable=trainable)
     stored = torch.float32 if trainable else dtype
     weights.materialise(model, parameter_device(device, mesh, runtime), stored, frozen=dtype if mesh else None)
-    move_buffers(model, device)
     weights.load(model, base, adapter_folder)
+    move_buffers(model, device)  # only now: where parameters are offloaded, quantising needs both on the host
     adapter.initialise(model, seed, skip=adapter_folder is not None)
     model.train(trainable)
     return model.requires_grad_(False) if not trainable else model

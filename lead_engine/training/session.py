@@ -16,6 +16,7 @@ from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
 from lead_engine.selection.selector import Layout, Selector
+from lead_engine.training.combinations import check_combination
 from lead_engine.training.distributed import Ranks, data_mesh
 from lead_engine.training.loop import Engine
 from lead_engine.training.optimizer import make_optimizer
@@ -37,6 +38,7 @@ class Session:
 
 def build(config: TrainConfig, ranks: Ranks) -> Session:
     """Open the pool, load the model, and put the engine together. Raises UserError for everything that the user can mend."""
+    check_combination(config, ranks.size, ranks.device)
     store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
     state = _pool_state(config, store)
     base = _base(config, ranks)

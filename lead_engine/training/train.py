@@ -19,6 +19,7 @@ from lead_engine.model.save import save_model
 from lead_engine.selection.selector import Selector
 from lead_engine.training.announce import announce
 from lead_engine.training.checkpoint import Checkpoints, Progress
+from lead_engine.training.combinations import check_combination
 from lead_engine.training.diagnosis import SkippedSteps
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.flops import ModelFlops, find_peak
@@ -169,8 +170,7 @@ def _record(
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> None:
-    if config.batch.micro_batches % ranks.size:
-        raise UserError(f"--batch.micro-batches {config.batch.micro_batches}: must be a multiple of the {ranks.size} ranks")
+    check_combination(config, ranks.size, ranks.device)
     if not (config.pool / "store").is_dir():
         raise UserError(f"--pool {config.pool}: not a prepared pool (no store/ in it); make one with `lead-engine prepare`")
 
