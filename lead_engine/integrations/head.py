@@ -78,6 +78,8 @@ def install(model: nn.Module) -> None:
 def projection_of(base: nn.Module) -> nn.Module:
     """The LM head as a module with weight [V, H] and bias. UserError where it is another thing, or wears an adapter."""
     kind = base.config.model_type
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise UserError(f"model: a {kind} model is an encoder and a decoder; LEAD works with decoders alone")
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is not None and hasattr(head, "modules_to_save"):  # peft's: a trained copy of the whole head
         head = head.modules_to_save[head.active_adapters[0]]

@@ -34,6 +34,21 @@ def refuse_arguments(args: Any) -> None:
             raise UserError(f"args.{reason}")
 
 
+OWN = ("transformers.trainer", "trl.trainer.sft_trainer")
+"""Where the loss and the sampler that LEAD takes the place of are at home."""
+
+
+def refuse_class(cls: type) -> None:
+    """UserError for trainers whose loss or order of samples is their own: LEAD's would silently take its place."""
+    for name in ("compute_loss", "get_train_dataloader", "_get_train_sampler"):
+        home = getattr(cls, name).__module__
+        if home not in OWN:
+            raise UserError(
+                f"selection.trainer({cls.__name__}): has a {name} of its own ({home}), which LEAD's would replace; give Trainer, SFTTrainer, or "
+                "a class that leaves loss and sampler as they are"
+            )
+
+
 def refuse_dataset(dataset: Any) -> None:
     """UserError for data sets without rows that can be asked for by number."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
@@ -46,6 +61,8 @@ def refuse_trainer(trainer: Any) -> None:
         raise UserError("model_init: makes another model when training starts; give the model itself")
     if trainer.is_model_parallel:
         raise UserError("a model spread over several devices (device_map): give every process a whole one")
+    if getattr(trainer, "_is_vision_dataset", False):
+        raise UserError("train_dataset: has images; LEAD goes by text alone")
     if trainer.compute_loss_func is not None:
         raise UserError("compute_loss_func: the loss is computed here, a sample at a time; leave it out")
     if trainer.args.n_gpu > 1:

@@ -70,8 +70,8 @@ def one_sample(example: Any, collate: Collator) -> tuple[Tensor, Tensor]:
 
 def measure(dataset: Any, collate: Collator) -> tuple[Tensor, Tensor]:
     """(tokens, places to learn) of every row: int64 [N] each. By Arrow's offsets where there are labels, else a row at a time."""
-    names = getattr(dataset, "column_names", None)
-    if names and {"input_ids", "labels"} <= set(names):
+    columns = getattr(dataset, "column_names", None) or ()
+    if {"input_ids", "labels"} <= set(columns) and dataset.format["type"] != "custom":
         return _measure_arrow(dataset)
     found = [one_sample(dataset[i], collate) for i in range(len(dataset))]
     return torch.tensor([len(tokens) for tokens, _ in found]), torch.tensor([int((labels != -100).sum()) for _, labels in found])

@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from lead_engine.config import to_dict
 from lead_engine.errors import UserError
 from lead_engine.integrations.head import HeadCall, base_of, check, install
-from lead_engine.integrations.refuse import refuse_arguments, refuse_dataset, refuse_trainer
+from lead_engine.integrations.refuse import refuse_arguments, refuse_class, refuse_dataset, refuse_trainer
 from lead_engine.integrations.rounds import LOG, Rounds
 from lead_engine.integrations.rows import check_batch, check_learnable, check_rows, locate, measure, one_sample
 from lead_engine.integrations.score import score_rows
@@ -49,6 +49,7 @@ def with_lead(cls: type, selection: Selection) -> type:
     if not (isinstance(cls, type) and issubclass(cls, Trainer)):
         name = getattr(cls, "__name__", cls)
         raise UserError(f"selection.trainer({name}): give a class made of transformers' Trainer, as TRL's SFTTrainer is")
+    refuse_class(cls)
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
         raise UserError("lead_engine.integrations: needs transformers 5.19 or later (in older ones a loss cannot say how it is scaled)")
     return type(f"Lead{cls.__name__}", (_WithLead, cls), {"lead_selection": selection, "__doc__": cls.__doc__})
@@ -148,7 +149,9 @@ class _WithLead(Trainer):
 
     def _lead_batch(self, ids: list[int]) -> dict[str, Any]:
         """The collated samples `ids`, and under "lead" where they lie. No ids: a batch in which nothing is to be learned."""
-        batch = dict(self._lead_collate([self._lead_rows[int(self._lead_row_of[i])] for i in ids or [0]]))
+        places = self._lead_row_of[ids or [0]].tolist()
+        together = getattr(self._lead_rows, "__getitems__", None)  # as torch's own loader does
+        batch = dict(self._lead_collate(together(places) if together else [self._lead_rows[place] for place in places]))
         where = locate(batch, max(1, len(ids)))
         rows, targets, slots = where.rows, where.targets, where.row_slots
         if ids:

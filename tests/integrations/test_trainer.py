@@ -179,6 +179,13 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
     with pytest.raises(UserError, match="made of transformers' Trainer"):
         lead(pool).trainer(dict)
 
+    class OwnLoss(Trainer):
+        def compute_loss(self, *args: object, **kwargs: object):
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(UserError, match="a compute_loss of its own"):
+        lead(pool).trainer(OwnLoss)
+
     def build(**options: object):
         return lead(pool).trainer(Trainer)(**{"model": load(folder), "args": make_args(max_steps=1), "data_collator": pad, **options})
 
