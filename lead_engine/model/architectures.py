@@ -56,16 +56,19 @@ def noise_of(config: PreTrainedConfig) -> dict[str, float]:
     return {name: value for name, value in values if name.endswith(NOISE) and isinstance(value, float) and value > 0}
 
 
-def without_noise(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy with dropout and router noise at 0.
+def as_trained(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with dropout and router noise at 0, and without router logits, which only the auxiliary loss would want.
 
     Losses would otherwise depend on a random state that no checkpoint keeps, and packed attention has no dropout. Almost every published
     model has them at 0 (phi-2: 0.1).
     """
-    quiet = copy.deepcopy(config)
+    copied = copy.deepcopy(config)
+    text = copied.get_text_config()
     for name in noise_of(config):
-        setattr(quiet.get_text_config(), name, 0.0)
-    return quiet
+        setattr(text, name, 0.0)
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
+    return copied
 
 
 def experts_option(config: PreTrainedConfig) -> dict[str, str]:

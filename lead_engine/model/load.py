@@ -76,7 +76,7 @@ def build_model(
         say(f"{base}: trained without the {', '.join(f'{name} {value:g}' for name, value in noise.items())} of its config.json")
     options = {"attn_implementation": NAME, "dtype": torch.float32, **architectures.experts_option(config)}
     with init_empty_weights(include_buffers=False):  # parameters on the meta device, rotary tables real
-        hf = AutoModelForCausalLM.from_config(architectures.without_noise(config), **options)
+        hf = AutoModelForCausalLM.from_config(architectures.as_trained(config), **options)
         if adapter_folder:
             adapter.inject(hf, adapter.read_config(adapter_folder))
         elif lora is not None and lora.rank:

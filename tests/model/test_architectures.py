@@ -50,6 +50,9 @@ def compare(folder: Path, store: TokenStore, ids: list[int]) -> None:
         out.loss.backward()
         assert worst(out.sample_nll[: len(ids)], exact) <= 1.2 * worst(single, exact) + 2e-6, attention
         assert not out.sample_nll[len(ids) :].any()
+        with torch.no_grad():  # one sample, no empty slot, no tail
+            alone = build(folder, attention)(batch(store, ids[:1], slots=1, spare=0)).sample_nll
+        assert worst(alone, exact[:1]) <= 1.2 * worst(single, exact) + 2e-6, attention
         names, seen = model.checkpoint_names(), set()
         for name, parameter in model.named_parameters():
             truth = exact_grads[names[name]]
@@ -109,7 +112,7 @@ def test_the_plain_experts_loop_does(make_model) -> None:
 
 def fake_step(config, options: dict[str, str]) -> None:
     options |= {"attn_implementation": NAME, "dtype": torch.bfloat16}  # in which grouped products have a kernel on a GPU
-    hf = AutoModelForCausalLM.from_config(architectures.without_noise(config), **options)
+    hf = AutoModelForCausalLM.from_config(architectures.as_trained(config), **options)
     model = PackedLM(hf, attention="mask", max_length=12, chunk_bytes=1 << 16)
     mode = FakeTensorMode()
     for module in model.modules():

@@ -61,11 +61,20 @@ def fixed_batch(store: TokenStore):
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_trained_on_two_ranks_and_read_by_transformers(kind: str, make_model, make_pool, tmp_path: Path) -> None:
+    train_and_compare(2, make_model(kind, shards="40KB", all_random=True, **KINDS[kind]), make_pool(samples=40), tmp_path)
+
+
+def test_a_vocabulary_that_three_ranks_do_not_divide(make_model, make_pool, tmp_path: Path) -> None:
+    base = make_model("qwen3", shards="40KB", vocab_size=323, tie_word_embeddings=True)
+    train_and_compare(3, base, make_pool(samples=40), tmp_path)
+
+
+def train_and_compare(ranks: int, base: Path, pool: Path, tmp_path: Path) -> None:
     """Two steps of the command line; the losses of the trained model, on its ranks, are those of the saved one in transformers."""
-    pool, base, out = make_pool(samples=40), make_model(kind, shards="40KB", all_random=True, **KINDS[kind]), tmp_path / "run"
+    out = tmp_path / "run"
     line = [
-        "train", "--pool", pool, "--model", base, "--out", out, "--method", "random", "--budget", "0.22", "--batch.capacity", "96",
-        "--batch.micro-batches", "2", "--selection.round-steps", "2", "--optimizer.lr", "1e-2", "--runtime.precision", "fp32",
+        "train", "--pool", pool, "--model", base, "--out", out, "--method", "random", "--budget", 0.11 * ranks, "--batch.capacity", "96",
+        "--batch.micro-batches", ranks, "--selection.round-steps", "2", "--optimizer.lr", "1e-2", "--runtime.precision", "fp32",
     ]  # fmt: skip
     store = TokenStore.open(pool / "store")
 
@@ -82,8 +91,8 @@ def test_trained_on_two_ranks_and_read_by_transformers(kind: str, make_model, ma
         assert cli.main([str(part) for part in line]) == 0
         return found[0]
 
-    ours, other = in_ranks(2, tmp_path / "ranks", work, group=False)
-    assert torch.equal(ours, other)
+    ours, *others = in_ranks(ranks, tmp_path / "ranks", work, group=False)
+    assert all(torch.equal(ours, other) for other in others)
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     single, exact = (transformers_losses(out / "model", store, dtype) for dtype in (torch.float32, torch.float64))
     assert worst(ours, exact) <= 2 * worst(single, exact) + 2e-6
