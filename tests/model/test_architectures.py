@@ -162,7 +162,7 @@ REFUSED = {
     "t5": "encoder-decoder",
     "mllama": "multimodal",
     "gpt_oss": "compared",  # attention sinks
-    "nanochat": "compared",  # scales logits after the head: silently wrong before it was refused
+    "nanochat": "compared",  # applies its last norm before the blocks too: wrong without an error before it was refused
     "phimoe": "compared",  # draws experts at random while it trains
     "gpt2": "compared",
 }
