@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
+from lead_engine.selection.selector import Layout, Selector
 
 LENGTH, HIDDEN = 16, 32
 """Tokens of every sample: pools differ in nothing but the number of samples."""
@@ -225,3 +226,19 @@ def test_scoring_the_pool_again_does_grow_with_it(pools: Path, make_model: Any, 
     small, large = in_ranks(2, RESCORE, pools, make_model("llama"), tmp_path).values()
     assert large.sent["_everyone"] > 1.9 * small.sent["_everyone"] > 0
     assert large.sent["model"] > 1.3 * small.sent["model"]
+
+
+@pytest.mark.parametrize(("method", "kept"), [("lead", 29), ("random", 25)])
+def test_bytes_a_sample(method: str, kept: int) -> None:
+    """What every rank keeps on its device for a sample, and what a checkpoint holds of it, as docs/SCALE.md counts."""
+    samples = 100_000
+    places = torch.zeros(samples, dtype=torch.int64)
+    utility, difficulty, alone = torch.ones(3, samples)
+    state = PoolState(utility, difficulty, alone, places, places, places > 0, ["all"], 2)
+    selector = Selector(
+        state, places + 16, places + 8, method=method, config=SelectionConfig(), layout=Layout(2, 4, 5, 80), seed=0, device="cpu"
+    )
+    tensors = [x for owner in (selector.samples, selector.method) for x in vars(owner).values() if isinstance(x, torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    assert round(sum(storages.values()) / samples) == kept
+    assert round(sum(x.nbytes for x in selector.state_dict().values()) / samples) == 9
