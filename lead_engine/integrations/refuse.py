@@ -44,8 +44,8 @@ def refuse_class(cls: type) -> None:
         home = getattr(cls, name).__module__
         if home not in OWN:
             raise UserError(
-                f"selection.trainer({cls.__name__}): has a {name} of its own ({home}), which LEAD's would replace; give Trainer, SFTTrainer, or "
-                "a class that leaves loss and sampler as they are"
+                f"selection.trainer({cls.__name__}): has a {name} of its own ({home}), which would be replaced; give Trainer, SFTTrainer, "
+                "or a class that leaves loss and sampler as they are"
             )
 
 

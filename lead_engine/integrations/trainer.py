@@ -265,7 +265,8 @@ class _WithLead(Trainer):
             self._lead_checked = True
         head = model(**inputs, lead=call)
         self._lead_pending = (head, call)
-        return (head.loss, head) if return_outputs else head.loss
+        loss = head.loss * torch.where(head.sample_nll.isfinite().all(), 1.0, torch.nan)  # so that all ranks' gradients tell of it
+        return (loss, head) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward, and its by-products."""
@@ -285,9 +286,26 @@ class _WithLead(Trainer):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _lead_before_step(self) -> None:
+        self._lead_check_finite()
         self._lead_rate = float(self.optimizer.param_groups[0]["lr"])
         measured = self.lead_rounds.change.wants_first_order(self.lead_rounds.steps_done)
         self._lead_before = _along_gradient(self._lead_trained()) if measured else None
+
+    def _lead_check_finite(self) -> None:
+        """UserError before an optimizer step on a gradient that is not finite, which would ruin every weight. Reads the device, as the
+        trainer does at every loss.
+        """
+        if bool(self._lead_norm.isfinite()):
+            return
+        bad = []
+        for place, losses in enumerate(self._lead_losses):
+            ids = self.lead_rounds.ids(place)
+            bad += [i for i, fine in zip(ids, losses.isfinite().tolist(), strict=False) if not fine]
+        rows = f"the loss of train_dataset's rows {bad}" if bad else "the gradient, on rows whose losses are finite here,"
+        raise UserError(
+            f"step {self.lead_rounds.steps_done}: {rows} is not a finite number; look at the rows, lower learning_rate, or go on from the "
+            "last checkpoint without them"
+        )
 
     def _lead_after_step(self) -> None:
         first_order, norm, longest = None, self._lead_norm, self.args.max_grad_norm

@@ -131,6 +131,28 @@ def test_bf16_is_as_exact_as_the_models_own(make_pool, make_model, make_args, lo
     assert losses(whole) == pytest.approx(losses(trainer), abs=0.1)
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(make_pool, make_model, make_args, load, collator) -> None:
+    """Trainer logs such losses as 0 (trl #6668) and trains on: every weight is lost."""
+    pool, folder = make_pool(samples=60), make_model()
+    rows = lead(pool).dataset()
+    model, token = load(folder), rows[11]["input_ids"][0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.inf
+    has = [i for i, row in enumerate(rows) if token in row["input_ids"]]
+    trainer = lead(pool).trainer(Trainer)(model=model, args=make_args(max_steps=30), data_collator=collator(folder))
+    with pytest.raises(UserError, match=r"the loss of train_dataset's rows \[[\d, ]+\] is not a finite number") as raised:
+        trainer.train()
+    named = json.loads(str(raised.value).partition("rows ")[2].partition("]")[0] + "]")
+    assert named
+    assert set(named) <= set(has)
+    embedding = model.get_input_embeddings().weight
+    assert all(p.isfinite().all() for p in model.parameters() if p is not embedding)  # before the step, not after it
+    make = lead(budget=1.0).trainer(Trainer)
+    trainer = make(model=model, args=make_args(), data_collator=collator(folder), train_dataset=rows)
+    with pytest.raises(UserError, match=r"the model's loss on row \d+ is not a finite number"):
+        trainer.train()
+
+
 def test_evaluation_is_the_trainers_own(make_pool, make_model, make_args, load, collator) -> None:
     pool, folder = make_pool(samples=80), make_model()
     held_out = lead(make_pool(samples=10, seed=5)).dataset()
