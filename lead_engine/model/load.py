@@ -35,7 +35,8 @@ def find_model(model: str, flag: str = "--model") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        wanted, copies = ["*.json", "*.safetensors", "*.model", "*.jinja"], ["consolidated*", "original/*"]  # the same weights once more
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=copies))
     except Exception as error:  # the hub client raises a dozen types; to the user they are one: not to be had
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise UserError(f"{flag} {model}: no such folder, and not found on the hub ({reason})") from None

@@ -16,6 +16,9 @@ from lead_engine.model import adapter, nf4, weights
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.stored import Checkpoint, Layout
 
+BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+"""Files that training does not change, copied where the base has them."""
+
 
 def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: Path, rank: int) -> None:
     """Write `folder` (model or adapter, config, tokenizer); a collective over all ranks, files by rank 0.
@@ -60,9 +63,10 @@ def _save_whole(model: PackedLM, building: Path, rank: int) -> None:
     if files is not None:
         files.finish()
         model.config.save_pretrained(building)
-        if (own := model.stored.folder / "generation_config.json").exists():
-            shutil.copy(own, building)
-        elif model.generation_config is not None:
+        for own in BESIDE:
+            if (model.stored.folder / own).exists():
+                shutil.copy(model.stored.folder / own, building)
+        if model.generation_config is not None and not (building / BESIDE[0]).exists():
             model.generation_config.save_pretrained(building)
 
 

@@ -39,7 +39,7 @@ class Checkpoint:
         self.folder, self._open = folder, {}
         index = folder / f"{single}.index.json"
         if index.exists():
-            self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.file_of: dict[str, str] = _weight_map(index)
         elif (folder / single).exists():
             self.file_of = dict.fromkeys(self._file(single).keys(), single)
         else:
@@ -72,6 +72,13 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{self.folder / name}: not a readable safetensors file ({error}); copy or download it again") from None
         return self._open[name]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not a safetensors index ({error!r}); copy or download it again") from None
 
 
 @dataclass

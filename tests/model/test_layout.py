@@ -132,8 +132,12 @@ def test_written_as_it_was_read(kind: str, make_model, tmp_path: Path) -> None:
 
 
 def test_one_file_without_an_index_stays_one(make_model, tmp_path: Path) -> None:
-    folder = make_model("llama")
+    """And what the base has to say about generation, even what transformers would not write, stays too."""
+    folder = shutil.copytree(make_model("llama"), tmp_path / "base")
+    generation = '{"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": false}'
+    (folder / "generation_config.json").write_text(generation)
     save_model(build(folder), load_tokenizer(folder), tmp_path / "model", base=folder, rank=0)
+    assert (tmp_path / "model" / "generation_config.json").read_text() == generation
     assert [file.name for file in (tmp_path / "model").glob("*safetensors*")] == [SINGLE]
 
 
@@ -189,4 +193,7 @@ def test_checkpoints_that_do_not_fit_are_named(make_model, tmp_path: Path) -> No
     files["model.norm.weight"] = next(file for file in files.values() if file != files["model.norm.weight"])
     (lying / f"{SINGLE}.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"no tensor model.norm.weight, though the index says so"):
+        build(lying)
+    (lying / f"{SINGLE}.index.json").write_text('{"weight_map": ')
+    with pytest.raises(UserError, match=r"index.json: not a safetensors index"):
         build(lying)

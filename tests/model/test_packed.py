@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_kinds import KINDS
 from separate import reference
 
 from lead_engine.config import RuntimeConfig
@@ -48,8 +49,9 @@ def test_neighbours_do_not_leak(make_model, make_pool) -> None:
     torch.testing.assert_close(here, there, rtol=2e-6, atol=0)
 
 
-def test_bf16_is_as_near_as_transformers_bf16(make_model, make_pool) -> None:
-    folder, store = make_model("llama"), TokenStore.open(make_pool(samples=40) / "store")
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "phi"])
+def test_bf16_is_as_near_as_transformers_bf16(kind: str, make_model, make_pool) -> None:
+    folder, store = make_model(kind, **KINDS[kind]), TokenStore.open(make_pool(samples=40) / "store")
     ids = list(range(20))
     exact, _ = reference(folder, store, ids, torch.float64)
     half, _ = reference(folder, store, ids, torch.bfloat16)
