@@ -151,7 +151,7 @@ class Engine:
     def train_step(self, plan: Plan, header: Header, step: int, global_step: int, rate: float) -> StepStats:
         """One optimizer step on step `step` of the plan."""
         # One denominator for the whole step: its response tokens over all ranks and micro-batches. Every rank has the whole plan.
-        token_weight = 1.0 / plan.rows[step].sum().float()
+        token_weight = 1.0 / plan.rows[step].sum().clamp(min=1).float()  # a step may have none: its loss is 0
         losses = []
         at("forward and backward", here().round, global_step)
         for place in range(self.accumulation):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from lead_engine.config import TrainConfig
-from lead_engine.console import Bar, say
+from lead_engine.console import Bar, say, warn
 from lead_engine.console import progress as progress_bar
 from lead_engine.errors import UserError
 from lead_engine.model.save import save_model
@@ -97,7 +97,11 @@ def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSi
     at("last checkpoint", done.round, done.step)
     checkpoints.finish()
     check_replicas(engine.selector, ranks, done.step)
-    if budget - done.tokens > int(engine.store.lengths.max()):  # else what is left is too little for the next sample
+    if done.step == 0:
+        shortest = int(engine.store.lengths.min())
+        why = f"{budget:,} tokens, the shortest sample has {shortest:,}" if budget < shortest else "no sample is eligible that fits into it"
+        warn(f"nothing was trained: --budget {config.budget:g} ({why}); the model written is the base")
+    elif budget - done.tokens > int(engine.store.lengths.max()):  # else what is left is too little for the next sample
         say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {config.selection.max_visits})")
     at("writing the model", done.round, done.step, limited=False)
     model = config.out / "model"
