@@ -53,6 +53,19 @@ def test_lines_of_progress_come_by_time_where_no_total_is_known(
     assert [line.split(",")[0] for line in lines] == ["reading: 75", "reading: 150", "reading: 200"]
 
 
+def test_time_left_is_by_the_speed_of_this_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run begins in the middle; what was done before it says nothing about its speed."""
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with console.progress(1000, "training", done=600) as bar:
+        for _ in range(4):
+            now += 10.0
+            bar.advance(100)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "training: 700/1,000 (70 %), 10.0 s, 30.0 s left"
+    assert lines[-1] == "training: 1,000/1,000 (100 %), 40.0 s"
+
+
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     console.say("x")

@@ -14,9 +14,9 @@ from lead_engine.config import OptimizerKind
 
 GIB = 1 << 30
 _SMALL_8BIT = 4096
-"""bitsandbytes keeps the moments of smaller tensors in fp32."""
-_BLOCK_8BIT = 256
-"""Numbers that share one fp32 scale in its 8-bit moments."""
+"""The 8-bit optimizer keeps the moments of smaller parameters, and of vectors, in fp32."""
+_BLOCKS_8BIT = (64, 128, 256)
+"""Numbers of a row that share one fp32 scale in its moments: the smallest that holds the row, or the largest."""
 
 
 def used_bytes(device: torch.device) -> int:
@@ -47,13 +47,9 @@ class Estimate(NamedTuple):
 
 def estimate(model: nn.Module, kind: OptimizerKind) -> Estimate:
     """What parameters, their gradients and the optimizer's two moments take on this rank."""
-    parameters = [(_local(p), p.requires_grad) for p in model.parameters()]
-    trained = [local for local, wanted in parameters if wanted]
-    return Estimate(
-        sum(_bytes(local) for local, _ in parameters),
-        sum(_bytes(local) for local in trained),
-        sum(_moments(local, kind) for local in trained),
-    )
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    return Estimate(sum(map(_bytes, parameters)), sum(map(_bytes, trained)), sum(_moments(p, kind) for p in trained))
 
 
 def size(count: float) -> str:
@@ -65,12 +61,15 @@ def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(parameter: Tensor) -> int:
+    local = _local(parameter)
+    return local.numel() * local.element_size()
 
 
-def _moments(tensor: Tensor, kind: OptimizerKind) -> int:
-    count = tensor.numel()
-    if kind == "adamw8bit" and count >= _SMALL_8BIT:
-        return 2 * (count + 4 * -(-count // _BLOCK_8BIT))
-    return 2 * (4 if kind == "adamw8bit" else tensor.element_size()) * count
+def _moments(parameter: Tensor, kind: OptimizerKind) -> int:
+    if kind == "adamw" or parameter.ndim < 2 or parameter.numel() < _SMALL_8BIT:
+        return 2 * _bytes(parameter)  # parameters that are trained are fp32, as these moments are
+    local = _local(parameter)
+    rows, columns = local.shape[0], local[:1].numel()
+    block = next((block for block in _BLOCKS_8BIT if block >= columns), _BLOCKS_8BIT[-1])
+    return 2 * (local.numel() + 4 * rows * -(-columns // block))

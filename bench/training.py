@@ -1,0 +1,392 @@
+"""Tokens per second, MFU and peak memory of plain fine-tuning (SFT) and of LEAD, against Hugging Face's Trainer and TRL's SFTTrainer.
+
+    python bench/training.py             # CPU, one thread: 3.3M and 10M parameters; bench/results/training-cpu.json
+    python bench/training.py --quick     # the same path in under a minute; its figures are no measurement
+    python bench/training.py --gpu 1b    # on a GPU: bench/results/training-gpu-1b.json; also 3b
+
+All train the same model (fp32 master weights, the same compute precision) with AdamW on the same samples, the same number of tokens a step,
+one process each, in turns whose order rotates: `--turns` turns of some steps, every contender once a turn. Speeds are of real tokens:
+padding is not counted. Peak memory is each process's own, beyond what it took before its model was built (on a GPU: of tensors).
+Samples: made here, of lengths like instruction data's (log-normal, median 115 tokens, a fiftieth over 400; 16 to 1,024), three fifths of
+them response. The contenders, as rows of the result:
+
+    engine, SFT                    this engine, --method random: the loop that LEAD runs in, without LEAD
+    engine, LEAD                   this engine with its default options; plans for itself, trains what all train
+    Trainer, packed                padding-free: the same micro-batches as one row whose positions restart, sdpa (on a GPU flash-attention 2
+                                   where it is installed)
+    Trainer, padded                the same micro-batches as padded rows, sdpa
+    Trainer, padded, by length     the same samples regrouped by length over 32 steps, as Trainer's own grouping does; as many tokens a step
+    SFTTrainer, padded, by length  TRL's, with its fused head, the same batches
+    SFTTrainer, packed             the same as Trainer's packed rows (on a GPU; on a CPU they share its slow attention)
+    ... + Liger                    with Liger-Kernel (on a GPU, where it is installed)
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import RESULTS, describe
+from training_contenders import Spec
+
+from lead_engine.training.flops import find_peak
+
+HERE = Path(__file__).parent
+SHAPES = {
+    # name: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embedding
+    "mini": (192, 512, 4, 6, 6, 4096, False),  # scratch:mini
+    "small": (256, 704, 8, 8, 4, 4096, False),  # scratch:small
+    "1b": (2048, 8192, 16, 32, 8, 128256, True),  # Llama 3.2 1B
+    "3b": (3072, 8192, 28, 24, 8, 128256, True),  # Llama 3.2 3B
+}
+SAMPLES = 4096
+GROUP = 32
+"""Steps among whose samples the padded batches are grouped by length (Trainer's own grouping looks at 50 batches)."""
+ENGINE = "engine, SFT"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison."""
+
+    model: str
+    capacity: int
+    micro_batches: int
+    turns: int
+    steps: int
+    """Of the padded contenders in one turn; the engine trains two rounds, packed rows on a CPU half as many: by so much do they differ."""
+    round_steps: int = 4
+    """Of the engine's rounds, as by default."""
+
+
+def main() -> None:
+    flags = arguments()
+    settings = chosen(flags)
+    precision = flags.precision
+    if precision == "auto":
+        from lead_engine.model.precision import choose_precision
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = "bf16" if choose_precision("auto", device) == torch.bfloat16 else "fp32"
+    torch.set_num_threads(1)
+    results = []
+    for setting in settings:
+        with tempfile.TemporaryDirectory(dir=flags.work) as folder:
+            flops = make_data(Path(folder), setting)
+            results.append(compare(Path(folder), setting, precision, flops, flags))
+    where = f"gpu-{flags.gpu}" if flags.gpu else "cpu"
+    path = flags.out or RESULTS / f"training-{where}{'-quick' if flags.quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"bench": "training", **describe(), "precision": precision, "quick": flags.quick, "settings": results}
+    result["versions"] |= versions("trl", "accelerate", "liger-kernel", "flash-attn")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", choices=("1b", "3b"), help="on a GPU: a Llama of that size, micro-batches of 8192 tokens")
+    parser.add_argument("--quick", action="store_true", help="few steps of one small model: whether it runs")
+    parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), help="instead of the usual ones")
+    parser.add_argument("--turns", type=int, help="instead of the usual number")
+    parser.add_argument("--capacity", type=int, help="tokens in a micro-batch; default 4096, with --gpu 8192")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for MFU; default: the data sheet's of a known GPU")
+    parser.add_argument("--trace", type=Path, help="with --gpu: where the profiler's trace of two rounds goes")
+    parser.add_argument("--out", type=Path, help="result file")
+    parser.add_argument("--work", type=Path, help="folder for models and data (default: the system's for temporary files)")
+    return parser.parse_args()
+
+
+def chosen(flags: argparse.Namespace) -> list[Setting]:
+    if flags.gpu:
+        settings = [Setting(flags.gpu, 8192, 4, 4, 8)]
+    elif flags.quick:
+        settings = [Setting("mini", 2048, 1, 2, 2, 2)]
+    else:
+        settings = [Setting("mini", 4096, 1, 5, 4), Setting("small", 4096, 1, 3, 3)]
+    if flags.models:
+        settings = [replace(settings[0], model=model) for model in flags.models]
+    changes = {name: getattr(flags, name) for name in ("turns", "capacity") if getattr(flags, name)}
+    return [replace(setting, **changes) for setting in settings]
+
+
+def contenders(setting: Setting, data: Path, precision: str) -> list[Spec]:
+    shape = (setting.capacity, setting.micro_batches, setting.round_steps)
+    plain = Spec("", "trainer", "padded", False, False, str(data), *shape, precision, 1e-4)
+    specs = [
+        replace(plain, name=ENGINE, kind="random", form="packed"),
+        replace(plain, name="engine, LEAD", kind="lead", form="packed"),
+        replace(plain, name="Trainer, packed", form="packed"),
+        replace(plain, name="Trainer, padded"),
+        replace(plain, name="Trainer, padded, by length", grouped=True),
+        replace(plain, name="SFTTrainer, padded, by length", kind="sft", grouped=True),
+    ]
+    if torch.cuda.is_available():
+        specs.append(replace(plain, name="SFTTrainer, packed", kind="sft", form="packed"))
+        if versions("liger-kernel"):
+            specs += [replace(spec, name=f"{spec.name} + Liger", liger=True) for spec in specs[2:] if spec.form == "packed" or spec.grouped]
+    return specs
+
+
+# --- what all train ---
+
+
+def make_data(folder: Path, setting: Setting) -> dict[str, Any]:
+    """Model, pool and steps in `folder`; returns the model FLOPs and real tokens of one step, on average."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lead_engine.model.packed import PackedLM
+    from lead_engine.pool.store import TokenStore
+    from lead_engine.pool.tokenizer import train_tokenizer
+    from lead_engine.training.flops import ModelFlops
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[setting.model]
+    config = AutoConfig.for_model(
+        "llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=8192, pad_token_id=0,
+        bos_token_id=None, eos_token_id=1, initializer_range=0.06,  # wide enough for losses to depend on what a token may see
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder / "model")
+    flops = ModelFlops.of(PackedLM(model, attention="mask", max_length=1024, chunk_bytes=None))
+    train_tokenizer(["a few words are enough for a vocabulary of bytes"] * 3, 300).save_pretrained(folder / "model")
+    make_pool(folder / "pool", vocabulary, min(1024, setting.capacity))
+    store = TokenStore.open(folder / "pool" / "store")
+    steps = make_steps(store, setting)
+    torch.save(steps, folder / "steps.pt")
+    ids = steps["ids"][steps["ids"] < store.num_samples]
+    count = len(steps["ids"])
+    return {
+        "flops_per_step": float(flops.samples(store.lengths[ids], store.response_rows[ids]).sum()) / count,
+        "tokens_per_step": int(store.lengths[ids].sum()) / count,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def make_pool(folder: Path, vocabulary: int, longest: int) -> None:
+    from lead_engine.pool.state import PoolState
+    from lead_engine.pool.store import TokenStore
+
+    random = np.random.default_rng(0)
+    lengths = np.clip(np.round(random.lognormal(np.log(115), 0.62, SAMPLES)), 16, longest).astype(int)
+    TokenStore.write(folder / "store", ((random.integers(4, vocabulary, n), np.arange(n) >= 2 * n // 5) for n in lengths))
+    PoolState(
+        utility=torch.from_numpy(random.uniform(3, 6, SAMPLES)).float(),
+        difficulty=torch.from_numpy(random.uniform(0.3, 1.0, SAMPLES)).float(),
+        answer_nll=torch.full((SAMPLES,), 5.0),
+        cluster=torch.from_numpy(random.integers(0, 7, SAMPLES)),
+        task=torch.from_numpy(random.integers(0, 12, SAMPLES)),
+        dropped=torch.zeros(SAMPLES, dtype=torch.bool),
+        task_names=[f"task {i}" for i in range(12)],
+        num_clusters=7,
+    ).save(folder)
+
+
+def make_steps(store, setting: Setting) -> dict[str, torch.Tensor]:
+    """ids int64 [steps, micro-batches, slots] (N in empty slots), their tokens and response rows [steps, micro-batches], and `grouped`: the
+    same samples in micro-batches of like length."""
+    from lead_kernels import pack_plan
+
+    slots, per_step = setting.capacity // 16, setting.micro_batches
+    whole = int(store.lengths.sum()) // (setting.capacity * per_step)
+    steps = min(whole // setting.round_steps * setting.round_steps, GROUP)
+    order = torch.randperm(store.num_samples, generator=torch.Generator().manual_seed(1))
+
+    def pack(order: torch.Tensor) -> torch.Tensor:
+        plan = pack_plan(order, store.lengths, num_bins=steps * per_step, capacity=setting.capacity, slots=slots, max_tokens=1 << 40)
+        return plan.sample_ids.view(steps, per_step, slots)
+
+    ids = pack(order)
+    used = ids[ids < store.num_samples]
+    by_length = used[store.lengths[used].argsort(stable=True)]
+    rows, tokens = (torch.cat([x, x.new_zeros(1)])[ids].sum(-1) for x in (store.response_rows, store.lengths))
+    return {"ids": ids, "tokens": tokens, "rows": rows, "grouped": group(by_length, store.lengths, ids.shape, store.num_samples)}
+
+
+def group(by_length: torch.Tensor, lengths: torch.Tensor, shape: torch.Size, empty: int) -> torch.Tensor:
+    """The samples, sorted, cut into as many micro-batches of as many tokens each, give or take a sample; then in random order."""
+    bins = shape[0] * shape[1]
+    before = lengths[by_length].cumsum(0) - lengths[by_length]
+    place = (before * bins // int(lengths[by_length].sum())).clamp(max=bins - 1)
+    parts = [by_length[place == i] for i in range(bins)]
+    most = max(shape[2], *map(len, parts))
+    grid = torch.full((bins, most), empty)
+    for i, part in enumerate(parts):
+        grid[i, : len(part)] = part
+    return grid[torch.randperm(bins, generator=torch.Generator().manual_seed(2))].view(shape[0], shape[1], most)
+
+
+# --- turns ---
+
+
+class Worker:
+    """One contender's process."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        command = [sys.executable, str(HERE / "training_contenders.py"), json.dumps(asdict(spec))]
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
+
+    def ask(self, order: str) -> dict[str, Any]:
+        self.process.stdin.write(order + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise RuntimeError(f"{self.spec.name} failed:\n{self.log.read()[-3000:]}")
+        return json.loads(line)
+
+    def steps(self, base: int) -> int:
+        """A turn's steps: about as long for each contender."""
+        if self.spec.kind in ("lead", "random"):
+            return 2 * self.spec.round_steps
+        return max(1, base // 2) if self.spec.form == "packed" and not torch.cuda.is_available() else base
+
+    def end(self) -> dict[str, Any]:
+        told = self.ask("stop")
+        self.process.wait(60)
+        return told
+
+
+def compare(folder: Path, setting: Setting, precision: str, work: dict[str, Any], flags: argparse.Namespace) -> dict[str, Any]:
+    specs = contenders(setting, folder, precision)
+    measure = one_after_another if torch.cuda.is_available() else in_turns
+    raw = measure(specs, setting, flags)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = find_peak(flags.peak_tflops, device)
+    product = None if torch.cuda.is_available() else product_tflops(precision)
+    rows = {spec.name: summary(raw[spec.name], raw[ENGINE], work, peak.tflops, product) for spec in specs}
+    show(setting, work, rows, peak.tflops, product)
+    return {**asdict(setting), **work, "peak_tflops": peak.tflops, "peak_of": peak.reason, "product_tflops": product, "contenders": rows}
+
+
+def in_turns(specs: list[Spec], setting: Setting, flags: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All processes stay, and one trains at a time: {name: {"seconds_per_step": [turns], "peak", "before", ...}}."""
+    workers = [Worker(spec) for spec in specs]
+    raw = {worker.spec.name: {"seconds_per_step": [], **worker.answer()} for worker in workers}
+    for turn in range(-1, setting.turns):  # the first warms up
+        first = turn % len(workers)
+        for worker in workers[first:] + workers[:first]:
+            told = worker.ask(f"run {worker.steps(setting.steps)}")
+            keep(raw[worker.spec.name], told, turn)
+        print(f"{setting.model}: turn {turn + 1} of {setting.turns}", file=sys.stderr, flush=True)
+    for worker in workers:
+        raw[worker.spec.name] |= worker.end()
+    return raw
+
+
+def one_after_another(specs: list[Spec], setting: Setting, flags: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """On a GPU, whose memory they do not share: a process per contender, all of its turns at once; LEAD is profiled at the end."""
+    raw: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        worker = Worker(spec)
+        try:
+            raw[spec.name] = {"seconds_per_step": [], **worker.answer()}
+            for turn in range(-1, setting.turns):
+                keep(raw[spec.name], worker.ask(f"run {worker.steps(setting.steps)}"), turn)
+            if spec.kind == "lead":
+                trace = flags.trace or Path(tempfile.gettempdir(), "training-trace.json")
+                found = worker.ask(f"profile {trace}")["synchronisations"]
+                raw[spec.name]["host_waits_in_two_rounds"] = found
+                print(f"{trace}: " + (f"the host waits inside a round: {found}" if found else "the host waits for nothing inside a round"))
+            raw[spec.name] |= worker.end()
+        except RuntimeError as error:  # one that does not fit or does not run must not take the others with it
+            print(error, file=sys.stderr)
+            raw[spec.name] = {"seconds_per_step": [], "failed": str(error).strip().splitlines()[-1]}
+            worker.process.kill()
+    return raw
+
+
+def keep(raw: dict[str, Any], told: dict[str, Any], turn: int) -> None:
+    if turn >= 0:
+        raw["seconds_per_step"].append(told["seconds"] / told["steps"])
+    if told["losses"] and "first_loss" not in raw:
+        raw["first_loss"] = statistics.mean(told["losses"])
+
+
+def summary(raw: dict[str, Any], engine: dict[str, Any], work: dict[str, Any], peak: float | None, product: float | None) -> dict[str, Any]:
+    """Medians and quartiles over turns. Ratios are paired by turn: this contender's speed over the engine's SFT's."""
+    seconds = raw["seconds_per_step"]
+    if not seconds:
+        return {"failed": raw["failed"]}
+    speeds = [work["tokens_per_step"] / s for s in seconds]
+    ratios = [own / other for own, other in zip(engine["seconds_per_step"], seconds, strict=False)]
+    rate = work["flops_per_step"] / statistics.median(seconds) / 1e12
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_quartiles": quartiles(speeds),
+        "speed_relative_to_engine": statistics.median(ratios) if ratios else None,
+        "speed_relative_quartiles": quartiles(ratios),
+        "model_tflops": rate,
+        "mfu": rate / peak if peak else None,
+        "share_of_a_product": rate / product if product else None,
+        "peak_bytes": raw["peak"],
+        "peak_bytes_beyond_start": raw["peak"] - raw["before"],
+        "first_loss": raw.get("first_loss"),  # mean over the first `round_steps` steps
+        "seconds_per_step": seconds,
+        **{key: raw[key] for key in ("host_waits_in_two_rounds",) if key in raw},
+    }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values
+
+
+def product_tflops(precision: str) -> float:
+    """What one large matrix product reaches here: the only measure of a CPU's peak at hand."""
+    a, b = (torch.randn(1024, 1024, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(times) / 1e12
+
+
+def show(setting: Setting, work: dict[str, Any], rows: dict[str, Any], peak: float | None, product: float | None) -> None:
+    tokens = f"{work['tokens_per_step']:,.0f} tokens a step"
+    print(f"\n{setting.model}: {work['parameters']:,} parameters, {tokens}, {work['flops_per_step'] / 1e9:,.1f} GFLOPs a step")
+    print(f"{'':32}{'tokens/s':>10}{'quartiles':>18}{'/ engine':>10}{'MFU' if peak else 'of product':>12}{'memory MiB':>12}{'loss':>8}")
+    for name, row in rows.items():
+        if "failed" in row:
+            print(f"{name:32}failed: {row['failed']}")
+            continue
+        low, *_, high = row["tokens_per_second_quartiles"]
+        share = row["mfu"] if peak else row["share_of_a_product"]
+        loss = f"{row['first_loss']:.3f}" if row["first_loss"] is not None else "-"
+        text = f"{name:32}{row['tokens_per_second']:>10,.0f}{f'{low:,.0f} - {high:,.0f}':>18}{row['speed_relative_to_engine']:>10.3f}"
+        print(text + f"{share:>12.1%}{row['peak_bytes_beyond_start'] / 2**20:>12,.0f}{loss:>8}")
+
+
+def versions(*names: str) -> dict[str, str]:
+    import importlib.metadata
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()
