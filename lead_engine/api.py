@@ -60,7 +60,7 @@ class RoundReport(NamedTuple):
     sample_ids: list[list[int]]
     """Those trained, of every optimizer step."""
     losses: list[float]
-    """Mean loss of every step over its response tokens, in nats, before the step."""
+    """Mean loss of every step over its response tokens, in nats, before the step. Where it is not finite, the step was skipped."""
     tokens: int
     """Trained in this round: prompts, answers and template."""
     reward: float
@@ -84,12 +84,14 @@ class Session:
         self._parts: Parts | None = None
 
     def __enter__(self) -> Session:
+        from lead_engine.training.checkpoint import Progress
         from lead_engine.training.distributed import process_group
         from lead_engine.training.session import build
 
         with ExitStack() as stack:
-            self._ranks = stack.enter_context(process_group())
+            self._ranks = stack.enter_context(process_group(self.config.runtime.timeout))
             self._parts = build(self.config, self._ranks)
+            self._progress = Progress()
             self._stack = stack.pop_all()  # only now: a build that fails leaves the group at once
         return self
 
@@ -123,10 +125,12 @@ class Session:
         return self._built.budget
 
     def rounds(self) -> Iterator[RoundReport]:
-        """Train, a round at a time, until the budget is spent or no sample is left. Reading a report waits for its round's last step."""
-        from lead_engine.training.checkpoint import Progress
+        """Train, a round at a time, until the budget is spent or no sample is left; called again, go on where it was left.
 
-        for finished in self._built.engine.rounds(Progress(), self.budget):
+        A report is read from the device, which waits for its round's last step.
+        """
+        for finished in self._built.engine.rounds(self._progress, self.budget):
+            self._progress = finished.after
             yield _report(finished)
 
     def save(self, folder: Path) -> None:

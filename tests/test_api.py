@@ -93,6 +93,7 @@ def test_a_whole_run_in_ten_lines(make_model, tmp_path, monkeypatch, capsys) -> 
 def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine_does(make_model, make_pool, tmp_path, monkeypatch) -> None:
     import torch
 
+    import lead_engine
     from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
     from lead_engine.training.checkpoint import Progress
     from lead_engine.training.distributed import process_group
@@ -113,6 +114,11 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
         optimizer=OptimizerConfig(lr=1e-3, warmup=0.0, schedule="constant"),
         runtime=RuntimeConfig(precision="fp32"),
     )  # fmt: skip
+    with lead_engine.Session(config) as session:  # left after its first round, and gone on with
+        losses = [next(session.rounds()).losses, *(report.losses for report in session.rounds())]
+        assert len(losses) > 2
+        assert sum(map(len, losses)) == scope["step"]
+        assert torch.equal(session.selector.samples.visits, scope["selector"].samples.visits)
     with process_group() as ranks:
         engine = build(config, ranks).engine
         *_, last = engine.rounds(Progress(), scope["store"].num_tokens // 10)
