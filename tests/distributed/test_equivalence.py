@@ -1,9 +1,10 @@
-"""1 rank x 8 micro-batches = 2 ranks x 4 = 4 ranks x 2, through the real command line; what differs is rounding."""
+"""1 rank x 8 micro-batches = 2 ranks x 4, of every kind of weights and estimate, down to the trained weights; what differs is rounding.
+
+tests/invariants/test_equivalence_classes.py has the other classes.
+"""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +23,18 @@ VARIANTS = {
 }
 
 
-def train(pool: Path, model: Path, out: Path, ranks: int, extra: list[str]) -> tuple[list[dict], list[dict], dict[str, torch.Tensor]]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    line = [sys.executable, *launcher, "-m", "lead_engine", "train", "--pool", pool, "--model", model, "--out", out, *BASE, *extra]
-    done = subprocess.run([str(part) for part in line], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    read = [[json.loads(text) for text in (out / name).read_text().splitlines()] for name in ("metrics.jsonl", "selection.jsonl")]
-    weights = next((out / "model").glob("*model.safetensors"))
-    return read[0], read[1], load_file(weights)
+def read(out: Path) -> tuple[list[dict], list[dict], dict[str, torch.Tensor]]:
+    lines = [[json.loads(text) for text in (out / name).read_text().splitlines()] for name in ("metrics.jsonl", "selection.jsonl")]
+    return lines[0], lines[1], load_file(next((out / "model").glob("*model.safetensors")))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.timeout(300)
-def test_ranks_do_not_matter(variant: str, make_pool, make_model, tmp_path: Path) -> None:
-    pool = make_pool(samples=900)
+def test_ranks_do_not_matter(variant: str, run_ranks, make_pool, make_model, tmp_path: Path) -> None:
+    pool = make_pool(samples=600)
     model = make_model("qwen3" if "tied" in variant else "llama", tie_word_embeddings="tied" in variant)
-    one = train(pool, model, tmp_path / "one", 1, VARIANTS[variant])
-    two = train(pool, model, tmp_path / "two", 2, VARIANTS[variant])
+    for ranks in (1, 2):
+        run_ranks("train", "--pool", pool, "--model", model, "--out", tmp_path / str(ranks), *BASE, *VARIANTS[variant], ranks=ranks)
+    one, two = read(tmp_path / "1"), read(tmp_path / "2")
     assert len(one[0]) >= 8
     assert [line["ids"] for line in one[1]] == [line["ids"] for line in two[1]]
     assert [line["cluster"] for line in one[1]] == [line["cluster"] for line in two[1]]
@@ -52,10 +48,9 @@ def test_ranks_do_not_matter(variant: str, make_pool, make_model, tmp_path: Path
         assert (value - two[2][name]).abs().mean() <= 1e-3 * moved, name
 
 
-def test_ranks_that_do_not_divide_the_micro_batches_are_refused(make_pool, make_model, tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lead_engine", "train"]
-    line += ["--pool", str(make_pool(samples=60)), "--model", str(make_model("llama")), "--out", str(tmp_path / "run")]
-    done = subprocess.run([*line, "--batch.capacity", "64", "--batch.micro-batches", "3"], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "--batch.micro-batches 3: must be a multiple of the 2 ranks" in done.stderr
+def test_ranks_that_do_not_divide_the_micro_batches_are_refused(run_ranks, make_pool, make_model, tmp_path: Path) -> None:
+    options = ["--pool", make_pool(samples=60), "--model", make_model("llama"), "--out", tmp_path / "run", "--batch.capacity", "64"]
+    told = run_ranks("train", *options, "--batch.micro-batches", "3", ranks=2, check=False)
+    assert all(told.wait())
+    assert "--batch.micro-batches 3: must be a multiple of the 2 ranks" in told.output(0)
     assert not (tmp_path / "run").exists()
