@@ -61,8 +61,11 @@ class _Moment(NamedTuple):
         width, block = _blocks(moment.shape[1])
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise(_pad(moment, width), self.levels, block)
         codes, scales = codes.view(-1, width)[:, : moment.shape[1]], scales.view(self.scales.shape)
-        self.values.copy_(codes if skip is None else torch.where(skip, self.values, codes))
-        self.scales.copy_(scales if skip is None else torch.where(skip, self.scales, scales))
+        for held, new in ((self.values, codes), (self.scales, scales)):
+            if skip is None:
+                held.copy_(new)
+            else:
+                torch.where(skip, held, new, out=held)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -143,10 +146,11 @@ def _update(pieces: list[_Piece], group: dict[str, Any], found_inf: Tensor | Non
     if not pieces:
         return
     first, second = ([piece.moments[order].read() for piece in pieces] for order in (0, 1))
-    bound = _bound(*group["betas"])
-    for piece, m, v in zip(pieces, first, second, strict=True):
-        if bound and piece.moments[1].scales is not None:
-            torch.maximum(v, m.square().mul_(1 / bound), out=v)
+    rounded = [place for place, piece in enumerate(pieces) if piece.moments[0].scales is not None]
+    if rounded and (bound := _bound(*group["betas"])):
+        least = torch._foreach_mul([first[place] for place in rounded], [first[place] for place in rounded])
+        torch._foreach_mul_(least, 1 / bound)
+        torch._foreach_maximum_([second[place] for place in rounded], least)
     adamw(
         [piece.parameter for piece in pieces], [piece.gradient for piece in pieces], first, second, [],
         [piece.step.clone() for piece in pieces],  # it counts; a parameter's pieces must all see the same count
