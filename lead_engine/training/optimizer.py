@@ -10,10 +10,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lead_engine.config import OptimizerConfig
+from lead_engine.model.bnb import bitsandbytes_functional
 from lead_engine.training.adamw8bit import AdamW8bit
 
 _CHUNK = 1 << 22
 """Numbers multiplied at a time by `inner_product`: bounds its scratch memory to 16 MiB whatever the parameter's size."""
+
+
+def check_available(config: OptimizerConfig) -> None:
+    """Raise UserError where the optimizer needs bitsandbytes and it is missing."""
+    if config.kind == "adamw8bit":
+        bitsandbytes_functional("--optimizer.kind adamw8bit")
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

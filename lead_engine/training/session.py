@@ -19,7 +19,7 @@ from lead_engine.selection.selector import Layout, Selector
 from lead_engine.training.combinations import check_combination
 from lead_engine.training.distributed import Ranks, data_mesh
 from lead_engine.training.loop import Engine
-from lead_engine.training.optimizer import make_optimizer
+from lead_engine.training.optimizer import check_available, make_optimizer
 from lead_engine.training.scorer import PoolScorer
 
 
@@ -39,6 +39,7 @@ class Session:
 def build(config: TrainConfig, ranks: Ranks) -> Session:
     """Open the pool, load the model, and put the engine together. Raises UserError for everything that the user can mend."""
     check_combination(config, ranks.size, ranks.device)
+    check_available(config.optimizer)  # before the weights are read
     store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
     state = _pool_state(config, store)
     base = _base(config, ranks)

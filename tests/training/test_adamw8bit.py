@@ -18,7 +18,7 @@ from lead_engine.config import OptimizerConfig
 from lead_engine.errors import UserError
 from lead_engine.training import adamw8bit
 from lead_engine.training.adamw8bit import AdamW8bit
-from lead_engine.training.optimizer import make_optimizer
+from lead_engine.training.optimizer import check_available, make_optimizer
 from runs import OPTIONS, assert_same_run, kill_after_checkpoint
 
 ROWS_OF_256 = [(64, 256), (40, 512), (5, 4, 256), (256,), (9, 40)]
@@ -158,6 +158,9 @@ def test_it_is_made_with_decay_on_matrices_and_refused_without_bitsandbytes(monk
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"--optimizer\.kind adamw8bit: needs bitsandbytes.*pip install"):
         make_optimizer(model, config)
+    with pytest.raises(UserError, match=r"--optimizer\.kind adamw8bit"):
+        check_available(config)
+    check_available(OptimizerConfig())
 
 
 def test_a_step_reads_nothing_from_the_device() -> None:
