@@ -30,7 +30,7 @@ def read(out: Path) -> tuple[list[dict], list[dict], dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ranks_do_not_matter(variant: str, run_ranks, make_pool, make_model, tmp_path: Path) -> None:
-    pool = make_pool(samples=600)
+    pool = make_pool(samples=420)
     model = make_model("qwen3" if "tied" in variant else "llama", tie_word_embeddings="tied" in variant)
     for ranks in (1, 2):
         run_ranks("train", "--pool", pool, "--model", model, "--out", tmp_path / str(ranks), *BASE, *VARIANTS[variant], ranks=ranks)
