@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from lead_engine.console import warn
 from lead_engine.errors import UserError
 from lead_engine.training.watchdog import Watchdog, at
 
@@ -86,6 +87,7 @@ def _join(backend: str, limit: timedelta, timeout: float) -> Watchdog | None:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(_attempt(), store)
         dist.init_process_group(backend, store=dist.PrefixStore("training", store), rank=rank, world_size=size, timeout=limit)
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
@@ -100,6 +102,18 @@ def _join(backend: str, limit: timedelta, timeout: float) -> Watchdog | None:
     watchdog = Watchdog(own, rank, size, timeout)
     watchdog.start()
     return watchdog
+
+
+def _attempt() -> str:
+    """In the names of all that ranks leave in the store: which of torchrun's restarts they belong to.
+
+    torch 2.13's agents keep one store over their restarts, in which the addresses of dead ranks still stand (docs/SCALE.md). Every agent
+    counts its restarts by itself, so the number says nothing to other nodes; there the store must be a new one each time.
+    """
+    several, kept = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if several and kept and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        warn("torchrun: with several nodes, --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every agent")
+    return "all" if several else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def data_mesh(ranks: Ranks, replicate: int) -> DeviceMesh:

@@ -23,7 +23,7 @@ from ranks import free_port
 from safetensors.torch import load_file
 
 OPTIONS = [
-    "--budget", "0.9", "--seed", "3", "--batch.capacity", "64", "--batch.micro-batches", "2", "--selection.round-steps", "2",
+    "--budget", "0.6", "--seed", "3", "--batch.capacity", "64", "--batch.micro-batches", "2", "--selection.round-steps", "2",
     "--selection.calibrate-every", "3", "--selection.sketch-dim", "8", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
     "--checkpoint-every", "2",
 ]  # fmt: skip
@@ -32,7 +32,7 @@ TIMES = ("seconds", "second", "time", "eta", "mfu", "memory")
 LIMIT = 100
 ENVIRONMENT = {
     "COLUMNS": "120",
-    # Else torch 2.13's agents hand restarted workers the store of the first attempt, in which the dead workers' addresses still stand.
+    # See docs/SCALE.md: without it, workers restarted on several nodes meet in the store in which the dead ones' addresses still stand.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 
@@ -121,7 +121,7 @@ def one_node(make_pool: Any, make_model: Any, run_ranks: Any, tmp_path_factory: 
     """(the run of two ranks on one node, its arguments without --out)."""
     out = tmp_path_factory.mktemp("one-node") / "run"
     arguments = ["train", "--pool", make_pool(samples=300), "--model", make_model("llama"), *OPTIONS]
-    run_ranks(*arguments, "--out", out, ranks=2)
+    run_ranks(*arguments, "--out", out, ranks=2, timeout=LIMIT)
     return out, arguments
 
 
@@ -158,3 +158,22 @@ def test_a_killed_worker_is_restarted_and_the_run_goes_on(one_node: tuple[Path, 
     assert agents.wait() == [0, 0], agents.output()[-5000:]
     assert_same_run(expected, out)
     assert not any(worker.is_running() for worker in first.values())
+
+
+@pytest.mark.timeout(300)
+def test_a_restart_in_the_store_of_the_first_attempt(one_node: tuple[Path, list[Any]], start_ranks: Any, tmp_path: Path) -> None:
+    """As torch 2.13's torchrun restarts the workers of one node: with a store in which the dead ones' addresses stand."""
+    expected, arguments = one_node
+    out = tmp_path / "run"
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchrun = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}
+    first = start_ranks(*arguments, "--out", out, "--resume", ranks=2, env={**torchrun, "TORCHELASTIC_RESTART_COUNT": "0"})
+    deadline = time.monotonic() + LIMIT
+    while not list(out.glob("checkpoints/step-*/COMPLETE")):
+        assert time.monotonic() < deadline, first.output()[-5000:]
+        time.sleep(0.01)
+    first.signal(signal.SIGKILL)
+    assert first.wait() == [-signal.SIGKILL] * 2
+    second = start_ranks(*arguments, "--out", out, "--resume", ranks=2, env={**torchrun, "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert second.wait(LIMIT) == [0, 0], second.output()[-5000:]
+    assert_same_run(expected, out)

@@ -194,7 +194,7 @@ def test_a_job_gives_way_and_goes_on(
     assert f"{out} is complete" in slurm.log.read_text()
     assert [line.split()[:2] for line in slurm.record("srun")] == [["--ntasks-per-node=1", "--kill-on-bad-exit=0"]] * 2
 
-    run_ranks("train", *arguments, "--out", tmp_path / "whole", ranks=1)
+    run_ranks("train", *arguments, "--out", tmp_path / "whole", ranks=1, timeout=LIMIT)
     assert_same(tmp_path / "whole", out)
 
 
