@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -25,6 +26,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from lead_engine.config import to_dict
+from lead_engine.console import say
 from lead_engine.errors import UserError
 from lead_engine.integrations.head import HeadCall, base_of, check, install
 from lead_engine.integrations.refuse import refuse_arguments, refuse_class, refuse_dataset, refuse_trainer
@@ -38,7 +40,7 @@ from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
 from lead_engine.selection.selector import Layout, Selector
 
-ID = "lead_id"
+ID = "_lead_row"
 """Column that carries a row's number through the trainer's own preparation, which may shuffle rows or leave some out."""
 SCORES = "lead_scores"
 """Folder in the trainer's output folder: the scores of its own rows, where no pool was given."""
@@ -82,8 +84,11 @@ class _AroundTheStep(TrainerCallback):
         self._trainer._lead_after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step < state.max_steps and not self._trainer.lead_rounds.ahead():
+        rounds = self._trainer.lead_rounds
+        if state.global_step < state.max_steps and not rounds.ahead():
             control.should_training_stop = True
+            spent = "" if rounds.budget is None else f" of {rounds.budget:,}"
+            say(f"nothing is left to train after step {state.global_step} of {state.max_steps}, {rounds.tokens:,}{spent} tokens")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._trainer.lead_rounds.finish_round()
@@ -110,7 +115,7 @@ class _WithLead(Trainer):
         if dataset is not None:
             refuse_dataset(dataset)
             if _is_arrow(dataset):
-                dataset = dataset.add_column(ID, list(range(len(dataset))))
+                dataset = dataset.add_column(ID, np.arange(len(dataset)))
             named["train_dataset"], self._lead_given = dataset, len(dataset)
         super().__init__(*given.args, **given.kwargs)
         refuse_trainer(self)

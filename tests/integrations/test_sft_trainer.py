@@ -87,11 +87,11 @@ def test_losses_are_the_engines(make_trainer, make_pool, make_model, engine_roun
         torch.testing.assert_close(trainer.lead_rounds.selector.samples.utility, selector.samples.utility, rtol=0, atol=5e-4)
 
 
-def test_a_model_with_adapters(make_trainer, make_pool, make_model) -> None:
+def test_a_model_with_adapters(make_trainer, make_pool) -> None:
     """peft's own wrapper; B is 0 at first, so the first loss is the base's, and only adapters move."""
     from peft import LoraConfig
 
-    pool, model = make_pool(), make_model()
+    pool = make_pool()
     whole = make_trainer(lead(pool), max_steps=1)
     whole.train()
     trainer = make_trainer(lead(pool), max_steps=6, peft=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
@@ -106,7 +106,15 @@ def test_a_model_with_adapters(make_trainer, make_pool, make_model) -> None:
     assert not torch.equal(trainer.lead_rounds.selector.samples.utility[visited][:-1], lead(pool).state().utility[visited[:-1]])
     with pytest.raises(ValueError, match="lm_head"):  # TRL's own
         make_trainer(lead(pool), peft=LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"))
-    assert model.exists()
+
+    copied = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    trainer = make_trainer(lead(pool), max_steps=2, peft=copied)
+    head = trainer.model.base_model.model.lm_head
+    before = head.original_module.weight.detach().clone()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(first, abs=1e-6)
+    assert torch.equal(head.original_module.weight, before)
+    assert not torch.equal(head.modules_to_save["default"].weight, before)
 
 
 def test_rows_are_scored_where_there_is_no_pool(make_trainer, records, make_model) -> None:
@@ -180,3 +188,10 @@ def test_rows_that_are_not_the_pools_are_named(make_trainer, make_pool) -> None:
 def test_what_cannot_be_right_is_refused(make_trainer, make_pool, options, words) -> None:
     with pytest.raises(UserError, match=words):
         make_trainer(lead(make_pool(samples=30)), **options)
+
+
+def test_trainers_with_another_loss_are_refused() -> None:
+    from trl import DPOTrainer
+
+    with pytest.raises(UserError, match="a compute_loss of its own"):
+        lead(budget=0.1).trainer(DPOTrainer)

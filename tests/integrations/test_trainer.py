@@ -47,7 +47,9 @@ def test_rounds_losses_and_utility_are_the_engines(make_pool, make_model, make_a
     assert trainer.state.log_history[-2]["lead_tokens"] == sum(line["tokens"] for line in ours)
 
 
-def test_the_budget_is_the_engines_and_the_last_step_may_be_short(make_pool, make_model, make_args, load, collator, engine_rounds) -> None:
+def test_the_budget_is_the_engines_and_the_last_step_may_be_short(
+    make_pool, make_model, make_args, load, collator, engine_rounds, capsys
+) -> None:
     pool, model = make_pool(), make_model()
     trainer = lead(pool, budget=0.33).trainer(Trainer)(model=load(model), args=make_args(max_steps=1000), data_collator=collator(model))
     trainer.train()
@@ -56,6 +58,7 @@ def test_the_budget_is_the_engines_and_the_last_step_may_be_short(make_pool, mak
     torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor([x for report in reports for x in report.losses]), **LOSS)
     assert len(reports[-1].sample_ids[-1]) not in (0, 8)
     assert trainer.state.global_step < 1000
+    assert "nothing is left to train after step" in capsys.readouterr().out
 
 
 def test_steps_follow_from_the_budget(make_pool, make_model, make_args, load, collator) -> None:
@@ -217,6 +220,12 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
         build(model=None, model_init=lambda: load(folder))
     with pytest.raises(UserError, match="a stream"):
         build(train_dataset=IterableDataset.from_generator(lambda: iter([{"input_ids": [1]}])))
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    with pytest.raises(UserError, match="take lm_head out"):
+        build(model=get_peft_model(load(folder), LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")))
+    with pytest.raises(UserError, match="prompt-learning"):
+        build(model=get_peft_model(load(folder), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")))
     mixture = make_model("mixtral", num_local_experts=2, output_router_logits=True)
     with pytest.raises(UserError, match="auxiliary loss"):
         build(model=load(mixture))
