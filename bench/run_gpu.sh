@@ -2,14 +2,16 @@
 # Everything that only a GPU can tell, in one command: tests with the real kernels (also that nothing waits for the device), the head against its
 # peers, planning, and then the engine's benchmarks on a model of 100M parameters. Results go to bench/results/gpu-*.json, with machine and versions.
 #
-#   bench/run_gpu.sh [--quick | --study] [POOL.jsonl [TEXT...]]     default: the procedural pool and its text
+#   bench/run_gpu.sh [--quick | --study | --training] [POOL.jsonl [TEXT...]]     default: the procedural pool and its text
 #
-# Each step has a time limit of its own, and a failure does not stop the rest; the last lines say what failed. At most 30 minutes on an H200;
+# Each step has a time limit of its own, and a failure does not stop the rest; the last lines say what failed. At most 38 minutes on an H200;
 # --quick takes at most 9: the tests of the operators and that no round waits for the device, the head on two shapes, planning. --study is the
 # heart of docs/STUDY.md with a base of 100M parameters, for which heldout.jsonl has to lie beside POOL.jsonl; at most 30 minutes of its own.
+# --training, at most 10 minutes: only whether a round waits for the device, and full fine-tuning of a model of 1.2B parameters against Trainer
+# and SFTTrainer.
 #
-# The head's peers are measured where they are installed. Nothing is installed here:
-#   pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 quack-kernels==0.6.5
+# The head's and the trainer's peers are measured where they are installed. Nothing is installed here:
+#   pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 quack-kernels==0.6.5 trl==1.16.0
 #
 #   PYTHON                  the interpreter (default: python3); it needs a GPU build of torch, with its triton, and matplotlib; the last part
 #                           also what lead_engine needs
@@ -18,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mode=all
 case "${1:-}" in
-    --quick | --study) mode="${1#--}"; shift ;;
+    --quick | --study | --training) mode="${1#--}"; shift ;;
 esac
 python="${PYTHON:-python3}"
 work="${LEAD_ENGINE_GPU_WORK:-runs/gpu}"
@@ -64,7 +66,15 @@ prepare_100m() {
     step "prepare" 90 "$python" -m lead_engine prepare --pool "$pool" --model "$work/base" --out "$work/prepared" "${batch[@]}" --optimizer.lr 1e-4
 }
 
-if [ "$mode" = study ]; then
+# Tokens/s, MFU and memory against Trainer and SFTTrainer, and a profile of two rounds, in which nothing may wait for the device.
+training() {
+    step "training, $1" "$2" "$python" bench/training.py --gpu "$1" --trace "$work/training-trace-$1.json" --out "$results/gpu-training-$1.json"
+}
+
+if [ "$mode" = training ]; then
+    step "no synchronisation" 100 "$python" -m pytest -q -x --timeout 90 tests/training/test_no_synchronisation.py
+    training 1b 480
+elif [ "$mode" = study ]; then
     prepare_100m "$@"
     sed "s#runs/gpu/heldout.jsonl#$(dirname "$pool")/heldout.jsonl#; s#runs/gpu#$work#" bench/study/gpu.yaml >"$work/study.yaml"
     step "study" 1500 "$python" -m lead_engine compare --config "$work/study.yaml" --out "$work/study"
@@ -80,10 +90,11 @@ else
     else
         step "head" 600 "${head[@]}" --seconds 20 --build-seconds 60
         step "plan" 150 "${plan[@]}"
+        training 1b 480
         step "other tests" 210 "$python" -m pytest -q tests/lead_kernels tests/model tests/training tests/selection
 
         prepare_100m "$@"
-        for bench in step_overhead loss_change_fidelity sft_against_trainer; do
+        for bench in step_overhead loss_change_fidelity; do
             step "$bench" 90 "$python" "bench/$bench.py" --pool "$work/prepared" --model "$work/base" --capacity 16384 --lr 1e-4 \
                 --out "$results/gpu-$bench.json"
         done

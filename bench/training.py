@@ -5,8 +5,9 @@
     python bench/training.py --gpu 1b    # on a GPU: bench/results/training-gpu-1b.json; also 3b
 
 All train the same model (fp32 master weights, the same compute precision) with AdamW on the same samples, the same number of tokens a step,
-one process each, in turns whose order rotates: `--turns` turns of some steps, every contender once a turn. Speeds are of real tokens:
-padding is not counted. Peak memory is each process's own, beyond what it took before its model was built (on a GPU: of tensors).
+one process each, in turns whose order rotates: `--turns` turns of some steps, every contender once a turn (on a GPU, whose memory they
+could not share, one after another). Speeds are of real tokens: padding is not counted. Peak memory is each process's own, beyond what it
+took before its model was built (on a GPU: of tensors).
 Samples: made here, of lengths like instruction data's (log-normal, median 115 tokens, a fiftieth over 400; 16 to 1,024), three fifths of
 them response. The contenders, as rows of the result:
 
@@ -110,7 +111,7 @@ def arguments() -> argparse.Namespace:
 
 def chosen(flags: argparse.Namespace) -> list[Setting]:
     if flags.gpu:
-        settings = [Setting(flags.gpu, 8192, 4, 4, 8)]
+        settings = [Setting(flags.gpu, 8192, 4, 4, 4)]
     elif flags.quick:
         settings = [Setting("mini", 2048, 1, 2, 2, 2)]
     else:
@@ -199,7 +200,7 @@ def make_steps(store, setting: Setting) -> dict[str, torch.Tensor]:
     same samples in micro-batches of like length."""
     from lead_kernels import pack_plan
 
-    slots, per_step = setting.capacity // 16, setting.micro_batches
+    slots, per_step = setting.capacity // 32, setting.micro_batches
     whole = int(store.lengths.sum()) // (setting.capacity * per_step)
     steps = min(whole // setting.round_steps * setting.round_steps, GROUP)
     order = torch.randperm(store.num_samples, generator=torch.Generator().manual_seed(1))

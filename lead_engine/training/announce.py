@@ -81,7 +81,7 @@ def _ranks(config: TrainConfig, ranks: Ranks) -> str:
     threads = torch.get_num_threads()
     cpu = f"CPU ({threads} thread{'s' if threads > 1 else ''})"
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else cpu
-    return f"{ranks.size} x {device}{nodes}; {sharding}; {share} micro-batches a rank and step"
+    return f"{ranks.size} x {device}{nodes}; {sharding}; {share} micro-batch{'es' if share > 1 else ''} a rank and step"
 
 
 def _precision(config: TrainConfig, device: torch.device) -> str:
@@ -112,9 +112,9 @@ def _optimizer(config: TrainConfig) -> str:
 
 def _checkpoints(config: TrainConfig) -> str:
     if not config.checkpoint_every:
-        return "none before the end (--checkpoint-every 0): a run that is stopped begins anew"
+        return "only when SIGTERM or Ctrl-C stops it, for --resume; a run that is killed begins anew (--checkpoint-every 0)"
     kept = f"the last {config.keep_checkpoints} kept" if config.keep_checkpoints > 1 else "the last kept"
-    return f"every {config.checkpoint_every} rounds, {kept}; once stopped, the same command with --resume goes on"
+    return f"every {config.checkpoint_every} rounds and when SIGTERM or Ctrl-C stops it, {kept}; the same command with --resume goes on"
 
 
 def _logs(config: TrainConfig) -> str:

@@ -72,6 +72,18 @@ def test_engine_runs_what_is_counted(make_model) -> None:
     assert counter.get_total_flops() == pytest.approx(64 * flops.per_token + squares, rel=0.005)
 
 
+def test_four_bit_bases_and_head_adapters_count_as_what_they_stand_for(make_model) -> None:
+    folder = make_model("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    plain, quantised, head = (
+        ModelFlops.of(build_model(folder, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=8, lora=lora))
+        for lora in (LoraConfig(rank=4), LoraConfig(rank=4, quantize="nf4"), LoraConfig(rank=4, head=True))
+    )
+    assert quantised == plain
+    assert plain.per_row == 4 * 320 * 64
+    assert head.per_row == plain.per_row + 6 * 4 * (320 + 64)
+    assert head.per_token == plain.per_token
+
+
 def test_pairs_are_those_of_the_mask() -> None:
     lengths = torch.tensor([1, 5, 8, 9, 40])
     for window in (None, 1, 8, 100):
