@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lead_engine.console import warn
 from lead_engine.errors import UserError
 from lead_engine.model import adapter, nf4
 from lead_engine.model.packed import PackedLM
@@ -47,10 +48,20 @@ def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
     quantised = {f"{name}.weight": layer for name, layer in nf4.layers(model)}
     shapes = {alias: tuple(quantised.get(name, tensors[name]).shape) for name, some in aliases.items() for alias in some}
     model.stored = find_layout(checkpoint, shapes, model.transforms, model.base_prefix)
+    _name_strangers(model)
     for name, tensor in tensors.items():
         _fill(quantised.get(name, tensor), checkpoint, aliases[name], model)
     if adapter_folder is not None:
         _load_adapter(model, adapter_folder)
+
+
+def _name_strangers(model: PackedLM) -> None:
+    """Warn of stored tensors that the model has no place for, unless that is as it should be: biases that config.json forgot, say."""
+    stored, text = model.stored, model.config.get_text_config()
+    strangers = [name for name in stored.file_of if name not in stored.dtype_of and not name.endswith("rotary_emb.inv_freq")]
+    if strangers and text is model.config:  # the rest of a multimodal model is known to be there
+        what = f"{len(strangers)} of its tensors are" if len(strangers) > 1 else "one of its tensors is"
+        warn(f"{stored.folder}: {what} not in the model that config.json describes, and kept as stored: {', '.join(strangers[:3])}")
 
 
 def base_tensors(model: PackedLM) -> Iterator[tuple[str, Tensor]]:

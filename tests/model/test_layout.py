@@ -109,11 +109,12 @@ def test_a_rank_reads_its_own_slices_and_no_more(world: int, make_model, monkeyp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_written_as_it_was_read(kind: str, make_model, tmp_path: Path) -> None:
+def test_written_as_it_was_read(kind: str, make_model, tmp_path: Path, capsys) -> None:
     """bf16 in shards -> engine (fp32) -> files: the same names, shapes, dtypes and bits in the same files, and a config that says so."""
     folder = make_model(kind, shards="40KB", dtype=torch.bfloat16, all_random=True, **KINDS[kind])
     model = build(folder)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert "warning" not in capsys.readouterr().err
     save_model(model, load_tokenizer(folder), tmp_path / "model", base=folder, rank=0)
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     assert files == sorted(file.name for file in (tmp_path / "model").glob("*.safetensors"))
@@ -169,6 +170,19 @@ def test_other_forms_of_the_same_checkpoint(make_model, tmp_path: Path) -> None:
     fused = changed(mixture, tmp_path / "fused", lambda _: AutoModelForCausalLM.from_pretrained(mixture).state_dict())
     assert "model.layers.0.mlp.experts.gate_up_proj" in tensors_of(fused)
     assert same(build(fused), build(mixture))
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named_and_kept(make_model, tmp_path: Path, capsys) -> None:
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    extra = {bias: torch.arange(32.0, dtype=torch.float16), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    folder = changed(make_model("llama"), tmp_path / "more", lambda t: {**t, **extra})
+    model = build(folder)
+    assert f"one of its tensors is not in the model that config.json describes, and kept as stored: {bias}" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    save_model(model, load_tokenizer(folder), tmp_path / "saved", base=folder, rank=0)
+    saved = tensors_of(tmp_path / "saved")
+    assert all(torch.equal(saved[name], value) and saved[name].dtype == value.dtype for name, value in extra.items())
 
 
 def test_checkpoints_that_do_not_fit_are_named(make_model, tmp_path: Path) -> None:
