@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
 from lead_engine.errors import UserError
-from lead_engine.model import merge, nf4
+from lead_engine.model import merge, nf4, weights
 from lead_engine.model.load import build_model, count_parameters, load_hf
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
@@ -123,6 +123,45 @@ def test_product_and_gradient(dtype: torch.dtype) -> None:
         assert (ours - reference).abs().max() <= 1.5 * (theirs - reference).abs().max()
 
 
+def test_adapters_get_the_gradients_that_the_rounded_base_gives_them(make_model, make_pool, tmp_path: Path) -> None:
+    """A plain LoRA on a checkpoint whose weights were rounded beforehand is the same model: losses and gradients to fp32's rounding."""
+    base, store = make_model("llama", **SHAPE), TokenStore.open(make_pool(samples=20) / "store")
+    rounded = AutoModelForCausalLM.from_pretrained(base)
+    nf4.round_blocks(rounded)
+    rounded.save_pretrained(tmp_path)
+    results = []
+    for folder, quantize in ((base, "nf4"), (tmp_path, "none"), (base, "none")):
+        model = build(folder, lora=LoraConfig(rank=4, quantize=quantize))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.1)
+        ids = torch.tensor([0, 1, 2])
+        head = model(store.batch(ids, capacity=128, num_rows=int(store.response_rows[ids].sum())), token_weight=0.1)
+        head.loss.backward()
+        results.append([head.sample_nll, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for ours, same, unrounded in zip(*results, strict=True):
+        assert (ours - same).norm() <= 1e-5 * same.norm()
+        assert (ours - unrounded).norm() > 1e-3 * same.norm()
+
+
+def test_what_is_frozen_is_stored_as_it_is_computed_with(make_model, make_pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP in bf16: adapters fp32, codes bytes, all else of the base bf16, which changes no bit of any loss."""
+    base, store = make_model("llama", **SHAPE), TokenStore.open(make_pool(samples=20) / "store")
+    options = {"device": CPU, "runtime": RuntimeConfig(precision="bf16"), "max_length": 64, "lora": LoraConfig(rank=4, quantize="nf4")}
+    materialise = weights.materialise
+    with process_group() as ranks:
+        model = build_model(base, mesh=ranks.mesh, **options)
+        monkeypatch.setattr(weights, "materialise", lambda model, device, dtype, frozen: materialise(model, device, dtype))
+        wide = build_model(base, mesh=ranks.mesh, **options)
+        for name, parameter in model.named_parameters():
+            codes = name.endswith("scale_codes") or ("_proj." in name and name.endswith("base_layer.weight"))
+            assert parameter.dtype == (torch.uint8 if codes else torch.float32 if parameter.requires_grad else torch.bfloat16), name
+        assert wide.decoder.embed_tokens.weight.dtype == torch.float32
+        assert torch.equal(our_losses(model, store), our_losses(wide, store))
+
+
 def test_trained_run_is_the_same_everywhere(make_model, make_pool, run_ranks, run_cli, tmp_path: Path) -> None:
     """1 and 3 ranks; transformers with peft; eval; merge. And rounding the base did matter."""
     base, pool = make_model("llama", **SHAPE), make_pool(samples=180)
@@ -131,11 +170,11 @@ def test_trained_run_is_the_same_everywhere(make_model, make_pool, run_ranks, ru
         runs[ranks] = tmp_path / str(ranks)
         run_ranks("train", "--pool", pool, "--model", base, "--out", runs[ranks], *OPTIONS, ranks=ranks)
     losses = {ranks: [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()] for ranks, out in runs.items()}
-    weights = {ranks: load_file(out / "model" / "adapter_model.safetensors") for ranks, out in runs.items()}
+    adapters = {ranks: load_file(out / "model" / "adapter_model.safetensors") for ranks, out in runs.items()}
     assert len(losses[1]) >= 4
     np.testing.assert_allclose(losses[3], losses[1], rtol=1e-5)
-    for name, value in weights[1].items():
-        assert (weights[3][name] - value).abs().mean() <= 1e-3 * value.abs().mean(), name
+    for name, value in adapters[1].items():
+        assert (adapters[3][name] - value).abs().mean() <= 1e-3 * value.abs().mean(), name
 
     folder, store = runs[3] / "model", TokenStore.open(pool / "store")
     ours = our_losses(build(folder, trainable=False), store)
