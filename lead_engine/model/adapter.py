@@ -52,6 +52,17 @@ def base_of(folder: Path) -> str:
     return base
 
 
+def check_options(model: PreTrainedModel, folder: Path, lora: LoraConfig) -> None:
+    """Raise UserError where options for a new adapter are given, other than those of the adapter in `folder` that is trained on."""
+    config, head = model.peft_config["default"], isinstance(model.get_output_embeddings(), LoraLayer)
+    if lora.rank and (lora.rank, lora.alpha, lora.head) != (config.r, config.lora_alpha, head):
+        raise UserError(
+            f"--lora.rank {lora.rank}: --model {folder} is an adapter already (rank {config.r}, alpha {config.lora_alpha:g}, "
+            f"{'with' if head else 'without'} the LM head), and it is trained on as it is. Give the same options or leave them out; to "
+            "train a new adapter on top of it, merge it first (lead-engine merge)"
+        )
+
+
 def inject(model: PreTrainedModel, config: PeftLoraConfig, *, head: bool = False) -> None:
     """Put adapters into `model` in place; all other parameters are frozen. `model.peft_config` keeps the config.
 
@@ -62,6 +73,7 @@ def inject(model: PreTrainedModel, config: PeftLoraConfig, *, head: bool = False
         last = model.get_output_embeddings()
         linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         config.target_modules = {name.rsplit(".", 1)[-1] for name, module in linear.items() if head or module is not last}
+    config.inference_mode = False  # as it is saved; peft would freeze the adapters, too
     inject_adapter_in_model(config, model)
     model.peft_config = {"default": config}
     if isinstance(model.get_output_embeddings(), LoraLayer):

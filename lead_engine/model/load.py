@@ -80,6 +80,7 @@ def build_model(
         hf = AutoModelForCausalLM.from_config(architectures.as_trained(config), **options)
         if adapter_folder:
             adapter.inject(hf, adapter.read_config(adapter_folder))
+            adapter.check_options(hf, adapter_folder, lora or LoraConfig())
         elif lora is not None and lora.rank:
             adapter.inject(hf, adapter.new_config(lora, base), head=lora.head)
     if nf4.was_trained_on(adapter_folder) or (lora is not None and lora.quantize == "nf4"):

@@ -47,7 +47,9 @@ def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> Non
     if rank == 0:
         save_file({adapter.stored_name(name): value for name, value in tensors.items()}, building / adapter.WEIGHTS, {"format": "pt"})
         config = model.peft_config
-        config.base_model_name_or_path, config.inference_mode = str(base.resolve()), True
+        started_from_adapter = (base / adapter.CONFIG).exists()  # then its base is this one's, too
+        config.base_model_name_or_path = adapter.base_of(base) if started_from_adapter else str(base.resolve())
+        config.inference_mode = True
         config.save_pretrained(building)
         if any(nf4.layers(model)):
             nf4.write_config(building, model.compute_dtype)

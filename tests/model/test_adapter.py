@@ -127,6 +127,29 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+def test_an_adapter_is_trained_on_as_it_is(make_model, make_pool, run_ranks, tmp_path: Path) -> None:
+    """A run that starts from a run's adapter (4-bit base, head) goes on where that one ended, and names the same base."""
+    pool, base = make_pool(samples=60), make_model("llama", hidden_size=64, head_dim=16, intermediate_size=128)
+    line = ["train", "--pool", pool, *OPTIONS, "--runtime.precision", "fp32", "--method", "full", "--lora.quantize", "nf4"]
+    run_ranks(*line, "--model", base, "--out", tmp_path / "first", "--optimizer.lr", "1e-2")
+    bare = [part for part in line if part != "--lora.head"]
+    for name in ("--lora.rank", "--lora.quantize"):
+        place = bare.index(name)
+        del bare[place : place + 2]
+    run_ranks(*bare, "--model", tmp_path / "first", "--out", tmp_path / "second", "--optimizer.lr", "1e-9")
+    first, second = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-6, rtol=0)
+    assert (tmp_path / "second" / "model" / "quantization_config.json").exists()
+    config = json.loads((tmp_path / "second" / "model" / "adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]) == base
+    refused = run_ranks(*line, "--model", tmp_path / "first", "--out", tmp_path / "third", "--lora.rank", "8", check=False)
+    assert refused.processes[0].exitcode == 2
+    assert "--lora.rank 8: --model" in refused.output()
+    assert "is an adapter already (rank 4, alpha 16, with the LM head)" in " ".join(refused.output().split())
+
+
 @pytest.mark.parametrize("form", ["sketch", "exact"])
 def test_ranks_do_not_matter(form: str, make_model, make_pool, run_ranks, tmp_path: Path) -> None:
     pool, base = make_pool(samples=200), make_model("llama")
