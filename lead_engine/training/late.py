@@ -63,3 +63,19 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class Lap:
+    """Seconds of the device's own time from construction to `stop`; `seconds` may be read once the device has passed the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._watch, self._seconds = Stopwatch(device), 0.0
+        self._watch.start()
+
+    def stop(self) -> None:
+        self._watch.stop()
+
+    @property
+    def seconds(self) -> float:
+        self._seconds = self._seconds or self._watch.take()
+        return self._seconds

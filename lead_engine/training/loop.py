@@ -27,7 +27,7 @@ from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.selector import Layout, Plan, RoundStats, Selector
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.finite import check_can_skip, loss_gradient, step_unless
-from lead_engine.training.late import LateCopy, Stopwatch
+from lead_engine.training.late import Lap, LateCopy, Stopwatch
 from lead_engine.training.optimizer import clip_gradients, inner_product, learning_rate
 from lead_engine.training.scorer import PoolScorer
 from lead_engine.training.watchdog import at, here
@@ -77,6 +77,8 @@ class Round:
     """The id that marks an empty slot: N."""
     before: Progress
     after: Progress
+    lap: Lap
+    """The device's own time from its planning to its end; the host's, in `after`, is ahead of it by up to a round."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Engine:
     def rounds(self, progress: Progress, budget_tokens: int) -> Iterator[Round]:
         """Train until the budget is spent or no sample is left; yields every round after its last step was launched."""
         while progress.tokens < budget_tokens:
-            started = time.perf_counter()
+            started, lap = time.perf_counter(), Lap(self.device)
             at("planning", progress.round)
             choosing, scoring = self._refresh(progress, budget_tokens)
             self.watch.start()
@@ -129,6 +131,7 @@ class Engine:
             stats = self.selector.finish_round(plan)
             self.change.finish_round(plan.cluster)
             self.watch.stop()
+            lap.stop()
             values = LateCopy(RoundValues(steps, stats, plan))
             before = progress
             progress = Progress(
@@ -139,7 +142,7 @@ class Engine:
                 before.selection_seconds + choosing + self.watch.take(),
                 before.scoring_seconds + scoring,
             )
-            yield Round(values, header, rates, self.selector.samples.num_samples, before, progress)
+            yield Round(values, header, rates, self.selector.samples.num_samples, before, progress, lap)
 
     def _refresh(self, progress: Progress, budget_tokens: int) -> tuple[float, float]:
         """Let the method measure the pool again: (seconds that its choice took, seconds of forward passes)."""

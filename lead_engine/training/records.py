@@ -55,7 +55,7 @@ def step_lines(finished: Round, values: RoundValues, meter: Meter) -> list[dict[
     round later. Values that are not finite are None: JSON has no name for them.
     """
     before, after = finished.before, finished.after
-    seconds = (after.seconds - before.seconds - after.scoring_seconds + before.scoring_seconds) / len(values.steps)
+    seconds = (finished.lap.seconds - after.scoring_seconds + before.scoring_seconds) / len(values.steps)
     flops = [count for count, tokens in zip(meter.step_flops(values.plan.sample_ids), finished.header.tokens, strict=True) if tokens]
     memory = used_bytes(meter.device)
     step_tokens = [tokens for tokens in finished.header.tokens if tokens]

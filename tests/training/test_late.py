@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lead_engine.training import late
-from lead_engine.training.late import LateCopy, Stopwatch
+from lead_engine.training.late import Lap, LateCopy, Stopwatch
 
 
 class Values(NamedTuple):
@@ -100,3 +100,13 @@ def test_what_the_device_has_still_to_do_is_taken_later(monkeypatch: pytest.Monk
     assert watch.take() == 0
     events[3].done = True
     assert watch.take() == pytest.approx(4)
+
+
+def test_a_lap_is_read_as_often_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [Event(1.0), Event(3.5)]
+    marks = iter(events)
+    monkeypatch.setattr(Stopwatch, "_mark", lambda _: next(marks))
+    lap = Lap(torch.device("cuda"))
+    lap.stop()
+    events[1].done = True
+    assert [lap.seconds, lap.seconds] == [pytest.approx(2.5)] * 2
