@@ -31,7 +31,7 @@ SHARDED = {
     "qwen3": {"tie_word_embeddings": True, "vocab_size": ODD},
     "gemma2": {"tie_word_embeddings": False, "vocab_size": ODD},
     "phi": {"vocab_size": ODD},
-    "qwen3_moe": {**MIXTURE, "num_experts": 11, "vocab_size": ODD},
+    "qwen3_moe": {**MIXTURE, "num_experts": 11, "num_local_experts": 11, "vocab_size": ODD},
     "mixtral": {**MIXTURE, "num_experts": 6, "num_local_experts": 6},
     "glm4_moe": {**MIXTURE, "num_experts": 6, "n_routed_experts": 6},
 }
