@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -121,6 +122,20 @@ def test_product_and_gradient(dtype: torch.dtype) -> None:
     wanted = (x.double() @ exact.double().T + layer.bias.detach().double(), upstream.double() @ exact.double())
     for ours, theirs, reference in zip(*results, wanted, strict=True):
         assert (ours - reference).abs().max() <= 1.5 * (theirs - reference).abs().max()
+
+
+def test_a_product_reads_nothing_from_the_device() -> None:
+    """Tensors without data: whatever reads one raises."""
+    layer, mode = nf4.NF4Linear(96, 192, None), FakeTensorMode()
+    held = {name: mode.from_tensor(torch.zeros(t.shape, dtype=t.dtype)) for name, t in layer.state_dict(keep_vars=True).items()}
+    held |= {name: mode.from_tensor(torch.zeros_like(t)) for name, t in layer.named_buffers()}
+    with mode:
+        x = torch.randn(5, 192, requires_grad=True)
+        parts = (held[name] for name in ("weight", "scale_codes", "scale_scales", "scale_offset", "levels"))
+        y = nf4._Product.apply(x, None, *parts)
+        assert y.shape == (5, 96)
+        y.sum().backward()
+        assert x.grad.shape == (5, 192)
 
 
 def test_adapters_get_the_gradients_that_the_rounded_base_gives_them(make_model, make_pool, tmp_path: Path) -> None:
