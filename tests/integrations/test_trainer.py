@@ -26,7 +26,15 @@ def losses(trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("options", [SelectionConfig(), SelectionConfig(inner_form="exact", calibrate_every=3, unseen="drift")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        SelectionConfig(),
+        SelectionConfig(inner_form="exact", calibrate_every=3, unseen="drift"),
+        SelectionConfig(loss_change="paper", draw="cluster", drop_misaligned=True),
+    ],
+    ids=["default", "exact", "paper"],
+)
 def test_rounds_losses_and_utility_are_the_engines(make_pool, make_model, make_args, load, collator, engine_rounds, options) -> None:
     pool, model = make_pool(), make_model()
     selection = lead(pool, options=options)
@@ -67,6 +75,26 @@ def test_steps_follow_from_the_budget(make_pool, make_model, make_args, load, co
     assert trainer.args.max_steps == 200 * 0.2 / 8
     with pytest.raises(UserError, match="max_steps"):
         lead(make_pool()).trainer(Trainer)(model=load(make_model()), args=make_args(), data_collator=collator(make_model()))
+
+
+def test_no_estimate_takes_a_loss_below_zero(make_pool, make_model, make_args, load, collator) -> None:
+    from lead_engine.selection.loss_change import LossChange
+
+    class Overshoots(LossChange):
+        def estimate(self, *_: object) -> torch.Tensor:
+            return torch.full((2, 4), -100.0)
+
+    trainer = lead(make_pool(samples=40)).trainer(Trainer)(
+        model=load(make_model()), args=make_args(max_steps=1), data_collator=collator(make_model())
+    )
+    trainer._lead_begin(None)
+    rounds = trainer.lead_rounds
+    rounds.change = Overshoots()
+    assert rounds.ahead()
+    ids = rounds.ids(0) + rounds.ids(1)
+    before = rounds.selector.samples.utility[ids].clone()
+    rounds.observe([torch.full((4,), 3.0)] * 2, 1e-3, None, torch.ones(()))
+    torch.testing.assert_close(rounds.selector.samples.utility[ids], 0.1 * before)
 
 
 def first_batch(trainer):
