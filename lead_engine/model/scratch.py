@@ -4,6 +4,8 @@ Llama architecture (transformers' own classes), so that everything that works on
 """
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ def is_scratch(model: str) -> bool:
 
 
 def make_scratch(model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_length: int = 4096) -> None:
-    """Write a randomly initialised model and its tokenizer to `folder` in Hugging Face format.
+    """Write a randomly initialised model and its tokenizer to `folder` in Hugging Face format; the folder appears whole.
 
     Raises UserError for an unknown name.
     """
@@ -47,7 +49,10 @@ def make_scratch(model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, s
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    building = folder.with_name(folder.name + ".writing")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(building)
+    tokenizer.save_pretrained(building)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(building, folder)
