@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lead_engine.console import warn
 from lead_engine.errors import UserError
-from lead_engine.training.watchdog import Watchdog, at
+from lead_engine.training.watchdog import Watchdog, at, here, lost_connection
 
 BEHIND_WATCHDOG = timedelta(seconds=60)
 """How much later than the watchdog, which knows who is missing, a collective gives up by itself."""
@@ -76,6 +76,13 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
         groups = [dist.new_group(backend="gloo", timeout=PATIENT) for _ in range(2)]
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh, *groups, limit)
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        raise UserError(
+            f"lost the connection to another rank in {here()}: it has ended, and its own output says why, or its machine is out of reach; "
+            f"go on with --resume ({str(error).strip().splitlines()[0][:200]})"
+        ) from error
     finally:
         if watchdog is not None:
             watchdog.stop()

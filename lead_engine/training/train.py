@@ -4,7 +4,9 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -29,7 +31,7 @@ from lead_engine.training.run_folder import COMPLETE, RunFolder
 from lead_engine.training.session import Session, build
 from lead_engine.training.signals import Stopped, StopSignals
 from lead_engine.training.summary import write_summary
-from lead_engine.training.watchdog import at, here, lost_connection
+from lead_engine.training.watchdog import at
 
 
 def run(config: TrainConfig) -> None:
@@ -49,80 +51,127 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         with StopSignals(ranks) as signals:
             _train(config, ranks, folder, signals)
         ranks.barrier()  # nobody goes on before rank 0's files are there
-    except RuntimeError as error:
-        if not lost_connection(error):
-            raise
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"lost the connection to another rank in {here()}: it has ended, and its own output says why, or its machine is out of reach; "
-            f"go on with --resume ({reason})"
-        ) from error
-    finally:
         at("after training", limited=False)
+    finally:
         folder.close()
 
 
+@dataclass
+class _Run:
+    """The parts of a run that is being driven."""
+
+    session: Session
+    ranks: Ranks
+    folder: RunFolder
+    signals: StopSignals
+    checkpoints: Checkpoints
+    skipped: SkippedSteps
+    meter: Meter
+    names: list[str]
+    """Of the pool's samples."""
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds beside model and optimizer."""
+        return {"selector": self.session.engine.selector, "loss_change": self.session.engine.change}
+
+    def resume(self) -> Progress:
+        """Go on from the newest whole checkpoint; from the start, and saying so, if the run has none."""
+        engine, out = self.session.engine, self.session.config.out
+        start, notes = self.checkpoints.load(engine.model, engine.optimizer, self.parts)
+        if notes:
+            self.skipped.load(notes["skipped"])
+        elif (out / "metrics.jsonl").exists():
+            say(f"--resume: {out} has no checkpoint, starting anew")
+        return start
+
+    def rounds(self, start: Progress) -> Progress:
+        """Train until the budget is spent or nothing is left. `Stopped` after a signal, UserError once too many steps were skipped."""
+        config, budget, done, waiting = self.session.config, self.session.budget, start, None
+        if number := self.signals.agreed():
+            self._stop(number, start, "nothing was trained since it started")
+        with progress_bar(budget, f"{config.method}, training tokens", done=start.tokens) as bar:
+            for finished in self.session.engine.rounds(start, budget):
+                # The round before this one has long left the device: reading it now waits for nothing that is not done.
+                self._record(waiting, bar)
+                done, waiting = finished.after, finished
+                at("agreeing whether to stop", done.round, done.step)
+                number = self.signals.agreed()
+                if number or (config.checkpoint_every and done.round % config.checkpoint_every == 0):
+                    self._record(waiting, bar)  # so that the logs reach as far as the checkpoint
+                    waiting = None
+                    begun = self._checkpoint(done)
+                if number:
+                    written = begun and self.checkpoints.finish()
+                    self._stop(number, done, "a checkpoint is written" if written else "its checkpoint could not be written")
+            self._record(waiting, bar)
+        return done
+
+    def finish(self, done: Progress) -> None:
+        """Write the model and the summary."""
+        config, engine, ranks = self.session.config, self.session.engine, self.ranks
+        at("last checkpoint", done.round, done.step, limited=False)
+        self.checkpoints.finish()
+        check_replicas(engine.selector, ranks, done.step)
+        self._tell_what_is_left(done)
+        at("writing the model", done.round, done.step, limited=False)
+        path = config.out / "model"
+        _write(ranks, path, lambda: save_model(engine.model, self.session.tokenizer, path, base=self.session.base, rank=ranks.rank))
+        summary = (self.session, ranks, done, self.meter, self.folder.skipped_steps)
+        _write(ranks, config.out, lambda: write_summary(*summary) if ranks.first else None)
+
+    def _record(self, finished: Round | None, bar: Bar) -> None:
+        """Write a finished round's metrics."""
+        if finished is None:
+            return
+        config, values = self.session.config, finished.values.read()
+        lines = step_lines(finished, values, self.meter)
+        for line in lines:
+            self.folder.step(line)
+        self.folder.round(round_line(finished, values, config.method, self.session.state, self.names, config.batch.capacity))
+        bar.advance(finished.after.tokens - finished.before.tokens, **bar_info(lines, self.folder.skipped_steps))
+        try:
+            self.skipped.add(finished, values)
+        except UserError:  # of all ranks alike
+            self.checkpoints.finish()
+            raise
+
+    def _checkpoint(self, done: Progress) -> bool:
+        """Begin to write a checkpoint; whether that was possible."""
+        engine = self.session.engine
+        at("checkpoint", done.round, done.step, limited=False)
+        check_replicas(engine.selector, self.ranks, done.step)
+        return self.checkpoints.save(engine.model, engine.optimizer, self.parts, done, {"skipped": self.skipped.state()})
+
+    def _stop(self, number: int, done: Progress, what: str) -> None:
+        name = signal.Signals(number).name
+        say(f"{self.session.config.out}: stopped by {name} after step {done.step} (round {done.round}): {what}; go on with --resume")
+        raise Stopped(number)
+
+    def _tell_what_is_left(self, done: Progress) -> None:
+        """Say so if less was trained than was asked for."""
+        config, budget, lengths = self.session.config, self.session.budget, self.session.engine.store.lengths
+        if done.step == 0:
+            few = budget < int(lengths.min())
+            why = f"{budget:,} tokens, the shortest sample has {int(lengths.min()):,}" if few else "no sample is eligible that fits into it"
+            warn(f"nothing was trained: --budget {config.budget:g} ({why}); the model written is the base")
+        elif budget - done.tokens > int(lengths.max()):  # else what is left is too little for the next sample
+            visits = config.selection.max_visits
+            say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {visits})")
+
+
 def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSignals) -> None:
-    session = build(config, ranks)
-    engine, budget = session.engine, session.budget
-    names = _sample_names(config.pool)
-    skipped = SkippedSteps(config.max_skipped_steps, names, config.out, config.pool)
+    session, names = build(config, ranks), _sample_names(config.pool)
+    engine = session.engine
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
-    parts = {"selector": engine.selector, "loss_change": engine.change}
-    start = _resume(config, session, checkpoints, parts, skipped) if config.resume else Progress()
+    skipped = SkippedSteps(config.max_skipped_steps, names, config.out, config.pool)
     meter = Meter.of(engine.store, ModelFlops.of(engine.model), find_peak(config.runtime.peak_tflops, ranks.device), ranks.size)
+    run = _Run(session, ranks, folder, signals, checkpoints, skipped, meter, names)
+    start = run.resume() if config.resume else Progress()
     announce(session, ranks, meter)
     ranks.barrier()
     folder.open(start.step, start.round)
-    if number := signals.agreed():
-        _stop(config, number, start, "nothing was trained since it started")
-    done, waiting = start, None
-    with progress_bar(budget, f"{config.method}, training tokens", done=start.tokens) as bar:
-        for finished in engine.rounds(start, budget):
-            # The round before this one has long left the device: reading it now waits for nothing that is not done.
-            _record(waiting, folder, session, meter, names, bar, skipped)
-            done, waiting = finished.after, finished
-            at("agreeing whether to stop", done.round, done.step)
-            number = signals.agreed()
-            if number or (config.checkpoint_every and done.round % config.checkpoint_every == 0):
-                _record(waiting, folder, session, meter, names, bar, skipped)  # so that the logs reach as far as the checkpoint
-                waiting = None
-                at("checkpoint", done.round, done.step)
-                check_replicas(engine.selector, ranks, done.step)
-                started = checkpoints.save(engine.model, engine.optimizer, parts, done, {"skipped": skipped.state()})
-            if number:
-                written = started and checkpoints.finish()
-                _stop(config, number, done, "a checkpoint is written" if written else "its checkpoint could not be written")
-        _record(waiting, folder, session, meter, names, bar, skipped)
-    at("last checkpoint", done.round, done.step)
-    checkpoints.finish()
-    check_replicas(engine.selector, ranks, done.step)
-    if done.step == 0:
-        shortest = int(engine.store.lengths.min())
-        why = f"{budget:,} tokens, the shortest sample has {shortest:,}" if budget < shortest else "no sample is eligible that fits into it"
-        warn(f"nothing was trained: --budget {config.budget:g} ({why}); the model written is the base")
-    elif budget - done.tokens > int(engine.store.lengths.max()):  # else what is left is too little for the next sample
-        say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {config.selection.max_visits})")
-    at("writing the model", done.round, done.step, limited=False)
-    model = config.out / "model"
-    _write(ranks, model, lambda: save_model(engine.model, session.tokenizer, model, base=session.base, rank=ranks.rank))
-    _write(ranks, config.out, lambda: write_summary(session, ranks, done, meter, folder.skipped_steps) if ranks.first else None)
-
-
-def _resume(config: TrainConfig, session: Session, checkpoints: Checkpoints, parts: dict[str, object], skipped: SkippedSteps) -> Progress:
-    """Go on from the newest whole checkpoint; from the start, and saying so, if the run has none."""
-    start, notes = checkpoints.load(session.engine.model, session.engine.optimizer, parts)
-    if notes:
-        skipped.load(notes["skipped"])
-    elif (config.out / "metrics.jsonl").exists():
-        say(f"--resume: {config.out} has no checkpoint, starting anew")
-    return start
-
-
-def _stop(config: TrainConfig, number: int, done: Progress, what: str) -> None:
-    name = signal.Signals(number).name
-    say(f"{config.out}: stopped by {name} after step {done.step} (round {done.round}): {what}; go on with --resume")
-    raise Stopped(number)
+    run.finish(run.rounds(start))
 
 
 def _write(ranks: Ranks, path: Path, write: Callable[[], None]) -> None:
@@ -156,21 +205,6 @@ def check_replicas(selector: Selector, ranks: Ranks, step: int) -> None:
             f"the selection's state of ranks {', '.join(different)} differs from rank 0's after step {step}, though it is a function of "
             "what all ranks see: a machine that computes wrongly, or a defect here; checkpoints up to now agree, go on with --resume"
         )
-
-
-def _record(
-    finished: Round | None, folder: RunFolder, session: Session, meter: Meter, names: list[str], bar: Bar, skipped: SkippedSteps
-) -> None:
-    """Write a finished round's metrics. UserError once too many steps were skipped."""
-    if finished is None:
-        return
-    values = finished.values.read()
-    lines = step_lines(finished, values, meter)
-    for line in lines:
-        folder.step(line)
-    folder.round(round_line(finished, values, session.config.method, session.state, names, session.config.batch.capacity))
-    bar.advance(finished.after.tokens - finished.before.tokens, **bar_info(lines, folder.skipped_steps))
-    skipped.add(finished, values)
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> None:

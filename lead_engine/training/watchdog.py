@@ -3,8 +3,9 @@
 Every rank says where it is (`at`, a tuple assigned, nothing more). A thread tells it to the ranks' store every few seconds. One that has
 been in the same place for the time-out asks the store for all others. Those that are silent, or are further behind than anybody, are named.
 
-Two kinds of places. In training all ranks move together: whoever has waited for the time-out ends the run. At start-up, and where rank 0
-works while the others wait, nothing is known of how long it takes: there the run ends only if a rank has fallen silent for that long.
+Two kinds of places. In training all ranks move together: whoever has waited for the time-out ends the run. At start-up, where rank 0 works
+while the others wait, and where a slow disk is written to, nothing is known of how long it takes: there the run ends only if a rank has
+fallen silent for that long.
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch.distributed import Store
+from torch.distributed import DistNetworkError, DistStoreError, Store
 
 EXIT_HANG = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
@@ -165,7 +166,7 @@ def _key(rank: int) -> str:
 
 def lost_connection(error: BaseException) -> bool:
     """Whether an exception tells that another rank has gone."""
-    text = f"{type(error).__name__} {error}"
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "Dist", "NCCL", "Connection"))
+    words = ("gloo", "Connection closed", "Connection reset", "ncclRemoteError", "ncclSystemError", "was aborted")
+    return isinstance(error, (DistNetworkError, DistStoreError)) or any(word in str(error) for word in words)
 
 

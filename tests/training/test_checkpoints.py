@@ -155,14 +155,15 @@ def test_frozen_parameters_are_not_stored(three) -> None:
 
 def test_only_the_last_are_kept_and_damaged_ones_do_not_push_out_whole_ones(three, ranks: Ranks) -> None:
     folder, _ = three
-    (folder / "step-00000001" / MARKER).unlink()  # as one whose writing was killed
+    shutil.copytree(folder / "step-00000001", folder / "step-00000000")
+    (folder / "step-00000000" / MARKER).unlink()  # as one whose writing was killed
     cut(newest(folder) / "__0_0.distcp")
-    world = World(folder, ranks, keep=1)
+    world = World(folder, ranks, keep=2)
     world.load()
     shutil.copytree(folder / "step-00000003", folder / "step-00000009")  # damaged, and later than what is trained again
     world.train(3)
     assert world.save(3)
-    assert {path.name for path in folder.iterdir()} == {"step-00000003", "step-00000009"}
+    assert {path.name for path in folder.iterdir()} == {"step-00000002", "step-00000003", "step-00000009"}
     assert World(folder, ranks).load()[0].step == 3
 
 

@@ -96,6 +96,9 @@ def test_a_skipped_step_is_as_if_it_had_not_been(change: str, token: int, sessio
     skipped = play(session(CHANGES[change]), 1, token, [0, 1, 2])
     left_out = play(session(CHANGES[change]), None, token, [0, 2])
     assert skipped.keys() == left_out.keys()
+    learned = [name for name in skipped if name in ("utility", "ratio_sum", "log_weights", "last", "by_cluster", "cell_sum")]
+    assert len(learned) >= 2
+    assert all(skipped[name].isfinite().all() for name in learned)
     for name, value in left_out.items():
         whole, other = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (value, skipped[name]))
         assert torch.equal(whole.nan_to_num(7e7), other.nan_to_num(7e7)), name
