@@ -49,7 +49,7 @@ def test_neighbours_do_not_leak(make_model, make_pool) -> None:
     torch.testing.assert_close(here, there, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "phi", "qwen3_moe"])
 def test_bf16_is_as_near_as_transformers_bf16(kind: str, make_model, make_pool) -> None:
     folder, store = make_model(kind, **KINDS[kind]), TokenStore.open(make_pool(samples=40) / "store")
     ids = list(range(20))
