@@ -91,7 +91,8 @@ def main() -> None:
     result = {"bench": "training", **describe(), "precision": precision, "quick": flags.quick, "settings": results}
     result["versions"] |= versions("trl", "accelerate", "liger-kernel", "flash-attn")
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+    plot(result, path.with_suffix(".png"))
+    print(f"written: {path}, {path.with_suffix('.png')}")
 
 
 def arguments() -> argparse.Namespace:
@@ -375,6 +376,32 @@ def show(setting: Setting, work: dict[str, Any], rows: dict[str, Any], peak: flo
         loss = f"{row['first_loss']:.3f}" if row["first_loss"] is not None else "-"
         text = f"{name:32}{row['tokens_per_second']:>10,.0f}{f'{low:,.0f} - {high:,.0f}':>18}{row['speed_relative_to_engine']:>10.3f}"
         print(text + f"{share:>12.1%}{row['peak_bytes_beyond_start'] / 2**20:>12,.0f}{loss:>8}")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of tokens/s, medians with quartiles, a panel per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(result["settings"]), figsize=(5.5 * len(result["settings"]), 3.2), squeeze=False, sharey=True)
+    for panel, setting in zip(panels[0], result["settings"], strict=True):
+        rows = {name: row for name, row in reversed(setting["contenders"].items()) if "failed" not in row}
+        for place, row in enumerate(rows.values()):
+            low, high = row["tokens_per_second_quartiles"][0], row["tokens_per_second_quartiles"][-1]
+            middle, ours = row["tokens_per_second"], place >= len(rows) - 2
+            whiskers = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+            panel.barh(place, middle, xerr=whiskers, color="#2a6fbb" if ours else "#b9b9b9", ecolor="#333333", capsize=2)
+            panel.text(middle, place, f"  {middle:,.0f}", va="bottom", fontsize=8)
+        panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        panel.set_xlabel("real tokens per second")
+        panel.set_title(f"{setting['parameters'] / 1e6:,.1f}M parameters, {setting['tokens_per_step']:,.0f} tokens a step", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    where = f"{result['processor']}, {result['precision']}" + ("" if torch.cuda.is_available() else ", one thread")
+    figure.suptitle(f"Full fine-tuning, {where}, {result['date']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 def versions(*names: str) -> dict[str, str]:
