@@ -51,7 +51,8 @@ def test_rounds_losses_and_utility_are_the_engines(make_pool, make_model, make_a
     own, trained = trainer.lead_rounds.selector.samples, trainer.lead_rounds.selector.samples.visits
     whole = (trained > 0) & (trained == selector.samples.visits)  # not those of the engine's last two steps
     assert whole.sum() > 40
-    torch.testing.assert_close(own.utility[whole], selector.samples.utility[whole], **UTILITY)
+    limit = LOSS if options.loss_change == "paper" else UTILITY  # the paper's is small here, and is not scaled by a difference
+    torch.testing.assert_close(own.utility[whole], selector.samples.utility[whole], **limit)
     assert trainer.state.log_history[-2]["lead_tokens"] == sum(line["tokens"] for line in ours)
 
 
