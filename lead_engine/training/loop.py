@@ -7,7 +7,8 @@
                 all ranks' sample statistics are gathered; U and visits are updated                 (device)
     round's end: reward, bandit update                                                              (device)
 
-Nothing between two headers waits for the device. Metrics of a round leave it by copies that are read after the next header.
+Nothing between two headers waits for the device. Metrics of a round leave it by copies that are read after the next header. A step whose
+loss or gradient is not finite changes nothing, on any rank (finite.py); the host learns of it with the metrics.
 """
 from __future__ import annotations
 
