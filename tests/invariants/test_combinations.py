@@ -156,7 +156,7 @@ def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--runtime.replicate 2: 1 ranks cannot be parted .* give a divisor of 1"):
         check_combination(refusing(runtime=hsdp), 1, CPU)
     check_combination(refusing(runtime=compiled), 1, CPU)
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     with pytest.raises(UserError, match=r"--runtime.compile: needs a C\+\+ compiler on a CPU"):
         check_combination(refusing(runtime=compiled), 1, CPU)
     monkeypatch.setattr(combinations.importlib.util, "find_spec", lambda name: None)
