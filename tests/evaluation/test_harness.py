@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from lead_engine.cli import main
 from lead_engine.config import HarnessConfig
 from lead_engine.errors import UserError
-from lead_engine.evaluation.harness import _check_code, _leaves, _names, load_tasks
+from lead_engine.evaluation.harness import _check_code, _leaves, _names, evaluate, load_tasks
 
 QUESTIONS = [
     {"question": f"What is {a} + {b}?", "choices": [str(a + b), "Paris", "The long and winding road."], "answer": (a * b) % 3}
@@ -146,6 +147,16 @@ def test_code_is_not_run_unasked(manager, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
     _check_code(manager, ["own_code"], config("own_code", allow_code=True))
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+
+
+def test_what_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="runs in one process"):
+            evaluate(config("gsm8k"))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as Python says that there is no such module
+    with pytest.raises(UserError, match="lm_eval is not installed; pip install lm-eval"):
+        evaluate(config("gsm8k"))
 
 
 def test_data_that_cannot_be_had_is_named(manager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
