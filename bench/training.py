@@ -65,7 +65,8 @@ class Setting:
     micro_batches: int
     turns: int
     steps: int
-    """Of the padded contenders in one turn; the engine trains two rounds, packed rows on a CPU half as many: by so much do they differ."""
+    """Of a contender in one turn. The engine trains two rounds; on a CPU, those that do not group by length train half as many: by so much do
+    they differ."""
     round_steps: int = 4
     """Of the engine's rounds, as by default."""
 
@@ -260,7 +261,8 @@ class Worker:
         """A turn's steps: about as long for each contender."""
         if self.spec.kind in ("lead", "random"):
             return 2 * self.spec.round_steps
-        return max(1, base // 2) if self.spec.form == "packed" and not torch.cuda.is_available() else base
+        slow = not self.spec.grouped and not torch.cuda.is_available()
+        return max(1, base // 2) if slow else base
 
     def end(self) -> dict[str, Any]:
         told = self.ask("stop")
