@@ -103,6 +103,7 @@ def train_forked(config: TrainConfig, ranks: int, log: Path) -> list[str]:
 def folders(make_pool, make_model) -> dict[str, Path]:
     """The pool, and a model of every kind: wide enough for 4 bits."""
     shape = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1}
+    torch.compile(torch.sin, backend="aot_eager")(torch.ones(1, requires_grad=True)).backward()  # imports what forked ranks then have
     return {"pool": make_pool(samples=60), **{name: make_model(kind, **shape, **more) for name, (kind, more) in MODELS.items()}}
 
 
