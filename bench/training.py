@@ -65,8 +65,8 @@ class Setting:
     micro_batches: int
     turns: int
     steps: int
-    """Of a contender in one turn. The engine trains two rounds; on a CPU, those that do not group by length train half as many: by so much do
-    they differ."""
+    """Of a contender in one turn. The engine trains two rounds; on a CPU, those that do not group by length train half as many: by so much
+    do they differ."""
     round_steps: int = 4
     """Of the engine's rounds, as by default."""
 
