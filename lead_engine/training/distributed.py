@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,10 +81,16 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not lost_connection(error):
             raise
-        raise UserError(
+        message = (
             f"lost the connection to another rank in {here()}: it has ended, and its own output says why, or its machine is out of reach; "
             f"go on with --resume ({str(error).strip().splitlines()[0][:200]})"
-        ) from error
+        )
+        if any(thread.name.startswith("AsyncCheckpointExecutor") for thread in threading.enumerate()):
+            # The checkpoint thread may be waiting for the rank that is gone, and Python would wait for the thread at its exit.
+            print(f"[rank {dist.get_rank()}] error: {message}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(2)
+        raise UserError(message) from error
     finally:
         if watchdog is not None:
             watchdog.stop()
