@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from lead_engine.config import PrepareConfig, TrainConfig, to_dict
+from lead_engine.config import BatchConfig, PrepareConfig, TrainConfig, to_dict
 from lead_engine.console import say, table
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
@@ -25,6 +25,7 @@ from lead_engine.prepare import stages
 from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name, tasks_by_topic
 from lead_engine.prepare.ngram import ngram_scores
 from lead_engine.prepare.tokenise import tokenise, write_answers
+from lead_engine.training.combinations import check_combination
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.train import train
 
@@ -35,6 +36,8 @@ WARMUP_STEPS = 16
 def run(config: PrepareConfig) -> None:
     """Write config.out; see the README for its files. Raises UserError for everything that the user can mend."""
     with process_group(config.runtime.timeout) as ranks:
+        if config.scoring == "model" and config.warmup_share:  # what the warm-up's training would refuse after a pass over the pool
+            check_combination(replace(config, batch=_warm_up_batch(config, ranks)), ranks.size, ranks.device)
         if not _begin(config, ranks):
             say(f"{config.out}: already prepared with these options")
             return
@@ -117,7 +120,6 @@ def _warm_up(config: PrepareConfig, store: TokenStore, base: Path, ranks: Ranks)
     folder = config.out / "stages" / "warm-up"
     step = config.batch.capacity * config.batch.micro_batches
     share = max(config.warmup_share, min(0.5, WARMUP_STEPS * step / store.num_tokens))
-    batch = replace(config.batch, micro_batches=-(-config.batch.micro_batches // ranks.size) * ranks.size)
     say("2/4 warm-up training")
     train(
         TrainConfig(
@@ -128,13 +130,18 @@ def _warm_up(config: PrepareConfig, store: TokenStore, base: Path, ranks: Ranks)
             budget=share,
             seed=config.seed,
             resume=True,
-            batch=batch,
+            batch=_warm_up_batch(config, ranks),
             optimizer=config.optimizer,
             runtime=config.runtime,
         ),
         ranks,
     )
     return folder / "model"
+
+
+def _warm_up_batch(config: PrepareConfig, ranks: Ranks) -> BatchConfig:
+    """The options' own, with micro-batches enough for every rank to have as many."""
+    return replace(config.batch, micro_batches=-(-config.batch.micro_batches // ranks.size) * ranks.size)
 
 
 def _summarise(config: PrepareConfig, store: TokenStore, state: PoolState, centers: list[float]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lead_engine.config import TrainConfig
+from lead_engine.config import PrepareConfig, TrainConfig
 from lead_engine.errors import UserError
 
 
@@ -22,7 +22,7 @@ from lead_engine.errors import UserError
 class Rule:
     """Something that cannot be: where `applies`, the run ends with `message`, formatted with `config` and `ranks` (their number)."""
 
-    applies: Callable[[TrainConfig, int, torch.device], bool]
+    applies: Callable[[TrainConfig | PrepareConfig, int, torch.device], bool]
     message: str
 
 
@@ -47,7 +47,7 @@ RULES = [
 ]
 
 
-def check_combination(config: TrainConfig, ranks: int, device: torch.device) -> None:
+def check_combination(config: TrainConfig | PrepareConfig, ranks: int, device: torch.device) -> None:
     """Raises UserError for the first rule that the options break on this number of ranks and device."""
     for rule in RULES:
         if rule.applies(config, ranks, device):

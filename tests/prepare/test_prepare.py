@@ -122,3 +122,10 @@ def test_a_bad_pool_leaves_nothing_behind(run_cli, make_model, tmp_path: Path) -
     assert "bad.jsonl:2" in done.stderr
     assert "--skip-bad" in done.stderr
     assert not (tmp_path / "prepared").exists()
+
+
+def test_what_its_warm_up_would_refuse_is_refused_at_once(run_ranks, records: Path, make_model, tmp_path: Path) -> None:
+    more = ["--warmup-share", "0.1", "--runtime.replicate", "2"]
+    ended = run_ranks("prepare", "--pool", records, "--model", make_model(), "--out", tmp_path / "pool", *OPTIONS, *more, check=False)
+    assert "--runtime.replicate 2: 1 ranks cannot be parted" in ended.output()
+    assert not (tmp_path / "pool").exists()
