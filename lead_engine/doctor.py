@@ -31,6 +31,10 @@ PACKAGES = {
     "bitsandbytes": "8-bit optimizer states and 4-bit bases",
     "datasets": "pools named as hub data sets",
     "tensorboard": "the run folders' tensorboard/",
+    "wandb": "--wandb",
+    "mlflow-skinny": "--mlflow",
+    "lm-eval": "`lead-engine lm-eval`",
+    "trl": "lead_engine.integrations with SFTTrainer",
 }
 """Package -> what an optional one is needed for."""
 BYTES_PER_TOKEN = 5

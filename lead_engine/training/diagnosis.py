@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ MOST_STEPS = 10
 class SkippedSteps:
     """Counted over a whole run, also over resumes; every rank keeps the same."""
 
-    def __init__(self, limit: int, names: list[str], out: Path, pool: Path) -> None:
+    def __init__(self, limit: int, names: Sequence[str], out: Path, pool: Path) -> None:
         self.limit, self.names, self.out, self.pool = limit, names, out, pool
         self.count = 0
         self.first: list[dict[str, Any]] = []

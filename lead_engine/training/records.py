@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ def _finite(value: Tensor) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def round_line(finished: Round, values: RoundValues, method: str, state: PoolState, names: list[str], capacity: int) -> dict[str, Any]:
+def round_line(finished: Round, values: RoundValues, method: str, state: PoolState, names: Sequence[str], capacity: int) -> dict[str, Any]:
     """What a round selected, and what the method made of it. `cluster` is None where a round is drawn from all of them."""
     plan, stats, before, after = values.plan, values.stats, finished.before, finished.after
     ids = plan.sample_ids.flatten()

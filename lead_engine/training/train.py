@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from lead_engine.console import Bar, say, warn
 from lead_engine.console import progress as progress_bar
 from lead_engine.errors import UserError
 from lead_engine.model.save import save_model
+from lead_engine.pool.names import SampleNames
 from lead_engine.selection.selector import Selector
 from lead_engine.training.announce import announce
 from lead_engine.training.checkpoint import Checkpoints, Progress
@@ -67,7 +67,7 @@ class _Run:
     checkpoints: Checkpoints
     skipped: SkippedSteps
     meter: Meter
-    names: list[str]
+    names: SampleNames
     """Of the pool's samples."""
 
     @property
@@ -161,7 +161,7 @@ class _Run:
 
 
 def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSignals) -> None:
-    session, names = build(config, ranks), _sample_names(config.pool)
+    session, names = build(config, ranks), SampleNames(config.pool)
     engine = session.engine
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
     skipped = SkippedSteps(config.max_skipped_steps, names, config.out, config.pool)
@@ -211,7 +211,3 @@ def _check(config: TrainConfig, ranks: Ranks) -> None:
     check_combination(config, ranks.size, ranks.device)
     if not (config.pool / "store").is_dir():
         raise UserError(f"--pool {config.pool}: not a prepared pool (no store/ in it); make one with `lead-engine prepare`")
-
-
-def _sample_names(pool: Path) -> list[str]:
-    return pq.read_table(pool / "records.parquet", columns=["id"]).column("id").to_pylist()
