@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -28,9 +30,6 @@ def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path
     """
     lora = any(adapter.is_adapter(name) for name, _ in model.named_parameters())
     building = folder.with_name(folder.name + ".writing")
-    if rank == 0:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
     if lora:
         _save_adapter(model, building, base, rank)
     else:
@@ -42,9 +41,15 @@ def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path
     os.replace(building, folder)
 
 
+def _begin(building: Path) -> None:
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+
+
 def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> None:
     tensors = weights.gather_adapter(model, rank)
     if rank == 0:
+        _begin(building)
         save_file({adapter.stored_name(name): value for name, value in tensors.items()}, building / adapter.WEIGHTS, {"format": "pt"})
         config = model.peft_config
         started_from_adapter = (base / adapter.CONFIG).exists()  # then its base is this one's, too
@@ -73,25 +78,39 @@ def _save_whole(model: PackedLM, building: Path, rank: int) -> None:
 
 
 class _Files:
-    """Safetensors files with a checkpoint's names, each written when the last of its tensors has come."""
+    """Safetensors files with a checkpoint's names, each written when the last of its tensors has come.
+
+    What goes wrong is raised by `finish`, not before: the other ranks still wait for this one to gather what is left.
+    """
 
     def __init__(self, folder: Path, stored: Layout):
         self.folder, self.stored = folder, stored
         self.waiting = Counter(stored.file_of[name] for name in stored.dtype_of)
         self.begun: dict[str, dict[str, Tensor]] = {}
         self.sizes: list[int] = []
+        self.failure: Exception | None = None
+        self._try(_begin, folder)
 
     def add(self, pieces: list, value: Tensor) -> None:
-        for piece in pieces:
+        for piece in pieces if self.failure is None else ():
             file = self.stored.file_of[piece.name]
             part = value[piece.index].to("cpu", self.stored.dtype_of[piece.name], copy=True).contiguous()
             self.begun.setdefault(file, {})[piece.name] = part
             self.waiting[file] -= 1
             if not self.waiting[file]:
-                self._write(file)
+                self._try(self._write, file)
+
+    def _try(self, action: Callable[..., None], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except (OSError, SafetensorError, UserError) as error:
+            self.failure = self.failure or error
+            self.begun.clear()
 
     def finish(self) -> None:
-        """Files of which nothing was trained, and the index."""
+        """Files of which nothing was trained, and the index. Raises OSError, SafetensorError or UserError for what could not be written."""
+        if self.failure is not None:
+            raise self.failure
         files = dict.fromkeys(self.stored.file_of.values())
         for file in files:
             if file not in self.waiting:
