@@ -19,8 +19,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from ranks import free_port
 from safetensors.torch import load_file
+
+from ranks import free_port
 
 OPTIONS = [
     "--budget", "0.6", "--seed", "3", "--batch.capacity", "64", "--batch.micro-batches", "2", "--selection.round-steps", "2",

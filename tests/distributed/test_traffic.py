@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ranks import free_port
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +29,7 @@ from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, Sele
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.selector import Layout, Selector
+from ranks import free_port
 
 LENGTH, HIDDEN = 16, 32
 """Tokens of every sample: pools differ in nothing but the number of samples."""

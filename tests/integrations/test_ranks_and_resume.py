@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_rank import train
 from transformers import Trainer
 
 from lead_engine.config import SelectionConfig
 from lead_engine.errors import UserError
 from lead_engine.integrations import lead
 from lead_engine.integrations.rounds import FILE
+from trainer_rank import train
 
 
 def losses(trainer) -> list[float]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import free_port
 
 from lead_engine.config import RECIPES, BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.errors import UserError
 from lead_engine.training import combinations, train
 from lead_engine.training.combinations import AXES, check_combination, pairs, refusal, table
+from ranks import free_port
 
 CPU = torch.device("cpu")
 SECTIONS = {"lora": LoraConfig, "optimizer": OptimizerConfig, "runtime": RuntimeConfig, "selection": SelectionConfig}

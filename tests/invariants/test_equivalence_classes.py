@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from separate import reference
 
 from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.model.load import build_model
@@ -28,6 +27,7 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import process_group
 from lead_engine.training.session import build
+from separate import reference
 
 TOLERANCE = {"loss": 1e-6, "grad_norm": 2e-6, "mean_change": 3e-5}
 LONGEST, SAMPLES_A_STEP = 40, 8

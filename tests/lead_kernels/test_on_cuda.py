@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_round import CAPACITY, CASES, TOLERANCE, assert_agree, select, step, world
 from torch import Tensor
 
+from kernel_round import CAPACITY, CASES, TOLERANCE, assert_agree, select, step, world
 from lead_kernels import gather_batch, linear_cross_entropy, select_topk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

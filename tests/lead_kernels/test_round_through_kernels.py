@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_round import CASES, TOLERANCE, assert_agree, step, world
 
+from kernel_round import CASES, TOLERANCE, assert_agree, step, world
 from lead_kernels import backend
 
 

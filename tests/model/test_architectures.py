@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_kinds import KINDS
-from separate import reference, worst
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import import_utils
@@ -22,6 +20,8 @@ from lead_engine.model.load import build_model
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
 from lead_kernels import PackedBatch, gather_batch
+from model_kinds import KINDS
+from separate import reference, worst
 
 CPU = torch.device("cpu")
 IDS = [3, 17, 4, 29, 11]

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import in_ranks
-from model_kinds import KINDS, MIXTURE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
+from forked import in_ranks
 from lead_engine.config import RuntimeConfig
 from lead_engine.errors import UserError
 from lead_engine.model import stored
@@ -23,6 +22,7 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.model.save import save_model
 from lead_engine.model.shards import local_part
 from lead_engine.model.weights import SINGLE, base_tensors
+from model_kinds import KINDS, MIXTURE
 
 CPU = torch.device("cpu")
 ODD = 323

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_kinds import KINDS
-from separate import reference
 
 from lead_engine.config import RuntimeConfig
 from lead_engine.errors import UserError
 from lead_engine.model.load import build_model
 from lead_engine.model.packed import PackedLM, mean_hidden
 from lead_engine.pool.store import TokenStore
+from model_kinds import KINDS
+from separate import reference
 
 CPU = torch.device("cpu")
 

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import in_ranks
-from model_kinds import KINDS
 from safetensors import safe_open
-from separate import worst
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
+from forked import in_ranks
 from lead_engine import cli
 from lead_engine.config import RuntimeConfig
 from lead_engine.model import weights
@@ -20,6 +18,8 @@ from lead_engine.model.load import build_model
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
 from lead_engine.training import train
+from model_kinds import KINDS
+from separate import worst
 
 CPU = torch.device("cpu")
 TRAINED = [

@@ -19,8 +19,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from ranks import free_port
 from safetensors.torch import load_file
+
+from ranks import free_port
 
 SCRIPTS = ["multi_node.sh", "slurm.sbatch"]
 OPTIONS = [
