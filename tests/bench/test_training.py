@@ -53,7 +53,7 @@ def test_contenders_train_the_same(data: tuple[Path, dict]) -> None:
     for name, row in rows.items():
         assert row["first_loss"] == pytest.approx(rows[training.ENGINE]["first_loss"], abs=2e-4), name
         assert row["tokens_per_second"] == pytest.approx(data[1]["tokens_per_step"] / row["seconds_per_step"][0])
-        assert row["peak_bytes_beyond_start"] > 0
+        assert row["peak_bytes"] > row["peak_bytes_beyond_start"] >= 0  # so small a model may fit into what importing took
     assert rows[training.ENGINE]["speed_relative_to_engine"] == 1
 
 
