@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite in the repository's environment. Arguments go to pytest: scripts/test.sh tests/cli -k help
+#
+#   LEAD_ENGINE_TEST_WORKERS   tests at a time (default: one a core); 0 runs them in one process
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$LEAD_ENGINE_ROOT"
@@ -7,4 +9,5 @@ cd "$LEAD_ENGINE_ROOT"
 # One thread a process: the tests' matrices are small, and the distributed ones bring processes of their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest -q --durations=10 "$@"
+# A worker a core, each with whole files, whose fixtures (models, pools, forked ranks) are then made once.
+exec python -m pytest -q --durations=10 -n "${LEAD_ENGINE_TEST_WORKERS:-logical}" --dist loadfile "$@"
