@@ -126,7 +126,7 @@ class Slurm:
         place = {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "RECORD": str(self.folder), "SLURM_JOB_ID": JOB,
             "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_RESTART_COUNT": str(self.starts),
-            "SLURM_SUBMIT_DIR": str(self.repository),
+            "SLURM_SUBMIT_DIR": str(self.repository), "LEAD_ENGINE_ROOT": "",  # scripts/test.sh has set it
             "SLURM_GPUS_ON_NODE": "1", "PORT": str(free_port()), "PYTHON": sys.executable,
         }  # fmt: skip
         script = self.folder / "slurm_script"  # a copy, as Slurm makes one
