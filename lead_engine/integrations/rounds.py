@@ -19,6 +19,7 @@ from torch import Tensor
 from lead_engine.errors import UserError
 from lead_engine.files import write_bytes, write_text
 from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.replicas import check_replicas, gather_statistics
 from lead_engine.selection.selector import Plan, Selector
 
 FILE = "lead_selection.safetensors"
@@ -70,7 +71,7 @@ class Rounds:
         """The step that is next was trained: losses fp32 [B] of this rank's micro-batches, in order; the rest as LossChange.estimate."""
         assert self.plan is not None
         change = self.change.estimate(self.cluster, lr, self._all_reduce, first_order, norm)
-        loss, change = self._gather(torch.stack([torch.stack(list(losses)), change]))
+        loss, change = gather_statistics(torch.stack([torch.stack(list(losses)), change]), self.world)
         change = torch.maximum(change, -loss)  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
         self.selector.observe(self.plan.sample_ids[self.step], loss, change)
 
@@ -114,7 +115,7 @@ class Rounds:
 
     def save(self, folder: Path) -> None:
         """Write the selection's state into a checkpoint folder; a collective over all ranks, the file by rank 0. Between any two steps."""
-        self._check_replicas()
+        check_replicas(self.selector, self.world, self.steps_done)
         if self.rank:
             return
         tensors = {f"selector.{name}": value for name, value in self.selector.state_dict().items()}
@@ -180,22 +181,3 @@ class Rounds:
         if self.world > 1:
             dist.all_reduce(value)
         return value
-
-    def _gather(self, local: Tensor) -> Tensor:
-        """[n, A, B] of every rank -> [n, M, B], ranks in order."""
-        if self.world == 1:
-            return local
-        everyone = [torch.empty_like(local) for _ in range(self.world)]
-        dist.all_gather(everyone, local.contiguous())
-        return torch.cat(everyone, dim=1)
-
-    def _check_replicas(self) -> None:
-        if self.world == 1:
-            return
-        own = self.selector.fingerprint().view(1)
-        everyone = [torch.empty_like(own) for _ in range(self.world)]
-        dist.all_gather(everyone, own)
-        values = torch.cat(everyone).tolist()
-        if len(set(values)) > 1:
-            ranks = [rank for rank, value in enumerate(values) if value != values[0]]
-            raise RuntimeError(f"the selection's state of ranks {ranks} differs from rank 0's after step {self.steps_done}")

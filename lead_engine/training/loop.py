@@ -25,6 +25,7 @@ from lead_engine.config import OptimizerConfig
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.replicas import gather_statistics
 from lead_engine.selection.selector import Layout, Plan, RoundStats, Selector
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.finite import check_can_skip, loss_gradient, step_unless
@@ -34,7 +35,6 @@ from lead_engine.training.scorer import PoolScorer
 from lead_engine.training.watchdog import at, here
 from lead_kernels import PackedBatch
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name changed in torch 2.13
 ROW_QUANTUM = 128
 """Row counts are rounded up to a multiple of this, so that the head sees few different shapes."""
 
@@ -217,11 +217,7 @@ class Engine:
 
     def _gather(self, local: Tensor) -> Tensor:
         """[n, A, B] of every rank -> [n, M, B], ranks in order."""
-        if self.world == 1:
-            return local
-        everyone = local.new_empty(self.world, *local.shape)
-        _all_gather(everyone.view(-1), local.contiguous().view(-1))
-        return everyone.transpose(0, 1).reshape(local.shape[0], -1, local.shape[-1])
+        return gather_statistics(local, self.world)
 
 
 def read_header(plan: Plan) -> Header:

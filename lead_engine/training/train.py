@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from lead_engine.config import TrainConfig
@@ -18,7 +16,7 @@ from lead_engine.console import progress as progress_bar
 from lead_engine.errors import UserError
 from lead_engine.model.save import save_model
 from lead_engine.pool.names import SampleNames
-from lead_engine.selection.selector import Selector
+from lead_engine.selection.replicas import check_replicas
 from lead_engine.training.announce import announce
 from lead_engine.training.checkpoint import Checkpoints, Progress
 from lead_engine.training.combinations import check_combination
@@ -112,7 +110,7 @@ class _Run:
         config, engine, ranks = self.session.config, self.session.engine, self.ranks
         at("last checkpoint", done.round, done.step, limited=False)
         self.checkpoints.finish()
-        check_replicas(engine.selector, ranks, done.step)
+        check_replicas(engine.selector, ranks.size, done.step)
         self._tell_what_is_left(done)
         at("writing the model", done.round, done.step, limited=False)
         path = config.out / "model"
@@ -140,7 +138,7 @@ class _Run:
         """Begin to write a checkpoint; whether that was possible."""
         engine = self.session.engine
         at("checkpoint", done.round, done.step, limited=False)
-        check_replicas(engine.selector, self.ranks, done.step)
+        check_replicas(engine.selector, self.ranks.size, done.step)
         return self.checkpoints.save(engine.model, engine.optimizer, self.parts, done, {"skipped": self.skipped.state()})
 
     def _stop(self, number: int, done: Progress, what: str) -> None:
@@ -186,25 +184,6 @@ def _write(ranks: Ranks, path: Path, write: Callable[[], None]) -> None:
         if ranks.first:
             shutil.rmtree(path.with_name(path.name + ".writing"), ignore_errors=True)
         raise UserError(f"{path}: cannot be written ({reason}); make room, then finish the run with --resume")
-
-
-def check_replicas(selector: Selector, ranks: Ranks, step: int) -> None:
-    """RuntimeError on all ranks unless every rank's selector is that of rank 0, bit for bit. Waits for the device.
-
-    Ranks that disagree would train different plans from then on, and nothing else would tell.
-    """
-    if ranks.size == 1:
-        return
-    own = selector.fingerprint().view(1)
-    everyone = [torch.empty_like(own) for _ in range(ranks.size)]
-    dist.all_gather(everyone, own)
-    first, *others = torch.cat(everyone).tolist()
-    different = [str(rank) for rank, other in enumerate(others, 1) if other != first]
-    if different:
-        raise RuntimeError(
-            f"the selection's state of ranks {', '.join(different)} differs from rank 0's after step {step}, though it is a function of "
-            "what all ranks see: a machine that computes wrongly, or a defect here; checkpoints up to now agree, go on with --resume"
-        )
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +19,9 @@ from lead_engine.config import RECIPES, OptimizerConfig, SelectionConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.selection import counter_rng
 from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.replicas import check_replicas
 from lead_engine.selection.selector import Layout, Selector
 from lead_engine.training.loop import Engine, read_header
-from lead_engine.training.train import check_replicas
 
 SAMPLES = 400
 LAYOUT = Layout(steps=2, micro_batches=8, slots=5, capacity=64)
@@ -117,12 +116,12 @@ def test_ranks_that_differ_are_told(tmp_path: Path) -> None:
     """One bit of one rank's state is another: all ranks stop."""
 
     def differ(rank: int, world: int) -> list[str]:
-        selector, ranks, said = make_selector("lead", PAPER), SimpleNamespace(rank=rank, size=world), []
-        check_replicas(selector, ranks, 3)
+        selector, said = make_selector("lead", PAPER), []
+        check_replicas(selector, world, 3)
         if rank == 1:
             selector.samples.visits[17] ^= 1
         try:
-            check_replicas(selector, ranks, 4)
+            check_replicas(selector, world, 4)
         except RuntimeError as error:
             said.append(str(error))
         return said

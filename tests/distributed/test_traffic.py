@@ -36,7 +36,7 @@ LENGTH, HIDDEN = 16, 32
 SIZES = (250, 500, 1_000, 10_000, 100_000)
 STEP_SITES = {
     "take": "sketch",
-    "_gather": "statistics",
+    "gather_statistics": "statistics",
     "train_step": "first order",
     "clip_gradients": "norm",
     "check_replicas": "fingerprint",
