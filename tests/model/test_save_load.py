@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
 from lead_engine.errors import UserError
-from lead_engine.model import merge
+from lead_engine.model import merge, weights
 from lead_engine.model.load import build_model, find_model, load_hf, load_tokenizer
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.save import save_model
@@ -127,3 +127,14 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(UserError, match="not a transformers model config"):
         build(tmp_path)
+
+
+def test_what_cannot_be_written_is_told_after_all_is_gathered(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathering is a collective: if rank 0 left it at the first file that fails, the other ranks would wait for it for ever."""
+    base, gathered, whole = make_model("llama", shards="40KB"), [], weights.whole
+    model = build(base)
+    monkeypatch.setattr(weights, "whole", lambda tensor: gathered.append(1) or whole(tensor))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        save_model(model, load_tokenizer(base), tmp_path / "file" / "model", base=base, rank=0)
+    assert len(gathered) == len(list(weights.base_tensors(model)))
