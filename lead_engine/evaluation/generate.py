@@ -42,7 +42,7 @@ def choose_questions(
         task = task_of(record)
         if taken.get(task, 0) == per_task:
             continue
-        turns = [message._asdict() for message in record.messages[:-1]]  # a record ends with an answer
+        turns = [message.as_turn() for message in record.messages[:-1]]  # a record ends with an answer
         prompt = tokenizer(render(tokenizer, turns, prompt=True), add_special_tokens=False, verbose=False)["input_ids"]
         if len(prompt) > longest:
             too_long += 1

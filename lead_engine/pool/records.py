@@ -32,6 +32,14 @@ class Message(NamedTuple):
 
     role: str
     content: str
+    train: bool = True
+    """Whether an assistant's turn is learned. Other turns never are."""
+    extra: dict[str, Any] | None = None
+    """Further fields that the chat template gets: tool_calls, tool_call_id, name, reasoning_content."""
+
+    def as_turn(self) -> dict[str, Any]:
+        """The message as a chat template takes it."""
+        return {"role": self.role, "content": self.content, **(self.extra or {})}
 
 
 class Record(NamedTuple):
@@ -44,6 +52,8 @@ class Record(NamedTuple):
     messages: tuple[Message, ...]
     file: str
     line: int
+    tools: list[Any] | None = None
+    """The tools that the chat template is given, as JSON schemas."""
 
 
 class _Bad(Exception):

@@ -98,7 +98,7 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 
     Raises Unrenderable (a UserError) where the template refuses the conversation or the answers cannot be found in it.
     """
-    turns = [m._asdict() for m in messages]
+    turns = [m.as_turn() for m in messages]
     try:
         text = render(tokenizer, turns)
         spans = []
