@@ -36,15 +36,23 @@ NAME = "lead_engine_packed"
 class Packing:
     """Segment bounds of one micro-batch, handed through the model to every attention layer.
 
-    cu_seqlens: int32 [segments + 1], segment s is the token range [cu_seqlens[s], cu_seqlens[s + 1]); the last one is the dummy tail.
+    cu_seqlens: int32 [segments + 1], segment s is the token range [cu_seqlens[s], cu_seqlens[s + 1]); the last one is the
+    dummy tail. max_length: no sample is longer. length: T, the token places; the flash and varlen kernels need it.
     """
 
     cu_seqlens: Tensor
     max_length: int
     kind: str
+    length: int | None = None
+    kernel_bounds: Tensor | None = field(default=None, init=False)
+    """`cu_seqlens` for kernels that are told the longest segment: see `split_tail`. None for the other kinds."""
     _bounds: list[int] | None = field(default=None, init=False)
     _masks: dict[int | None, Tensor] = field(default_factory=dict, init=False)
     _blocks: dict[int | None, BlockMask] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.kind in ("flash", "varlen") and self.length is not None:
+            self.kernel_bounds = split_tail(self.cu_seqlens, self.length, self.max_length)
 
     def bounds(self) -> list[int]:
         """Segment bounds as host integers; on the CPU only, where reading them waits for nothing."""
@@ -78,6 +86,21 @@ class Packing:
         """(0 .. length - 1, the segment that each of these tokens lies in)."""
         place = torch.arange(length, device=self.cu_seqlens.device)
         return place, torch.searchsorted(self.cu_seqlens, place.to(self.cu_seqlens.dtype), right=True)
+
+
+def split_tail(cu_seqlens: Tensor, length: int, max_length: int) -> Tensor:
+    """`cu_seqlens` with the dummy tail cut into pieces of at most `max_length` tokens.
+
+    The flash kernels start blocks for `max_length` tokens of every segment. Of a longer one they never write the rest: output and
+    gradients there are uninitialised memory, which reaches every weight through the projections. The number of pieces depends on the
+    shape alone, so it is the same for every micro-batch; those not needed are empty.
+
+    cu_seqlens: int32 [segments + 1], the last segment being the tail; length: its last value. Returns int32
+    [segments + ceil(length / max_length)].
+    """
+    pieces = -(-length // max_length)
+    steps = torch.arange(1, pieces + 1, device=cu_seqlens.device, dtype=cu_seqlens.dtype) * max_length
+    return torch.cat([cu_seqlens[:-1], (cu_seqlens[-2] + steps).clamp_(max=length)])
 
 
 def choose_attention(requested: Attention, device: torch.device, dtype: torch.dtype) -> str:
@@ -147,7 +170,7 @@ AttentionInterface.register(NAME, packed_attention)
 def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length)
+    bounds = (packing.kernel_bounds, packing.kernel_bounds, packing.max_length, packing.max_length)
     size = (-1, -1) if window is None else (window - 1, 0)
     return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0)
 
@@ -162,7 +185,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | 
         else:  # torch 2.11 has no grouped heads here
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     size = (-1 if window is None else window - 1, 0)
-    cu, longest = packing.cu_seqlens, packing.max_length
+    cu, longest = packing.kernel_bounds, packing.max_length
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, scale=scaling, window_size=size, **extra)
 
 

@@ -15,7 +15,7 @@ from lead_engine.errors import UserError
 from lead_engine.model import adapter
 from lead_engine.model.attention import Packing
 from lead_engine.model.stored import Layout
-from lead_kernels import HeadLoss, PackedBatch, linear_cross_entropy
+from lead_kernels import HeadLoss, PackedBatch, linear_cross_entropy, segment_reduce
 
 FINAL_NORMS = ("norm", "final_layernorm")
 """What decoders call their last norm; the second is Phi's."""
@@ -111,7 +111,7 @@ class PackedLM(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last block's output, before the final norm: [T, H]."""
-        packing = Packing(batch.cu_seqlens, self.max_length, self.attention)
+        packing = Packing(batch.cu_seqlens, self.max_length, self.attention, batch.input_ids.shape[0])
         output = self.decoder(
             input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, return_dict=True, packing=packing
         )
@@ -147,10 +147,10 @@ class PackedLM(nn.Module):
 @torch.no_grad()
 def mean_hidden(model: PackedLM, batch: PackedBatch) -> Tensor:
     """Mean last-block output over each sample's tokens: fp32 [B, H], 0 for empty slots."""
-    hidden_TH = model.hidden(batch).float()
+    hidden_TH = model.hidden(batch)
     slots = batch.sample_ids.shape[0]
     place = torch.arange(hidden_TH.shape[0], device=hidden_TH.device, dtype=batch.cu_seqlens.dtype)
-    segment = torch.searchsorted(batch.cu_seqlens, place, right=True) - 1
-    sums = hidden_TH.new_zeros(slots + 1, hidden_TH.shape[1]).index_add_(0, segment.clamp(max=slots), hidden_TH)
+    segment = torch.searchsorted(batch.cu_seqlens, place, right=True) - 1  # `slots` in the tail
+    sums = segment_reduce(hidden_TH, segment, slots + 1)
     lengths = batch.cu_seqlens.diff()[:slots].clamp(min=1)
     return sums[:slots] / lengths[:, None]

@@ -1,0 +1,130 @@
+"""Micro-batches whose dummy tail is longer than any sample, under kernels that are told the longest segment."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+
+from lead_engine.config import RuntimeConfig
+from lead_engine.model.attention import Packing, packed_attention, split_tail
+from lead_engine.model.load import build_model
+from lead_engine.pool.store import TokenStore
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is here")
+
+
+class AsFlashKernelsDo(torch.autograd.Function):
+    """Causal attention that writes only the first `longest` rows of every segment, as the flash kernels do; the rest is NaN."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bounds, longest, window, scale):
+        ctx.save_for_backward(q, k, v)
+        ctx.spans = [(start, min(end, start + longest)) for start, end in itertools.pairwise(bounds.tolist())]
+        ctx.window, ctx.scale = window, scale
+        out = torch.full_like(q, torch.nan)
+        for start, end in ctx.spans:
+            out[start:end] = one_segment(*(x[start:end] for x in (q, k, v)), window, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        whole = ctx.saved_tensors
+        found = [torch.full_like(x, torch.nan) for x in whole]
+        for start, end in ctx.spans:
+            with torch.enable_grad():
+                parts = [x[start:end].detach().requires_grad_() for x in whole]
+                out = one_segment(*parts, ctx.window, ctx.scale)
+                for place, part in zip(found, torch.autograd.grad(out, parts, gradient[start:end]), strict=True):
+                    place[start:end] = part
+        return *found, None, None, None, None
+
+
+def one_segment(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
+    """[L, heads, D]; window: keys to the left, -1 for all."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    distance = torch.arange(len(q))[:, None] - torch.arange(len(q))[None, :]
+    seen = (distance >= 0) & ((distance <= window) if window >= 0 else True)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.fixture
+def flash_like(monkeypatch) -> None:
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert window_size[1] == 0
+        assert cu_q is cu_k
+        assert max_q == max_k
+        return AsFlashKernelsDo.apply(q, k, v, cu_q, max_q, window_size[0], scale)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+
+
+@pytest.mark.parametrize("ids", [[0], [], [3, 1, 2]], ids=["one sample", "empty", "three samples"])
+def test_nothing_of_the_tail_reaches_a_weight(ids: list[int], make_model, make_pool, flash_like) -> None:
+    """The same losses and gradients as a sample at a time, and all of them finite."""
+    folder, store = make_model("llama"), TokenStore.open(make_pool(samples=30) / "store")
+    slots = torch.tensor(ids + [store.num_samples] * (4 - len(ids)))
+    packed = store.batch(slots, capacity=512, num_rows=128)
+    longest = int(store.lengths.max())
+    assert 512 - int(packed.cu_seqlens[-2]) > 2 * longest
+    losses, gradients = [], []
+    for kind in ("segment", "varlen"):
+        model = load(folder, longest)
+        model.attention = kind
+        head = model(packed)
+        head.loss.backward()
+        losses.append(head.sample_nll)
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    for ours, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
+
+
+def load(folder: Path, longest: int) -> nn.Module:
+    return build_model(folder, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=longest)
+
+
+@pytest.mark.parametrize("samples", [[], [5], [5, 0, 7], [16], [7, 7, 2]])
+@pytest.mark.parametrize("longest", [1, 7, 16, 40])
+def test_split_tail(samples: list[int], longest: int) -> None:
+    """Samples' bounds stay; the pieces cover the tail, none longer than the longest sample; the shape is always the same."""
+    samples = [min(size, longest) for size in samples]
+    samples += [0] * (4 - len(samples))
+    bounds = torch.tensor([0, *itertools.accumulate(samples), 16], dtype=torch.int32)
+    split = split_tail(bounds, 16, longest)
+    assert split.dtype == torch.int32
+    assert split.tolist()[:5] == bounds.tolist()[:5]
+    assert split[-1] == 16
+    assert len(split) == 5 + -(-16 // longest)
+    assert 0 <= int(split.diff().min()) <= int(split.diff().max()) <= longest
+
+
+@CUDA
+@pytest.mark.parametrize("window", [None, 48])
+@pytest.mark.parametrize("kind", ["varlen", "flash"])
+def test_kernels_agree_with_the_mask(kind: str, window: int | None) -> None:
+    """Forward and backward with grouped heads and a long tail, the allocator's free memory filled with NaN before."""
+    if kind == "flash":
+        pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    samples, length = [96, 1, 0, 33, 96, 64], 2048
+    cu = torch.tensor([0, *itertools.accumulate(samples), length], dtype=torch.int32, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    exact = [torch.randn(1, heads, length, 64, device="cuda", generator=generator, dtype=torch.float64) for heads in (8, 2, 2)]
+    upstream = torch.randn(1, length, 8, 64, device="cuda", generator=generator, dtype=torch.float64)
+    found = []
+    for form, dtype in (("mask", torch.float64), (kind, torch.bfloat16), ("mask", torch.bfloat16)):
+        qkv = [x.to(dtype).detach().requires_grad_() for x in exact]
+        poison = torch.full((1 << 26,), torch.nan, device="cuda", dtype=torch.bfloat16)
+        del poison  # to the allocator, which hands it out again
+        packing = Packing(cu, max(samples), form, length)
+        out, _ = packed_attention(nn.Identity(), *qkv, None, packing=packing, sliding_window=window)
+        out.backward(upstream.to(dtype))
+        found.append([out.detach().double(), *(x.grad.double() for x in qkv)])
+    for truth, ours, other in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        assert (ours - truth).abs().max() <= 1.5 * (other - truth).abs().max() + 1e-3
