@@ -32,6 +32,7 @@ from lead_engine.files import write_text
 from lead_engine.model.load import find_model, load_for_inference, load_hf
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import score_store
+from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore
@@ -166,6 +167,8 @@ def _score(model: PackedLM, tokenizer: PreTrainedTokenizerBase, records: list[Re
         TokenStore.write(Path(folder) / "store", samples)
         device = next(model.parameters()).device
         with TokenStore.open(Path(folder) / "store", config.runtime.placement, device) as store:
+            names = {"model": f"--model {config.model}", "source": f"--data {' '.join(config.data)}", "tokens": len(tokenizer)}
+            check_vocabulary(store.max_token_id, rows_of(model.config), **names)
             nll, rows = score_store(model, store, batch=config.batch, description="held-out loss")
     scored = Scored([sample.record for sample in samples], nll.double().numpy(), rows.numpy())
     bad = np.flatnonzero(~np.isfinite(scored.nll))
@@ -217,6 +220,9 @@ def _answer(folder: Path, tokenizer: PreTrainedTokenizerBase, records: list[Reco
     per_task = config.generate
     questions, too_long = choose_questions(records, tokenizer, per_task=per_task, longest=longest, task_of=task_of)
     prompts = [question.prompt for question in questions]
+    largest = max((token for prompt in prompts for token in prompt), default=0)
+    names = {"model": f"--model {config.model}", "source": "a prompt", "tokens": len(tokenizer)}
+    check_vocabulary(largest, rows_of(model.config), **names)
     places = config.batch.capacity * config.batch.micro_batches
     texts = generate_answers(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, places=places)
     return Answers(questions, texts, too_long)

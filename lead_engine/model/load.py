@@ -42,6 +42,11 @@ def find_model(model: str, flag: str = "--model") -> Path:
         raise UserError(f"{flag} {model}: no such folder, and not found on the hub ({reason})") from None
 
 
+def weights_folder(folder: Path) -> Path:
+    """Where the whole model's weights and config.json are: a model folder itself, or an adapter's base."""
+    return find_model(adapter.base_of(folder)) if (folder / adapter.CONFIG).exists() else folder
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder. Raises UserError if there is none that can be read."""
     try:
@@ -68,7 +73,7 @@ def build_model(
     Raises UserError for models whose layout is not supported and for files that cannot be read.
     """
     adapter_folder = folder if (folder / adapter.CONFIG).exists() else None
-    base = find_model(adapter.base_of(adapter_folder)) if adapter_folder else folder
+    base = weights_folder(folder)
     dtype = choose_precision(runtime.precision, device)
     kind = choose_attention(runtime.attention, device, dtype)
     config = load_config(base)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lead_engine.config import BatchConfig
 from lead_engine.console import Bar, progress
 from lead_engine.model.packed import PackedLM, mean_hidden
+from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.store import TokenStore
 from lead_kernels import PackedBatch
 
@@ -24,6 +25,7 @@ def score_store(
 
     description: text of a progress bar over tokens; None shows none.
     """
+    _check_vocabulary(model, store)
     ids = torch.arange(store.num_samples) if ids is None else ids
     nll = torch.zeros(len(ids))
     for places, head in _forward(ids, store, batch, description, lambda packed: model(packed).sample_nll):
@@ -33,11 +35,17 @@ def score_store(
 
 def embed_store(model: PackedLM, store: TokenStore, *, batch: BatchConfig, description: str | None = None) -> Tensor:
     """Mean hidden state (last block's output) of every sample: fp32 [N, H], on the CPU."""
+    _check_vocabulary(model, store)
     ids = torch.arange(store.num_samples)
     out = torch.zeros(len(ids), model.hidden_size)
     for places, means in _forward(ids, store, batch, description, lambda packed: mean_hidden(model, packed)):
         out[places] = means[: len(places)].cpu()
     return out
+
+
+def _check_vocabulary(model: PackedLM, store: TokenStore) -> None:
+    """For callers that have not asked already, with a better name for the two."""
+    check_vocabulary(store.max_token_id, rows_of(model.config), model="the model", source="what it is to score")
 
 
 @torch.no_grad()

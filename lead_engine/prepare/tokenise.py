@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from lead_engine.config import PrepareConfig
 from lead_engine.console import progress, say, warn
 from lead_engine.errors import UserError
-from lead_engine.model.load import find_model, load_tokenizer
+from lead_engine.model.load import find_model, load_config, load_tokenizer, weights_folder
 from lead_engine.model.scratch import is_scratch, make_scratch
+from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore
@@ -27,11 +29,24 @@ TOKENIZER_RECORDS = 20_000
 def tokenise(config: PrepareConfig) -> None:
     """Write store/, records.parquet, tokenizer/, problems.jsonl and, for scratch models, model/ into config.out.
 
-    The folder is created only once the pool has been read and accepted.
-    Raises UserError for records that cannot be used (unless --skip-bad), and for models without a usable tokenizer.
+    Where the pool is refused, a folder that was not there before is not there afterwards.
+    Raises UserError for records that cannot be used (unless --skip-bad), for models without a usable tokenizer, and for tokens that the
+    model has no embedding for.
     """
     say(f"reading {', '.join(config.pool)}")
     records, problems = read_records(config.pool, skip_bad=config.skip_bad)
+    new = not config.out.exists()
+    try:
+        _write(config, records, problems)
+    except UserError:
+        if new:
+            shutil.rmtree(config.out, ignore_errors=True)
+        raise
+    if problems.counts():
+        warn(f"{problems}; each is named in {config.out / 'problems.jsonl'}")
+
+
+def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> None:
     out = config.out
     if is_scratch(config.model):
         texts = (message.content for record in records[:TOKENIZER_RECORDS] for message in record.messages)
@@ -40,17 +55,20 @@ def tokenise(config: PrepareConfig) -> None:
         make_scratch(config.model, tokenizer, out / "model", config.seed)
     else:
         tokenizer = load_tokenizer(find_model(config.model))
+        base = load_config(weights_folder(find_model(config.model)))
     rows: dict[str, list] = {name: [] for name in ("id", "dataset", "file", "line", "tokens", "response_tokens", "truncated")}
     out.mkdir(parents=True, exist_ok=True)
     TokenStore.write(out / "store", _samples(records, tokenizer, config, problems, rows))
     if not rows["id"]:
         raise UserError(f"--max-length {config.max_length}: no sample has an answer within it; raise it")
+    if not is_scratch(config.model):
+        largest = TokenStore.open(out / "store", "mmap").max_token_id
+        names = {"model": f"--model {config.model}", "source": f"--pool {' '.join(config.pool)}", "tokens": len(tokenizer)}
+        check_vocabulary(largest, rows_of(base), **names)
     tokenizer.save_pretrained(out / "tokenizer")
     pq.write_table(pa.table(rows), out / "records.parquet.writing")
     (out / "records.parquet.writing").replace(out / "records.parquet")
     problems.write(out / "problems.jsonl")
-    if problems.counts():
-        warn(f"{problems}; each is named in {out / 'problems.jsonl'}")
 
 
 def _samples(

@@ -7,10 +7,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.config import TrainConfig
-from lead_engine.errors import UserError
-from lead_engine.model.load import build_model, find_model, load_tokenizer
-from lead_engine.model.packed import PackedLM
+from lead_engine.model.load import build_model, find_model, load_config, load_tokenizer, weights_folder
 from lead_engine.model.scratch import is_scratch, make_scratch
+from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.selection.loss_change import make_loss_change
@@ -43,6 +42,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
     store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
     state = _pool_state(config, store)
     base = _base(config, ranks)
+    tokenizer = load_tokenizer(base)
+    _check_vocabulary(config, base, store, len(tokenizer))
     model = build_model(
         base,
         device=ranks.device,
@@ -52,7 +53,6 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
         lora=config.lora,
         seed=config.seed,
     )
-    _check_vocabulary(config, model, store)
     layout = Layout(config.selection.round_steps, config.batch.micro_batches, config.batch.num_slots, config.batch.capacity)
     uses_change = METHODS[config.method].uses_loss_change  # else no estimate is made
     options = config.selection if uses_change else replace(config.selection, loss_change="none")
@@ -69,10 +69,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
     change = make_loss_change(options, model.hidden_size, selector.method.num_arms, ranks.device, config.seed)
     model.head.keep_gradient = change.wants_hidden
     optimizer = make_optimizer(model, config.optimizer)
-    scorer = PoolScorer(model, store, lambda: _answers(config, ranks), config.batch, ranks.rank, ranks.size)
+    scorer = PoolScorer(model, store, lambda: _answers(config, base, ranks), config.batch, ranks.rank, ranks.size)
     engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size, scorer=scorer)
     budget = config.epochs * store.num_tokens if METHODS[config.method].whole_pool else round(config.budget * store.num_tokens)
-    return Session(config, engine, state, load_tokenizer(base), base, budget)
+    return Session(config, engine, state, tokenizer, base, budget)
 
 
 def _pool_state(config: TrainConfig, store: TokenStore) -> PoolState:
@@ -82,9 +82,11 @@ def _pool_state(config: TrainConfig, store: TokenStore) -> PoolState:
     return PoolState.unscored(store.num_samples)
 
 
-def _answers(config: TrainConfig, ranks: Ranks) -> TokenStore:
+def _answers(config: TrainConfig, base: Path, ranks: Ranks) -> TokenStore:
     """The store of answers without instructions. A method that needs it has had `prepare`'s scores, so it is there."""
-    return TokenStore.open(config.pool / ANSWERS, config.runtime.placement, ranks.device)
+    store = TokenStore.open(config.pool / ANSWERS, config.runtime.placement, ranks.device)
+    _check_vocabulary(config, base, store)
+    return store
 
 
 def _base(config: TrainConfig, ranks: Ranks) -> Path:
@@ -100,10 +102,6 @@ def _base(config: TrainConfig, ranks: Ranks) -> Path:
     return folder
 
 
-def _check_vocabulary(config: TrainConfig, model: PackedLM, store: TokenStore) -> None:
-    rows = model.config.get_text_config().vocab_size
-    if store.max_token_id >= rows:
-        raise UserError(
-            f"--model {config.model}: {rows} tokens in its vocabulary, but --pool {config.pool} holds token {store.max_token_id}: "
-            "prepare the pool with this model's tokenizer"
-        )
+def _check_vocabulary(config: TrainConfig, base: Path, store: TokenStore, tokens: int | None = None) -> None:
+    rows = rows_of(load_config(weights_folder(base)))
+    check_vocabulary(store.max_token_id, rows, tokens=tokens, model=f"--model {config.model}", source=f"--pool {config.pool}")
