@@ -1,0 +1,172 @@
+"""What the user names as a pool: files, folders, patterns, standard input and hub data sets, and how their bytes come.
+
+A text file may be compressed (.gz, .zst, .bz2); Arrow reads it as it is read. Standard input is copied once into a
+temporary file, so that it can be read as often as a file can: for its fingerprint, and for its records.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import glob
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from lead_engine.errors import UserError
+
+STDIN = "-"
+LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
+"""Text files whose records are found by their line."""
+TEXT = (*LINES, ".json")
+SUFFIXES = (*TEXT, ".parquet", ".arrow")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+KINDS = f"{', '.join(SUFFIXES)}; those of text also as {', '.join(COMPRESSED)}"
+_HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.+-]*)(?::(?P<split>.+))?)?")
+
+
+class Expansion(NamedTuple):
+    """What sources stand for."""
+
+    sources: list[str]
+    """Paths of files, hub data sets and "-", each once."""
+    unread: list[str]
+    """What lies in the folders, or matches the patterns, and is not read: other kinds of files, and folders."""
+
+
+class HubName(NamedTuple):
+    """A hub data set, as its name, its configuration (None: the only one, or its default) and its split."""
+
+    name: str
+    config: str | None
+    split: str
+
+
+def expand(sources: Sequence[str], flag: str) -> list[str]:
+    """The plain file paths that the sources stand for; hub data sets and "-" (standard input) pass through.
+
+    A folder stands for the files of known kinds in it, a pattern (`*`, `?`, `[...]`, `**`) for those that match it,
+    both in the order of their names; a folder that `datasets.save_to_disk` wrote stands for its Arrow files. `flag` is
+    what the user named the sources with. Raises UserError for a source that is not there or is of an unknown kind, for
+    a folder or pattern with no known file, and for a file that is named twice.
+    """
+    return survey(sources, flag).sources
+
+
+def survey(sources: Sequence[str], flag: str) -> Expansion:
+    """As `expand`, with what is passed over in folders and patterns."""
+    found: list[str] = []
+    unread: list[str] = []
+    for source in map(os.fspath, sources):
+        if os.path.isdir(source):
+            paths = saved_data_set(source) or sorted(glob.glob(os.path.join(glob.escape(source), "*")))
+        elif not os.path.exists(source) and glob.has_magic(source) and hub_name(source) is None:
+            paths = sorted(glob.glob(source, recursive=True))
+        else:
+            found.append(_one(source, flag))
+            continue
+        known = [path for path in paths if os.path.isfile(path) and kind(path)]
+        if not known:
+            there = f" (it has {', '.join(map(os.path.basename, paths[:5]))})" if paths else ""
+            raise UserError(f"{flag} {source}: no file of a known kind there{there}; known are {KINDS}")
+        found += known
+        unread += [path for path in paths if path not in set(known)]
+    if not found:
+        raise UserError(f"{flag}: name at least one file, folder or hub data set")
+    for path, count in Counter(s if s == STDIN else os.path.realpath(s) for s in found).items():
+        if count > 1:
+            raise UserError(f"{flag} {path}: given {count} times; name every file once")
+    return Expansion(found, unread)
+
+
+def _one(source: str, flag: str) -> str:
+    """A source that is neither a folder nor a pattern. Raises UserError if it cannot be read."""
+    if source == STDIN or (not os.path.exists(source) and hub_name(source)):
+        return source
+    if not os.path.exists(source):
+        raise UserError(f"{flag} {source}: no such file")
+    if not kind(source):
+        raise UserError(f"{flag} {source}: unknown kind of file; known are {KINDS}")
+    return source
+
+
+def kind(path: str) -> str | None:
+    """The file's kind by its name, without compression: ".jsonl" of "a.jsonl.gz"; None if it is unknown."""
+    name, last = os.path.splitext(path.lower())
+    if last in COMPRESSED:
+        last = os.path.splitext(name)[1]
+        return last if last in TEXT else None
+    return last if last in SUFFIXES else None
+
+
+def has_lines(source: str) -> bool:
+    """Whether the source's records are found by their line; else by their number."""
+    return source == STDIN or kind(source) in LINES
+
+
+def hub_name(source: str) -> HubName | None:
+    """The hub data set that `NAME`, `NAME:CONFIG`, `NAME:CONFIG:SPLIT` or `NAME::SPLIT` means; None if it cannot be one.
+
+    The split is `train` unless given, and may be a slice (`train[:1000]`).
+    """
+    match = _HUB.fullmatch(source)
+    if match is None or kind(match["name"]):
+        return None
+    return HubName(match["name"], match["config"] or None, match["split"] or "train")
+
+
+def saved_data_set(folder: str) -> list[str]:
+    """The Arrow files, in order, of a data set that `datasets.save_to_disk` wrote; none for any other folder."""
+    if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+        splits = sorted(path.parent.name for path in Path(folder).glob("*/state.json"))
+        raise UserError(f"{folder}: holds several data sets; name those to read: {', '.join(os.path.join(folder, s) for s in splits)}")
+    state = Path(folder, "state.json")
+    if not state.exists() or not Path(folder, "dataset_info.json").exists():
+        return []
+    from lead_engine.files import read_json
+
+    try:
+        return [os.path.join(folder, file["filename"]) for file in read_json(state)["_data_files"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{state}: not as `datasets` writes it; save the data set again") from None
+
+
+def content_path(source: str) -> str:
+    """The file that holds the source's bytes: the source itself, or the copy of standard input."""
+    return _standard_input() if source == STDIN else source
+
+
+@functools.cache
+def _standard_input() -> str:
+    """Path of a temporary copy of standard input, which can be read only once; deleted when this process ends."""
+    stream = sys.stdin
+    if stream is None or stream.isatty():
+        raise UserError("-: standard input is not a file or a pipe; pipe the records into this command, or name a file")
+    with tempfile.NamedTemporaryFile(prefix="lead-stdin-", suffix=".jsonl", delete=False) as copy:
+        owner = os.getpid()
+        atexit.register(lambda: os.getpid() == owner and Path(copy.name).unlink(missing_ok=True))
+        shutil.copyfileobj(stream.buffer, copy)
+    return copy.name
+
+
+@contextlib.contextmanager
+def open_bytes(source: str) -> Iterator[BinaryIO]:
+    """The source's bytes, decompressed; can be iterated by line. OSError for a compressed file that is cut or damaged."""
+    import pyarrow
+
+    path = content_path(source)
+    codec = COMPRESSED.get(os.path.splitext(path.lower())[1])
+    if codec is None:
+        with open(path, "rb") as file:
+            yield file
+        return
+    with pyarrow.OSFile(path) as file, pyarrow.CompressedInputStream(file, codec) as stream:
+        yield io.BufferedReader(stream, 1 << 18)
