@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,25 @@ def write_bytes(path: Path, data: bytes) -> None:
     building = path.with_name(path.name + ".writing")
     building.write_bytes(data)
     os.replace(building, path)
+
+
+def publish(building: Path, place: Path) -> None:
+    """Give what the engine has built its place: a file, or a folder with all that is in it, whatever stood there before.
+
+    Every file gets the mode that a plain `open` gives, 0666 without the umask's bits (and a folder's default ACL counts):
+    safetensors makes its files readable by their owner alone. `building` lies on the same file system as `place`.
+    """
+    folder = building if building.is_dir() else building.parent
+    probe = folder / f"{building.name}.mode"  # by a file: reading the umask would set it, for all threads
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in building.rglob("*") if building.is_dir() else [building]:
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
+    if place.is_dir():
+        shutil.rmtree(place)
+    os.replace(building, place)
 
 
 def read_json(path: Path) -> dict[str, Any]:

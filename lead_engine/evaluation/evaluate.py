@@ -29,7 +29,8 @@ from lead_engine.evaluation.exact_match import compare, summarise
 from lead_engine.evaluation.generate import Question, choose_questions, generate_answers
 from lead_engine.evaluation.outputs import ANSWERS, RESULT, SAMPLES, comparable_options
 from lead_engine.files import write_text
-from lead_engine.model.load import find_model, load_for_inference, load_hf
+from lead_engine.model.find import find_model
+from lead_engine.model.load import load_for_inference, load_hf
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import score_store
 from lead_engine.model.vocabulary import check_vocabulary, rows_of

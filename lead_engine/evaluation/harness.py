@@ -18,7 +18,8 @@ from lead_engine import console
 from lead_engine.config import HarnessConfig
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
-from lead_engine.model.load import find_model, load_hf, load_tokenizer
+from lead_engine.model.find import find_model
+from lead_engine.model.load import load_hf, load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

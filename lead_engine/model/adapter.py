@@ -1,9 +1,9 @@
 """LoRA adapters in peft's format: put into a model, initialised, named."""
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from lead_engine.config import LoraConfig
 from lead_engine.errors import UserError
+from lead_engine.files import read_json
+from lead_engine.model.find import ADAPTER_CONFIG, find_model, hub_name
 from lead_engine.model.shards import local_part
 from lead_kernels import Lora
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 
 
 def is_adapter(name: str) -> bool:
@@ -44,12 +46,28 @@ def read_config(folder: Path) -> PeftLoraConfig:
     return config
 
 
-def base_of(folder: Path) -> str:
-    """Where an adapter's base model lies. Raises UserError if its config does not say."""
-    base = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{folder / CONFIG}: names no base_model_name_or_path; write the base model's folder there")
-    return base
+def find_base(folder: Path) -> Path:
+    """The folder of an adapter's base model, by the name and revision in its config.
+
+    Raises UserError if its config does not name one, or if there is no such model.
+    """
+    config = _read(folder)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base or not isinstance(base, str):
+        raise UserError(f"{folder / CONFIG}: names no base_model_name_or_path; write the base model's folder or hub name there")
+    named = f"{base}@{revision}" if revision and not Path(base).exists() and hub_name(Path(base)) is None else base
+    return find_model(named, f"{folder / CONFIG}: base_model_name_or_path")
+
+
+def name_base(config: PeftLoraConfig, base: Path) -> None:
+    """Write into an adapter's config where its base is: name and commit of a model from the hub, else the folder's absolute path."""
+    named = hub_name(base)
+    name, commit = named.split("@") if named else (str(base.resolve()), None)
+    config.base_model_name_or_path, config.revision = name, commit
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return read_json(folder / CONFIG)
 
 
 def check_options(model: PreTrainedModel, folder: Path, lora: LoraConfig) -> None:

@@ -21,30 +21,9 @@ from lead_engine.model.precision import choose_precision
 from lead_engine.model.rope import settle_rope
 
 
-def find_model(model: str, flag: str = "--model") -> Path:
-    """The Hugging Face folder behind a folder, a run folder (its `model/`), or a hub name.
-
-    Raises UserError if there is no such model.
-    """
-    path = Path(model)
-    for folder in (path / "model", path):
-        if (folder / "config.json").exists() or (folder / adapter.CONFIG).exists():
-            return folder
-    if path.exists() or model.startswith((".", "/")) or model.count("/") > 1:
-        raise UserError(f"{flag} {model}: holds no config.json, nor does its model/; give a model folder, a finished run or a hub name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted, copies = ["*.json", "*.safetensors", "*.model", "*.jinja"], ["consolidated*", "original/*"]  # the same weights once more
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=copies))
-    except Exception as error:  # the hub client raises a dozen types; to the user they are one: not to be had
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise UserError(f"{flag} {model}: no such folder, and not found on the hub ({reason})") from None
-
-
 def weights_folder(folder: Path) -> Path:
     """Where the whole model's weights and config.json are: a model folder itself, or an adapter's base."""
-    return find_model(adapter.base_of(folder)) if (folder / adapter.CONFIG).exists() else folder
+    return adapter.find_base(folder) if (folder / adapter.CONFIG).exists() else folder
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -122,7 +101,7 @@ def load_hf(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(find_model(adapter.base_of(folder)), dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(adapter.find_base(folder), dtype=dtype)
     if nf4.was_trained_on(folder):
         nf4.round_blocks(base)
     return PeftModel.from_pretrained(base, folder).merge_and_unload().to(device).eval()

@@ -1,14 +1,15 @@
 """`lead-engine merge`: an adapter into its base."""
 from __future__ import annotations
 
-import os
 import shutil
 
 from lead_engine.config import MergeConfig
 from lead_engine.console import say
 from lead_engine.errors import UserError
+from lead_engine.files import publish
 from lead_engine.model import adapter, nf4
-from lead_engine.model.load import find_model, load_config, load_hf, load_tokenizer
+from lead_engine.model.find import find_model
+from lead_engine.model.load import load_config, load_hf, load_tokenizer
 
 
 def run(config: MergeConfig) -> None:
@@ -22,12 +23,12 @@ def run(config: MergeConfig) -> None:
         raise UserError(f"{folder}: holds no adapter ({adapter.CONFIG}); a fully fine-tuned model needs no merging")
     if config.out.exists():
         raise UserError(f"--out {config.out}: exists already; name a new folder")
-    base = find_model(adapter.base_of(folder))
+    base = adapter.find_base(folder)
     model = load_hf(folder).to(load_config(base).dtype)
     building = config.out.with_name(config.out.name + ".writing")
     shutil.rmtree(building, ignore_errors=True)
     model.save_pretrained(building)
     load_tokenizer(folder).save_pretrained(building)
-    os.replace(building, config.out)
+    publish(building, config.out)
     rounded = ", its weights rounded to NF4 as in training (not the checkpoint's own)" if nf4.was_trained_on(folder) else ""
     say(f"merged {folder} into {base}{rounded}: {config.out}")

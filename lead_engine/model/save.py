@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.errors import UserError
+from lead_engine.files import publish
 from lead_engine.model import adapter, nf4, weights
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.stored import Checkpoint, Layout
@@ -37,8 +37,7 @@ def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path
     if rank != 0:
         return
     tokenizer.save_pretrained(building)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(building, folder)
+    publish(building, folder)
 
 
 def _begin(building: Path) -> None:
@@ -52,8 +51,7 @@ def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> Non
         _begin(building)
         save_file({adapter.stored_name(name): value for name, value in tensors.items()}, building / adapter.WEIGHTS, {"format": "pt"})
         config = model.peft_config
-        started_from_adapter = (base / adapter.CONFIG).exists()  # then its base is this one's, too
-        config.base_model_name_or_path = adapter.base_of(base) if started_from_adapter else str(base.resolve())
+        adapter.name_base(config, model.stored.folder)
         config.inference_mode = True
         config.save_pretrained(building)
         if any(nf4.layers(model)):

@@ -4,14 +4,13 @@ Llama architecture (transformers' own classes), so that everything that works on
 """
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lead_engine.errors import UserError
+from lead_engine.files import publish
 
 PREFIX = "scratch:"
 SHAPES = {
@@ -54,5 +53,4 @@ def make_scratch(model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, s
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(building)
     tokenizer.save_pretrained(building)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(building, folder)
+    publish(building, folder)

@@ -14,7 +14,8 @@ from lead_engine.config import BatchConfig, PrepareConfig, TrainConfig, to_dict
 from lead_engine.console import say, table
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
-from lead_engine.model.load import build_model, find_model, load_tokenizer
+from lead_engine.model.find import find_model
+from lead_engine.model.load import build_model, load_tokenizer
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import embed_store
 from lead_engine.model.scratch import is_scratch

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lead_engine.config import BatchConfig
 from lead_engine.console import progress
+from lead_engine.files import publish
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import score_store
 from lead_engine.pool.store import TokenStore
@@ -33,7 +34,7 @@ def score(model: PackedLM, store: TokenStore, folder: Path, ranks: Ranks, batch:
             nll, _ = score_store(model, store, shards[i], batch=batch)
             building = _path(folder, i).with_suffix(".writing")
             save_file({"nll": nll}, building)
-            building.replace(_path(folder, i))
+            publish(building, _path(folder, i))
             bar.advance(int(store.lengths[shards[i]].sum()))
     ranks.barrier()
     return torch.cat([load_file(_path(folder, i))["nll"] for i in range(len(shards))])

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from lead_engine.config import PrepareConfig
 from lead_engine.console import progress, say, warn
 from lead_engine.errors import UserError
-from lead_engine.model.load import find_model, load_config, load_tokenizer, weights_folder
+from lead_engine.model.find import find_model
+from lead_engine.model.load import load_config, load_tokenizer, weights_folder
 from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.problems import Problems

@@ -7,6 +7,7 @@ import torch
 
 from lead_engine.config import TrainConfig
 from lead_engine.console import table
+from lead_engine.model.find import hub_name
 from lead_engine.model.load import count_parameters
 from lead_engine.model.precision import choose_precision
 from lead_engine.selection.methods import METHODS
@@ -34,7 +35,7 @@ def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]
     step = config.batch.capacity * config.batch.micro_batches
     whole, trained = count_parameters(model)
     return [
-        ("model", f"{session.base}: {model.config.model_type}, {whole:,} parameters, {trained:,} trained{_adapters(config)}"),
+        ("model", f"{hub_name(session.base) or session.base}: {model.config.model_type}, {whole:,} parameters, {trained:,} trained{_adapters(config)}"),
         (
             "pool",
             f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {state.num_clusters} clusters, {len(state.task_names)} tasks",

@@ -17,7 +17,8 @@ from lead_engine.config import PretrainConfig, SelectionConfig, TrainConfig
 from lead_engine.console import progress, say
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
-from lead_engine.model.load import find_model, load_tokenizer
+from lead_engine.model.find import find_model
+from lead_engine.model.load import load_tokenizer
 from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.pool.store import TokenStore
 from lead_engine.pool.tokenizer import TEXT_END, train_tokenizer

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.config import TrainConfig
-from lead_engine.model.load import build_model, find_model, load_config, load_tokenizer, weights_folder
+from lead_engine.model.find import find_model
+from lead_engine.model.load import build_model, load_config, load_tokenizer, weights_folder
 from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.state import PoolState

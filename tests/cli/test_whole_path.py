@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +23,14 @@ pytestmark = pytest.mark.timeout(600)
 
 TINY = ["--batch.capacity", "256"]
 SAMPLES = 200
+UMASK = 0o027
+"""Of this module; other tests have the usual 022."""
 
 Refused = Callable[[list[str]], str]
 
 
 @pytest.fixture(scope="module")
-def world(run_cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(run_cli, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A folder with data/, base/, prepared/ and run/, each made by its command."""
     place = tmp_path_factory.mktemp("world")
 
@@ -35,6 +39,8 @@ def world(run_cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert result.returncode == 0, (arguments, result.stdout, result.stderr)
         assert "Traceback" not in result.stderr
 
+    before = os.umask(UMASK)
+    request.addfinalizer(lambda: os.umask(before))
     must("make-pool", "--out", "data", "--samples", str(SAMPLES))
     text = (place / "data" / "text.txt").read_text().splitlines()[:150]
     (place / "data" / "short.txt").write_text("\n".join(text))
@@ -139,12 +145,15 @@ def test_report_is_one_page(run_cli, world: Path) -> None:
     assert 'src="http' not in page
 
 
-def test_merge_gives_a_plain_model(run_cli, world: Path) -> None:
+def test_merge_gives_a_plain_model_and_all_files_have_their_modes(run_cli, world: Path) -> None:
     result = run_cli("merge", "run", "--out", "merged", cwd=world)
     assert result.returncode == 0, result.stderr
     names = {path.name for path in (world / "merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert "adapter_config.json" not in names
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in world.rglob("*") if not path.is_symlink()}
+    assert {path: mode for path, mode in modes.items() if mode != (0o777 if path.is_dir() else 0o666) & ~UMASK} == {}
+    assert {"safetensors", "npz", "parquet", "distcp"} <= {path.name.rsplit(".")[-1] for path in modes}
 
 
 def test_doctor(run_cli, world: Path) -> None:

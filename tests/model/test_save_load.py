@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
 from lead_engine.errors import UserError
 from lead_engine.model import merge, weights
-from lead_engine.model.load import build_model, find_model, load_hf, load_tokenizer
+from lead_engine.model.find import find_model
+from lead_engine.model.load import build_model, load_hf, load_tokenizer
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.save import save_model
 from lead_engine.pool.store import TokenStore
