@@ -18,7 +18,7 @@ def find_model(model: str, flag: str = "--model") -> Path:
         if (folder / "config.json").exists() or (folder / ADAPTER_CONFIG).exists():
             return folder
     name = model if path.exists() else hub_name(path) or model
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("@") or not name:
+    if path.exists() or name.startswith((".", "/", "~", "@")) or name.count("/") > 1 or not name:
         raise UserError(
             f"{flag} {model}: holds no config.json, nor does its model/; give a model folder, a finished run or a hub name"
         )
@@ -26,7 +26,8 @@ def find_model(model: str, flag: str = "--model") -> Path:
 
     repository, _, revision = name.partition("@")
     try:
-        wanted, copies = ["*.json", "*.safetensors", "*.model", "*.jinja"], ["consolidated*", "original/*"]  # the same weights once more
+        wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        copies = ["consolidated*", "original/*"]  # the same weights once more
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=copies))
     except Exception as error:  # the hub client raises a dozen types; to the user they are one: not to be had
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -33,9 +33,9 @@ def announce(session: Session, ranks: Ranks, meter: Meter) -> None:
 def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]:
     config, model, store, state = session.config, session.engine.model, session.engine.store, session.state
     step = config.batch.capacity * config.batch.micro_batches
-    whole, trained = count_parameters(model)
+    name, (whole, trained) = hub_name(session.base) or session.base, count_parameters(model)
     return [
-        ("model", f"{hub_name(session.base) or session.base}: {model.config.model_type}, {whole:,} parameters, {trained:,} trained{_adapters(config)}"),
+        ("model", f"{name}: {model.config.model_type}, {whole:,} parameters, {trained:,} trained{_adapters(config)}"),
         (
             "pool",
             f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {state.num_clusters} clusters, {len(state.task_names)} tasks",

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ Refused = Callable[[list[str]], str]
 
 
 @pytest.fixture(scope="module")
-def world(run_cli, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def world(run_cli, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with data/, base/, prepared/ and run/, each made by its command."""
     place = tmp_path_factory.mktemp("world")
 
@@ -40,7 +40,6 @@ def world(run_cli, tmp_path_factory: pytest.TempPathFactory, request: pytest.Fix
         assert "Traceback" not in result.stderr
 
     before = os.umask(UMASK)
-    request.addfinalizer(lambda: os.umask(before))
     must("make-pool", "--out", "data", "--samples", str(SAMPLES))
     text = (place / "data" / "text.txt").read_text().splitlines()[:150]
     (place / "data" / "short.txt").write_text("\n".join(text))
@@ -49,7 +48,8 @@ def world(run_cli, tmp_path_factory: pytest.TempPathFactory, request: pytest.Fix
     lora = ["--lora.rank", "2", "--selection.round-steps", "2", "--budget", "0.2", "--checkpoint-every", "1"]
     must("train", "--pool", "prepared", "--model", "base/model", "--out", "run", *lora, *TINY)
     must("eval", "--model", "run", "--data", "data/heldout.jsonl", "--max-length", "256", *TINY)
-    return place
+    yield place
+    os.umask(before)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A base model is named so that others find it: by the hub's name and commit, never by this machine's cache; and files are others' to read."""
+"""A base model is named so that others find it, by the hub's name and commit, and files can be read as others' can."""
 from __future__ import annotations
 
 import json
@@ -53,6 +53,10 @@ def config_of(folder: Path) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
+def named(folder: Path) -> tuple[str, str | None]:
+    return config_of(folder)["base_model_name_or_path"], config_of(folder)["revision"]
+
+
 def test_an_adapter_names_the_hub(cache: Path, tmp_path: Path) -> None:
     """And so do the adapter trained on, and one that was saved with another machine's path; both are read, and merged."""
     assert find_model(NAME) == find_model(f"{NAME}@main") == find_model(f"{NAME}@{COMMIT}") == cache
@@ -60,18 +64,19 @@ def test_an_adapter_names_the_hub(cache: Path, tmp_path: Path) -> None:
         find_model(f"{NAME}@v2")
     run = tmp_path / "run" / "model"
     train(find_model(NAME), run, lora=LoraConfig(rank=2))
-    assert (config_of(run)["base_model_name_or_path"], config_of(run)["revision"]) == (NAME, COMMIT)
+    assert named(run) == (NAME, COMMIT)
     assert find_base(run) == cache
     elsewhere = f"/home/other/hub/models--acme--tiny-base/snapshots/{COMMIT}"
-    for wrong in ({"base_model_name_or_path": elsewhere, "revision": None}, {"base_model_name_or_path": str(cache), "revision": None}):
-        (run / "adapter_config.json").write_text(json.dumps({**config_of(run), **wrong}))
+    for wrong in (elsewhere, str(cache)):
+        changed = {**config_of(run), "base_model_name_or_path": wrong, "revision": None}
+        (run / "adapter_config.json").write_text(json.dumps(changed))
         train(run, tmp_path / "again")
-        assert (config_of(tmp_path / "again")["base_model_name_or_path"], config_of(tmp_path / "again")["revision"]) == (NAME, COMMIT)
+        assert named(tmp_path / "again") == (NAME, COMMIT)
     load_hf(run)
     merge.run(MergeConfig(run=run, out=tmp_path / "merged"))
     train(find_model(NAME), tmp_path / "full")
-    for file in [*run.iterdir(), *(tmp_path / "again").iterdir(), *(tmp_path / "merged").iterdir(), *(tmp_path / "full").iterdir()]:
-        assert file.parent == run or str(cache).encode() not in file.read_bytes(), file
+    for name in ("again", "merged", "full"):
+        assert all(str(cache).encode() not in file.read_bytes() for file in (tmp_path / name).iterdir()), name
 
 
 def test_a_base_that_is_a_folder_stays_one(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +84,7 @@ def test_a_base_that_is_a_folder_stays_one(make_model, tmp_path: Path, monkeypat
     shutil.copytree(make_model("llama"), tmp_path / "base@1")
     monkeypatch.chdir(tmp_path)
     train(find_model("base@1"), tmp_path / "run", lora=LoraConfig(rank=2))
-    assert (config_of(tmp_path / "run")["base_model_name_or_path"], config_of(tmp_path / "run")["revision"]) == (str(tmp_path / "base@1"), None)
+    assert named(tmp_path / "run") == (str(tmp_path / "base@1"), None)
     assert find_base(tmp_path / "run") == tmp_path / "base@1"
     shutil.move("base@1", "moved")
     with pytest.raises(UserError, match=r"run/adapter_config.json: base_model_name_or_path /.*base@1"):
@@ -95,7 +100,7 @@ def test_hub_name(name: str) -> None:
 
 
 def test_modes_are_those_of_any_file(umask: int, make_model, tmp_path: Path) -> None:
-    """Weights, adapters, merged models: safetensors writes 0600, whatever the umask. tests/cli/test_whole_path.py looks at all commands."""
+    """Weights, adapters, merged models: safetensors writes 0600. tests/cli/test_whole_path.py looks at all commands."""
     shutil.copytree(make_model("llama"), tmp_path / "base", copy_function=shutil.copyfile)
     (tmp_path / "base" / "generation_config.json").chmod(0o400)  # it is copied beside the trained weights
     train(tmp_path / "base", tmp_path / "full")
