@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lead_engine.files import write_text
 from lead_engine.model.find import find_model
 from lead_engine.model.load import load_for_inference, load_hf
 from lead_engine.model.packed import PackedLM
-from lead_engine.model.scoring import score_store
+from lead_engine.model.scoring import score_store, summarise_loss
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Record, read_records
@@ -106,24 +106,6 @@ def output_folder(config: EvalConfig) -> Path | None:
         return config.out
     model = Path(config.model)
     return model / "eval" if find_model(config.model) == model / "model" else None
-
-
-def summarise_loss(nll: NDArray[np.float64], tokens: NDArray[np.int64], tasks: Sequence[str]) -> dict[str, Any]:
-    """Token-weighted mean loss overall and per task, and the tasks' plain mean ("macro").
-
-    nll [n]: mean loss of each sample; tokens [n]: the response tokens it is the mean of, each at least 1.
-    """
-    names = np.asarray(tasks)
-    by_task = {}
-    for name in sorted(set(tasks)):
-        here = names == name
-        loss = float(np.average(nll[here], weights=tokens[here]))
-        by_task[name] = {"loss": loss, "samples": int(here.sum()), "tokens": int(tokens[here].sum())}
-    return {
-        "overall": float(np.average(nll, weights=tokens)),
-        "macro": float(np.mean([task["loss"] for task in by_task.values()])),
-        "tasks": by_task,
-    }
 
 
 def show(result: dict[str, Any]) -> None:

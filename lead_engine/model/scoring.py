@@ -1,12 +1,19 @@
-"""Mean loss of every sample of a store under a model: forward passes only, over packed micro-batches."""
+"""Losses of a store's samples under a model: forward passes only, over packed micro-batches, on one rank or dealt to many.
+
+`prepare`, `eval`, the methods that score the pool again, and the held-out losses of a run in training all go through here.
+"""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lead_engine.config import BatchConfig
 from lead_engine.console import Bar, progress
@@ -23,23 +30,75 @@ def score_store(
 ) -> tuple[Tensor, Tensor]:
     """(mean NLL per response token fp32 [n], response tokens int64 [n]) of the samples `ids` (int64 [n]; default: all), on the CPU.
 
+    For a model that this process has whole; `score_together` is for one that ranks share.
     description: text of a progress bar over tokens; None shows none.
     """
-    _check_vocabulary(model, store)
     ids = torch.arange(store.num_samples) if ids is None else ids
-    nll = torch.zeros(len(ids))
-    for places, head in _forward(ids, store, batch, description, lambda packed: model(packed).sample_nll):
-        nll[places] = head[: len(places)].cpu()
-    return nll, store.response_rows.cpu()[ids]
+    nll = score_together(model, store, ids, batch=batch, description=description)
+    return nll.cpu(), store.response_rows[ids]
+
+
+def score_together(
+    model: PackedLM,
+    store: TokenStore,
+    ids: Tensor,
+    *,
+    batch: BatchConfig,
+    rank: int = 0,
+    world: int = 1,
+    description: str | None = None,
+    before_each: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Mean NLL per response token of the samples `ids` (int64 [n], on the host): fp32 [n] on the store's device, alike on all ranks.
+
+    Micro-batches are dealt to the ranks in turn. Under FSDP a forward pass gathers parameters, so all ranks do equally many; the last may
+    be empty. Every micro-batch is the same whatever the number of ranks, and so are the results but for rounding.
+    before_each: called before every micro-batch.
+    """
+    _check_vocabulary(model, store)
+    groups = _groups(store, ids, batch)
+    if not groups:
+        return torch.zeros(0, device=store.device)
+    groups += [np.empty(0, dtype=np.int64)] * (-len(groups) % world)
+    mine, losses = groups[rank::world], []
+    with forward_only(model, int(store.lengths[ids].max())):
+        for packed in _batches(store, ids, mine, batch, description):
+            before_each()
+            losses.append(model(packed).sample_nll.float())
+    nll = _everyone(torch.stack(losses), world)
+    found = torch.zeros(len(ids), device=nll.device)
+    places = [np.stack([group, np.full(len(group), g), np.arange(len(group))]) for g, group in enumerate(groups)]
+    sample, group, slot = torch.from_numpy(np.concatenate(places, axis=1)).to(nll.device)
+    found[sample] = nll[group, slot]
+    return found
+
+
+def summarise_loss(nll: NDArray[np.float64], tokens: NDArray[np.int64], tasks: Sequence[str]) -> dict[str, Any]:
+    """Token-weighted mean loss overall and per task, and the tasks' plain mean ("macro").
+
+    nll [n]: mean loss of each sample; tokens [n]: the response tokens it is the mean of, each at least 1.
+    """
+    names = np.asarray(tasks)
+    by_task = {}
+    for name in sorted(set(tasks)):
+        here = names == name
+        loss = float(np.average(nll[here], weights=tokens[here]))
+        by_task[name] = {"loss": loss, "samples": int(here.sum()), "tokens": int(tokens[here].sum())}
+    return {
+        "overall": float(np.average(nll, weights=tokens)),
+        "macro": float(np.mean([task["loss"] for task in by_task.values()])),
+        "tasks": by_task,
+    }
 
 
 def embed_store(model: PackedLM, store: TokenStore, *, batch: BatchConfig, description: str | None = None) -> Tensor:
     """Mean hidden state (last block's output) of every sample: fp32 [N, H], on the CPU."""
     _check_vocabulary(model, store)
     ids = torch.arange(store.num_samples)
-    out = torch.zeros(len(ids), model.hidden_size)
-    for places, means in _forward(ids, store, batch, description, lambda packed: mean_hidden(model, packed)):
-        out[places] = means[: len(places)].cpu()
+    out, groups = torch.zeros(len(ids), model.hidden_size), _groups(store, ids, batch)
+    with forward_only(model, int(store.lengths.max())):
+        for group, packed in zip(groups, _batches(store, ids, groups, batch, description), strict=True):
+            out[group] = mean_hidden(model, packed)[: len(group)].cpu()
     return out
 
 
@@ -48,25 +107,56 @@ def _check_vocabulary(model: PackedLM, store: TokenStore) -> None:
     check_vocabulary(store.max_token_id, rows_of(model.config), model="the model", source="what it is to score")
 
 
-@torch.no_grad()
-def _forward(
-    ids: Tensor, store: TokenStore, batch: BatchConfig, description: str | None, compute: Callable[[PackedBatch], Tensor]
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """(places in `ids`, compute(packed)) for packed micro-batches that hold every sample once."""
-    lengths = store.lengths.cpu().numpy()[ids.numpy()]
-    rows = store.response_rows.cpu().numpy()[ids.numpy()]
-    groups = pack_by_length(lengths, batch.capacity, batch.num_slots)
+@contextmanager
+def forward_only(model: PackedLM, longest: int) -> Iterator[None]:
+    """Forward passes that leave nothing behind: no gradients, no dropout; samples may have `longest` tokens.
+
+    Afterwards every module is in the mode it was in, and FSDP's units are sharded again: one that keeps its parameters gathered until a
+    backward pass (the head) would otherwise show the gathered copy, in the compute dtype, to whoever looks at the model next.
+    """
+    training, bound = [module for module in model.modules() if module.training], model.max_length
+    model.eval()
+    model.max_length = max(bound, longest)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.max_length = bound
+        for module in training:
+            module.training = True
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _batches(
+    store: TokenStore, ids: Tensor, groups: list[np.ndarray], batch: BatchConfig, description: str | None
+) -> Iterator[PackedBatch]:
+    """A packed micro-batch of each group of places in `ids`."""
+    lengths, rows = store.lengths.numpy()[ids.numpy()], store.response_rows.numpy()[ids.numpy()]
     slots = torch.full((len(groups), batch.num_slots), store.num_samples, dtype=torch.int64)
     for place, group in enumerate(groups):
         slots[place, : len(group)] = ids[torch.from_numpy(group)]
     if store.wants_prefetch:
         store.prefetch(slots)
     on_device = slots.to(store.device)
-    with _bar(description, int(lengths.sum())) as bar:
+    with _bar(description, sum(int(lengths[group].sum()) for group in groups)) as bar:
         for place, group in enumerate(groups):
-            packed: PackedBatch = store.batch(on_device[place], capacity=batch.capacity, num_rows=num_rows(rows[group]))
-            yield group, compute(packed)
+            yield store.batch(on_device[place], capacity=batch.capacity, num_rows=num_rows(rows[group]))
             bar.advance(int(lengths[group].sum()))
+
+
+def _everyone(mine: Tensor, world: int) -> Tensor:
+    """Every rank's [n, B] as [n x world, B], in the order in which groups were dealt."""
+    if world == 1:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def _groups(store: TokenStore, ids: Tensor, batch: BatchConfig) -> list[np.ndarray]:
+    return pack_by_length(store.lengths.numpy()[ids.numpy()], batch.capacity, batch.num_slots)
 
 
 def num_rows(rows: np.ndarray) -> int:

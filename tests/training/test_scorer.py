@@ -74,6 +74,7 @@ IN_RANKS = """
 import sys
 from pathlib import Path
 import torch
+from torch.distributed.tensor import DTensor
 from lead_engine.config import BatchConfig, RuntimeConfig
 from lead_engine.model.load import build_model
 from lead_engine.pool.store import TokenStore
@@ -91,6 +92,9 @@ with process_group() as ranks:
     for count in map(int, sys.argv[4:]):
         ids = torch.arange(count)
         found[count] = torch.stack([scorer.given(ids), scorer.alone(ids)]).cpu()
+    # Nothing is left behind: what is saved next is the sharded fp32 weights, the head's too.
+    assert all(isinstance(parameter, DTensor) for parameter in lm.parameters())
+    assert all(module.training for module in lm.modules())
     torch.save(found, out / f"rank{ranks.rank}.pt")
 """
 
