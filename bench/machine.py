@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,36 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in names if _installed(name)},
     }
+
+
+def product_tflops(dtype: torch.dtype) -> float:
+    """What one large matrix product reaches here, in TFLOP/s: the best of several, 8192 wide on a GPU and 1024 on a CPU."""
+    gpu = torch.cuda.is_available()
+    width = 8192 if gpu else 1024
+    a, b = (torch.randn(width, width, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(2))
+    return 2 * width**3 / _best_seconds(lambda: a @ b) / 1e12
+
+
+def copy_gb_per_s(size: int) -> float:
+    """What copying `size` bytes reaches here, in GB/s read and written: the best of several."""
+    source = torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.empty_like(source)
+    return 2 * size / _best_seconds(lambda: target.copy_(source)) / 1e9
+
+
+def _best_seconds(run: Callable[[], object], repeats: int = 8) -> float:
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    times = []
+    for _ in range(repeats):
+        wait()
+        started = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def write(name: str, result: dict[str, Any], out: Path | None) -> None:

@@ -1,18 +1,22 @@
 """Tokens per second, MFU and peak memory of plain fine-tuning (SFT) and of LEAD, against Hugging Face's Trainer and TRL's SFTTrainer.
 
-    python bench/training.py             # CPU, one thread: 3.3M and 10M parameters; bench/results/training-cpu.json
-    python bench/training.py --quick     # the same path in under a minute; its figures are no measurement
-    python bench/training.py --gpu 1b    # on a GPU: bench/results/training-gpu-1b.json; also 3b
+    python bench/training.py                  # CPU, one thread: 3.3M and 8M parameters; bench/results/training-cpu.json
+    python bench/training.py --quick          # the same path in under a minute; its figures are no measurement
+    python bench/training.py --gpu 1b         # on a GPU: bench/results/training-gpu-1b.json; also 3b
+    python bench/training.py --model FOLDER   # a Hugging Face folder instead; bench/results/training-cpu-NAME.json
 
 All train the same model (fp32 master weights, the same compute precision) with AdamW on the same samples, the same number of tokens a step,
 one process each, in turns whose order rotates: `--turns` turns of some steps, every contender once a turn (on a GPU, whose memory they
 could not share, one after another). Speeds are of real tokens: padding is not counted. Peak memory is each process's own, beyond what it
-took before its model was built (on a GPU: of tensors).
+took before its model was built (on a GPU: of tensors). The yardstick for a step's FLOPs is a large product measured here.
+The result file is written after every contender (on a CPU: every turn of all); one that fails or takes longer than
+--contender-seconds is named in it and costs nobody else's row.
 Samples: made here, of lengths like instruction data's (log-normal, median 115 tokens, a fiftieth over 400; 16 to 1,024), three fifths of
 them response. The contenders, as rows of the result:
 
     engine, SFT                    this engine, --method random: the loop that LEAD runs in, without LEAD
     engine, LEAD                   this engine with its default options; plans for itself, trains what all train
+    engine, compiled               LEAD with --runtime.compile (on a GPU, or with --compiled)
     Trainer, packed                padding-free: the same micro-batches as one row whose positions restart, sdpa (on a GPU flash-attention 2
                                    where it is installed)
     Trainer, padded                the same micro-batches as padded rows, sdpa
@@ -26,21 +30,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import RESULTS, describe
+from machine import RESULTS, describe, product_tflops
 from training_contenders import Spec
-
-from lead_engine.training.flops import find_peak
 
 HERE = Path(__file__).parent
 SHAPES = {
@@ -61,6 +65,7 @@ class Setting:
     """One comparison."""
 
     model: str
+    """A name in SHAPES, or a Hugging Face folder."""
     capacity: int
     micro_batches: int
     turns: int
@@ -81,19 +86,32 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         precision = "bf16" if choose_precision("auto", device) == torch.bfloat16 else "fp32"
     torch.set_num_threads(1)
-    results = []
-    for setting in settings:
-        with tempfile.TemporaryDirectory(dir=flags.work) as folder:
-            flops = make_data(Path(folder), setting)
-            results.append(compare(Path(folder), setting, precision, flops, flags))
-    where = f"gpu-{flags.gpu}" if flags.gpu else "cpu"
-    path = flags.out or RESULTS / f"training-{where}{'-quick' if flags.quick else ''}.json"
+    path = flags.out or default_path(flags)
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"bench": "training", **describe(), "precision": precision, "quick": flags.quick, "settings": results}
+    result = {"bench": "training", **describe(), "precision": precision, "quick": flags.quick, "settings": []}
     result["versions"] |= versions("trl", "accelerate", "liger-kernel", "flash-attn")
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for setting in settings:
+        result["settings"].append(None)
+
+        def save(finished: dict[str, Any]) -> None:
+            result["settings"][-1] = finished
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+        with tempfile.TemporaryDirectory(dir=flags.work) as folder:
+            finished = compare(Path(folder), setting, precision, make_data(Path(folder), setting), flags, save)
+        show(finished)
     plot(result, path.with_suffix(".png"))
     print(f"written: {path}, {path.with_suffix('.png')}")
+    rows = [row for setting in result["settings"] for row in setting["contenders"].items()]
+    failed = [f"{name} ({row['failed']})" for name, row in rows if "failed" in row]
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
+
+
+def default_path(flags: argparse.Namespace) -> Path:
+    where = f"gpu-{flags.gpu}" if flags.gpu else "cpu"
+    name = f"-{flags.model.name}" if flags.model else ""
+    return RESULTS / f"training-{where}{name}{'-quick' if flags.quick else ''}.json"
 
 
 def arguments() -> argparse.Namespace:
@@ -101,10 +119,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpu", choices=("1b", "3b"), help="on a GPU: a Llama of that size, micro-batches of 8192 tokens")
     parser.add_argument("--quick", action="store_true", help="few steps of one small model: whether it runs")
     parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), help="instead of the usual ones")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder, instead of the usual ones")
+    parser.add_argument("--compiled", action="store_true", help="also the engine with --runtime.compile; a GPU has that row anyway")
+    parser.add_argument("--contender-seconds", type=float, default=600.0, help="a contender that takes longer in all is ended")
     parser.add_argument("--turns", type=int, help="instead of the usual number")
     parser.add_argument("--capacity", type=int, help="tokens in a micro-batch; default 4096, with --gpu 8192")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
-    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for MFU; default: the data sheet's of a known GPU")
     parser.add_argument("--trace", type=Path, help="with --gpu: where the profiler's trace of two rounds goes")
     parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--work", type=Path, help="folder for models and data (default: the system's for temporary files)")
@@ -118,18 +138,20 @@ def chosen(flags: argparse.Namespace) -> list[Setting]:
         settings = [Setting("mini", 2048, 1, 2, 2, 2)]
     else:
         settings = [Setting("mini", 4096, 1, 5, 4), Setting("small", 4096, 1, 3, 3)]
-    if flags.models:
-        settings = [replace(settings[0], model=model) for model in flags.models]
+    models = [str(flags.model)] if flags.model else flags.models
+    if models:
+        settings = [replace(settings[0], model=model) for model in models]
     changes = {name: getattr(flags, name) for name in ("turns", "capacity") if getattr(flags, name)}
     return [replace(setting, **changes) for setting in settings]
 
 
-def contenders(setting: Setting, data: Path, precision: str) -> list[Spec]:
+def contenders(setting: Setting, data: Path, precision: str, compiled: bool = False) -> list[Spec]:
     shape = (setting.capacity, setting.micro_batches, setting.round_steps)
     plain = Spec("", "trainer", "padded", False, False, str(data), *shape, precision, 1e-4)
     specs = [
         replace(plain, name=ENGINE, kind="random", form="packed"),
         replace(plain, name="engine, LEAD", kind="lead", form="packed"),
+        *([replace(plain, name="engine, compiled", kind="lead", form="packed", compiled=True)] if compiled else []),
         replace(plain, name="Trainer, packed", form="packed"),
         replace(plain, name="Trainer, padded"),
         replace(plain, name="Trainer, padded, by length", grouped=True),
@@ -138,7 +160,8 @@ def contenders(setting: Setting, data: Path, precision: str) -> list[Spec]:
     if torch.cuda.is_available():
         specs.append(replace(plain, name="SFTTrainer, packed", kind="sft", form="packed"))
         if versions("liger-kernel"):
-            specs += [replace(spec, name=f"{spec.name} + Liger", liger=True) for spec in specs[2:] if spec.form == "packed" or spec.grouped]
+            peers = [spec for spec in specs if spec.kind in ("trainer", "sft") and (spec.form == "packed" or spec.grouped)]
+            specs += [replace(spec, name=f"{spec.name} + Liger", liger=True) for spec in peers]
     return specs
 
 
@@ -147,24 +170,22 @@ def contenders(setting: Setting, data: Path, precision: str) -> list[Spec]:
 
 def make_data(folder: Path, setting: Setting) -> dict[str, Any]:
     """Model, pool and steps in `folder`; returns the model FLOPs and real tokens of one step, on average."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from lead_engine.model.packed import PackedLM
     from lead_engine.pool.store import TokenStore
     from lead_engine.pool.tokenizer import train_tokenizer
     from lead_engine.training.flops import ModelFlops
 
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[setting.model]
-    config = AutoConfig.for_model(
-        "llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=8192, pad_token_id=0,
-        bos_token_id=None, eos_token_id=1, initializer_range=0.06,  # wide enough for losses to depend on what a token may see
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder / "model")
+    if setting.model in SHAPES:
+        model = make_model(setting.model)
+        model.save_pretrained(folder / "model")
+        train_tokenizer(["a few words are enough for a vocabulary of bytes"] * 3, 300).save_pretrained(folder / "model")
+    else:
+        (folder / "model").symlink_to(Path(setting.model).resolve(), target_is_directory=True)
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    vocabulary = model.config.get_text_config().vocab_size
     flops = ModelFlops.of(PackedLM(model, attention="mask", max_length=1024, chunk_bytes=None))
-    train_tokenizer(["a few words are enough for a vocabulary of bytes"] * 3, 300).save_pretrained(folder / "model")
     make_pool(folder / "pool", vocabulary, min(1024, setting.capacity))
     store = TokenStore.open(folder / "pool" / "store")
     steps = make_steps(store, setting)
@@ -176,6 +197,20 @@ def make_data(folder: Path, setting: Setting) -> dict[str, Any]:
         "tokens_per_step": int(store.lengths[ids].sum()) / count,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def make_model(shape: str) -> torch.nn.Module:
+    """A Llama of random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=8192, pad_token_id=0,
+        bos_token_id=None, eos_token_id=1, initializer_range=0.06,  # wide enough for losses to depend on what a token may see
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def make_pool(folder: Path, vocabulary: int, longest: int) -> None:
@@ -235,10 +270,10 @@ def group(by_length: torch.Tensor, lengths: torch.Tensor, shape: torch.Size, emp
 
 
 class Worker:
-    """One contender's process."""
+    """One contender's process. RuntimeError where it fails, or has worked for longer than `limit` seconds in all."""
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+    def __init__(self, spec: Spec, limit: float) -> None:
+        self.spec, self.left = spec, limit
         command = [sys.executable, str(HERE / "training_contenders.py"), json.dumps(asdict(spec))]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -251,6 +286,11 @@ class Worker:
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        if not select.select([self.process.stdout], [], [], max(0.0, self.left))[0]:
+            self.process.kill()
+            raise RuntimeError(f"{self.spec.name}: took too long; --contender-seconds allows more")
+        self.left -= time.perf_counter() - started
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
@@ -270,53 +310,76 @@ class Worker:
         return told
 
 
-def compare(folder: Path, setting: Setting, precision: str, work: dict[str, Any], flags: argparse.Namespace) -> dict[str, Any]:
-    specs = contenders(setting, folder, precision)
+def compare(
+    folder: Path, setting: Setting, precision: str, work: dict[str, Any], flags: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The setting's result; `save` is given what there is of it after every contender or turn."""
+    specs = contenders(setting, folder, precision, flags.compiled or torch.cuda.is_available())
+    product = product_tflops(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    def so_far(raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        engine = raw.get(ENGINE, {"seconds_per_step": []})
+        rows = {name: summary(found, engine, work, product) for name, found in raw.items()}
+        finished = {**asdict(setting), **work, "product_tflops": product, "contenders": rows}
+        save(finished)
+        return finished
+
     measure = one_after_another if torch.cuda.is_available() else in_turns
-    raw = measure(specs, setting, flags)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = find_peak(flags.peak_tflops, device)
-    product = None if torch.cuda.is_available() else product_tflops(precision)
-    rows = {spec.name: summary(raw[spec.name], raw[ENGINE], work, peak.tflops, product) for spec in specs}
-    show(setting, work, rows, peak.tflops, product)
-    return {**asdict(setting), **work, "peak_tflops": peak.tflops, "peak_of": peak.reason, "product_tflops": product, "contenders": rows}
+    return so_far(measure(specs, setting, flags, so_far))
 
 
-def in_turns(specs: list[Spec], setting: Setting, flags: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def in_turns(specs: list[Spec], setting: Setting, flags: argparse.Namespace, tell: Callable[[dict], Any]) -> dict[str, dict[str, Any]]:
     """All processes stay, and one trains at a time: {name: {"seconds_per_step": [turns], "peak", "before", ...}}."""
-    workers = [Worker(spec) for spec in specs]
-    raw = {worker.spec.name: {"seconds_per_step": [], **worker.answer()} for worker in workers}
+    raw: dict[str, dict[str, Any]] = {spec.name: {"seconds_per_step": []} for spec in specs}
+    workers = [Worker(spec, flags.contender_seconds) for spec in specs]
+    workers = [worker for worker in workers if attempt(worker, raw, lambda w: raw[w.spec.name].update(w.answer()))]
     for turn in range(-1, setting.turns):  # the first warms up
-        first = turn % len(workers)
+        first = turn % max(1, len(workers))
         for worker in workers[first:] + workers[:first]:
-            told = worker.ask(f"run {worker.steps(setting.steps)}")
-            keep(raw[worker.spec.name], told, turn)
+            if not attempt(worker, raw, lambda w, turn=turn: keep(raw[w.spec.name], w.ask(f"run {w.steps(setting.steps)}"), turn)):
+                workers.remove(worker)
+        tell(raw)
         print(f"{setting.model}: turn {turn + 1} of {setting.turns}", file=sys.stderr, flush=True)
     for worker in workers:
-        raw[worker.spec.name] |= worker.end()
+        attempt(worker, raw, lambda w: raw[w.spec.name].update(w.end()))
     return raw
 
 
-def one_after_another(specs: list[Spec], setting: Setting, flags: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def one_after_another(
+    specs: list[Spec], setting: Setting, flags: argparse.Namespace, tell: Callable[[dict], Any]
+) -> dict[str, dict[str, Any]]:
     """On a GPU, whose memory they do not share: a process per contender, all of its turns at once; LEAD is profiled at the end."""
     raw: dict[str, dict[str, Any]] = {}
+
+    def run(worker: Worker) -> None:
+        own = raw[worker.spec.name]
+        own.update(worker.answer())
+        for turn in range(-1, setting.turns):
+            keep(own, worker.ask(f"run {worker.steps(setting.steps)}"), turn)
+        if worker.spec.kind == "lead" and not worker.spec.compiled:
+            trace = flags.trace or Path(tempfile.gettempdir(), "training-trace.json")
+            found = worker.ask(f"profile {trace}")["synchronisations"]
+            own["host_waits_in_two_rounds"] = found
+            print(f"{trace}: " + (f"the host waits inside a round: {found}" if found else "the host waits for nothing inside a round"))
+        own.update(worker.end())
+
     for spec in specs:
-        worker = Worker(spec)
-        try:
-            raw[spec.name] = {"seconds_per_step": [], **worker.answer()}
-            for turn in range(-1, setting.turns):
-                keep(raw[spec.name], worker.ask(f"run {worker.steps(setting.steps)}"), turn)
-            if spec.kind == "lead":
-                trace = flags.trace or Path(tempfile.gettempdir(), "training-trace.json")
-                found = worker.ask(f"profile {trace}")["synchronisations"]
-                raw[spec.name]["host_waits_in_two_rounds"] = found
-                print(f"{trace}: " + (f"the host waits inside a round: {found}" if found else "the host waits for nothing inside a round"))
-            raw[spec.name] |= worker.end()
-        except RuntimeError as error:  # one that does not fit or does not run must not take the others with it
-            print(error, file=sys.stderr)
-            raw[spec.name] = {"seconds_per_step": [], "failed": str(error).strip().splitlines()[-1]}
-            worker.process.kill()
+        raw[spec.name] = {"seconds_per_step": []}
+        attempt(Worker(spec, flags.contender_seconds), raw, run)
+        tell(raw)
     return raw
+
+
+def attempt(worker: Worker, raw: dict[str, dict[str, Any]], action: Callable[[Worker], object]) -> bool:
+    """Whether it went well. A contender that does not fit or does not run keeps its reason, and leaves the others alone."""
+    try:
+        action(worker)
+    except (RuntimeError, OSError) as error:  # OSError: a pipe that its process has closed
+        print(error, file=sys.stderr)
+        raw[worker.spec.name]["failed"] = str(error).strip().splitlines()[-1]
+        worker.process.kill()
+        return False
+    return True
 
 
 def keep(raw: dict[str, Any], told: dict[str, Any], turn: int) -> None:
@@ -326,11 +389,15 @@ def keep(raw: dict[str, Any], told: dict[str, Any], turn: int) -> None:
         raw["first_loss"] = statistics.mean(told["losses"])
 
 
-def summary(raw: dict[str, Any], engine: dict[str, Any], work: dict[str, Any], peak: float | None, product: float | None) -> dict[str, Any]:
-    """Medians and quartiles over turns. Ratios are paired by turn: this contender's speed over the engine's SFT's."""
+def summary(raw: dict[str, Any], engine: dict[str, Any], work: dict[str, Any], product: float) -> dict[str, Any]:
+    """Medians and quartiles over turns. Ratios are paired by turn: this contender's speed over the engine's SFT's.
+
+    What a contender that failed had measured before stays, beside the reason.
+    """
     seconds = raw["seconds_per_step"]
+    failed = {"failed": raw["failed"]} if "failed" in raw else {}
     if not seconds:
-        return {"failed": raw["failed"]}
+        return failed
     speeds = [work["tokens_per_step"] / s for s in seconds]
     ratios = [own / other for own, other in zip(engine["seconds_per_step"], seconds, strict=False)]
     rate = work["flops_per_step"] / statistics.median(seconds) / 1e12
@@ -340,13 +407,13 @@ def summary(raw: dict[str, Any], engine: dict[str, Any], work: dict[str, Any], p
         "speed_relative_to_engine": statistics.median(ratios) if ratios else None,
         "speed_relative_quartiles": quartiles(ratios),
         "model_tflops": rate,
-        "mfu": rate / peak if peak else None,
-        "share_of_a_product": rate / product if product else None,
-        "peak_bytes": raw["peak"],
-        "peak_bytes_beyond_start": raw["peak"] - raw["before"],
+        "share_of_a_product": rate / product,
+        "peak_bytes": raw.get("peak"),  # told at the end
+        "peak_bytes_beyond_start": raw["peak"] - raw["before"] if "peak" in raw else None,
         "first_loss": raw.get("first_loss"),  # mean over the first `round_steps` steps
         "seconds_per_step": seconds,
         **{key: raw[key] for key in ("host_waits_in_two_rounds",) if key in raw},
+        **failed,
     }
 
 
@@ -354,30 +421,24 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4) if len(values) > 1 else values
 
 
-def product_tflops(precision: str) -> float:
-    """What one large matrix product reaches here: the only measure of a CPU's peak at hand."""
-    a, b = (torch.randn(1024, 1024, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(times) / 1e12
-
-
-def show(setting: Setting, work: dict[str, Any], rows: dict[str, Any], peak: float | None, product: float | None) -> None:
-    tokens = f"{work['tokens_per_step']:,.0f} tokens a step"
-    print(f"\n{setting.model}: {work['parameters']:,} parameters, {tokens}, {work['flops_per_step'] / 1e9:,.1f} GFLOPs a step")
-    print(f"{'':32}{'tokens/s':>10}{'quartiles':>18}{'/ engine':>10}{'MFU' if peak else 'of product':>12}{'memory MiB':>12}{'loss':>8}")
-    for name, row in rows.items():
-        if "failed" in row:
+def show(setting: dict[str, Any]) -> None:
+    tokens = f"{setting['tokens_per_step']:,.0f} tokens a step"
+    print(f"\n{setting['model']}: {setting['parameters']:,} parameters, {tokens}, {setting['flops_per_step'] / 1e9:,.1f} GFLOPs a step")
+    print(f"{'':32}{'tokens/s':>10}{'quartiles':>18}{'/ engine':>10}{'of product':>12}{'memory MiB':>12}{'loss':>8}")
+    for name, row in setting["contenders"].items():
+        if "tokens_per_second" not in row:
             print(f"{name:32}failed: {row['failed']}")
             continue
-        low, *_, high = row["tokens_per_second_quartiles"]
-        share = row["mfu"] if peak else row["share_of_a_product"]
-        loss = f"{row['first_loss']:.3f}" if row["first_loss"] is not None else "-"
-        text = f"{name:32}{row['tokens_per_second']:>10,.0f}{f'{low:,.0f} - {high:,.0f}':>18}{row['speed_relative_to_engine']:>10.3f}"
-        print(text + f"{share:>12.1%}{row['peak_bytes_beyond_start'] / 2**20:>12,.0f}{loss:>8}")
+        low, high = row["tokens_per_second_quartiles"][0], row["tokens_per_second_quartiles"][-1]
+        ratio = _or_dash(row["speed_relative_to_engine"], ".3f")
+        memory = _or_dash(row["peak_bytes_beyond_start"] and row["peak_bytes_beyond_start"] / 2**20, ",.0f")
+        loss = _or_dash(row["first_loss"], ".3f")
+        text = f"{name:32}{row['tokens_per_second']:>10,.0f}{f'{low:,.0f} - {high:,.0f}':>18}{ratio:>10}"
+        print(text + f"{row['share_of_a_product']:>12.1%}{memory:>12}{loss:>8}" + (f"  failed: {row['failed']}" if "failed" in row else ""))
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -389,10 +450,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, panels = plt.subplots(1, len(result["settings"]), figsize=(5.5 * len(result["settings"]), 3.2), squeeze=False, sharey=True)
     for panel, setting in zip(panels[0], result["settings"], strict=True):
-        rows = {name: row for name, row in reversed(setting["contenders"].items()) if "failed" not in row}
+        rows = {name: row for name, row in reversed(setting["contenders"].items()) if "tokens_per_second" in row}
         for place, row in enumerate(rows.values()):
             low, high = row["tokens_per_second_quartiles"][0], row["tokens_per_second_quartiles"][-1]
-            middle, ours = row["tokens_per_second"], place >= len(rows) - 2
+            middle, ours = row["tokens_per_second"], list(rows)[place].startswith("engine")
             whiskers = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
             panel.barh(place, middle, xerr=whiskers, color="#2a6fbb" if ours else "#b9b9b9", ecolor="#333333", capsize=2)
             panel.text(middle, place, f"  {middle:,.0f}", va="bottom", fontsize=8)

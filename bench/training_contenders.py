@@ -40,6 +40,8 @@ class Spec:
     round_steps: int
     precision: str
     lr: float
+    compiled: bool = False
+    """The engine with --runtime.compile."""
 
 
 class Link:
@@ -96,7 +98,7 @@ def engine(spec: Spec, link: Link) -> None:
         batch=BatchConfig(spec.capacity, spec.micro_batches),
         selection=SelectionConfig(round_steps=spec.round_steps, max_visits=1000),
         optimizer=OptimizerConfig(lr=spec.lr, schedule="constant", warmup=0.0),
-        runtime=RuntimeConfig(precision=spec.precision),
+        runtime=RuntimeConfig(precision=spec.precision, compile=spec.compiled),
     )
     with process_group() as ranks:
         session = build(config, ranks)

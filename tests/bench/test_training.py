@@ -47,9 +47,13 @@ def test_contenders_train_the_same(data: tuple[Path, dict]) -> None:
     """Real processes of the engine, Trainer and SFTTrainer; in fp32 their losses over the first two steps agree."""
     specs = [s for s in training.contenders(SETTING, data[0], "fp32") if s.kind in ("random", "sft") or s.name == "Trainer, packed"]
     specs = [replace(spec, grouped=False) for spec in specs]
-    raw = training.in_turns(specs, SETTING, argparse.Namespace())
-    rows = {name: training.summary(raw[name], raw[training.ENGINE], data[1], None, 1.0) for name in raw}
+    broken = replace(specs[0], name="broken", precision="no such")
+    told: list[list[str]] = []
+    raw = training.in_turns([*specs, broken], SETTING, argparse.Namespace(contender_seconds=150), lambda raw: told.append(list(raw)))
+    rows = {name: training.summary(raw[name], raw[training.ENGINE], data[1], 1.0) for name in raw}
+    assert "no such" in rows.pop("broken")["failed"]  # and costs the others nothing
     assert list(rows) == [training.ENGINE, "Trainer, packed", "SFTTrainer, padded, by length"]
+    assert len(told) == SETTING.turns + 1
     for name, row in rows.items():
         assert row["first_loss"] == pytest.approx(rows[training.ENGINE]["first_loss"], abs=2e-4), name
         assert row["tokens_per_second"] == pytest.approx(data[1]["tokens_per_step"] / row["seconds_per_step"][0])
@@ -60,12 +64,26 @@ def test_contenders_train_the_same(data: tuple[Path, dict]) -> None:
 def test_summary() -> None:
     engine = {"seconds_per_step": [1.0, 2.0, 1.0], "peak": 30, "before": 10}
     other = {"seconds_per_step": [2.0, 8.0, 2.0], "peak": 50, "before": 10}
-    row = training.summary(other, engine, {"tokens_per_step": 100, "flops_per_step": 4e12}, 4.0, None)
+    row = training.summary(other, engine, {"tokens_per_step": 100, "flops_per_step": 4e12}, 4.0)
     assert row["tokens_per_second"] == 50
     assert row["speed_relative_to_engine"] == 0.5
-    assert row["mfu"] == 0.5
+    assert row["share_of_a_product"] == 0.5
     assert row["peak_bytes_beyond_start"] == 40
-    assert training.summary({"seconds_per_step": [], "failed": "x"}, engine, {}, None, None) == {"failed": "x"}
+    assert training.summary({"seconds_per_step": [], "failed": "x"}, engine, {}, 1.0) == {"failed": "x"}
+    # One that failed on the way keeps what it had measured; an engine that failed leaves the others their own figures.
+    cut = training.summary({"seconds_per_step": [2.0], "before": 1, "failed": "x"}, {"seconds_per_step": []},
+                           {"tokens_per_step": 100, "flops_per_step": 4e12}, 4.0)  # fmt: skip
+    assert (cut["tokens_per_second"], cut["speed_relative_to_engine"], cut["peak_bytes"], cut["failed"]) == (50, None, None, "x")
+    training.show({"model": "m", "parameters": 1, "tokens_per_step": 1.0, "flops_per_step": 1.0, "contenders": {"cut": cut}})
+
+
+def test_a_contender_that_hangs_is_ended(data: tuple[Path, dict]) -> None:
+    spec = training.contenders(SETTING, data[0], "fp32")[0]
+    raw = {spec.name: {"seconds_per_step": []}}
+    worker = training.Worker(spec, 0.01)
+    assert not training.attempt(worker, raw, lambda w: w.answer())
+    assert "took too long" in raw[spec.name]["failed"]
+    assert worker.process.wait(20) != 0
 
 
 def event(name: str, ts: float) -> dict:
