@@ -95,3 +95,18 @@ def _cpu() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def main() -> None:
+    """What this machine reaches: the yardsticks of every other result."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, help="result file; default bench/results/machine.json")
+    flags = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    rates = {"product_tflops": product_tflops(dtype), "copy_gb_per_s": copy_gb_per_s(1 << (32 if gpu else 26))}
+    write("machine", rates, flags.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -122,6 +122,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder, instead of the usual ones")
     parser.add_argument("--compiled", action="store_true", help="also the engine with --runtime.compile; a GPU has that row anyway")
     parser.add_argument("--contender-seconds", type=float, default=600.0, help="a contender that takes longer in all is ended")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders alone, by their rows' names")
     parser.add_argument("--turns", type=int, help="instead of the usual number")
     parser.add_argument("--capacity", type=int, help="tokens in a micro-batch; default 4096, with --gpu 8192")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
@@ -315,6 +316,9 @@ def compare(
 ) -> dict[str, Any]:
     """The setting's result; `save` is given what there is of it after every contender or turn."""
     specs = contenders(setting, folder, precision, flags.compiled or torch.cuda.is_available())
+    if unknown := set(flags.only or ()) - {spec.name for spec in specs}:
+        sys.exit(f"--only {', '.join(sorted(unknown))}: the contenders are {', '.join(spec.name for spec in specs)}")
+    specs = [spec for spec in specs if not flags.only or spec.name in flags.only]
     product = product_tflops(torch.bfloat16 if precision == "bf16" else torch.float32)
 
     def so_far(raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
