@@ -123,9 +123,10 @@ def _parse_with_file(cls: type, prog: str, arguments: list[str], speaks: bool) -
     import tyro
 
     from lead_engine.yaml_config import draft_from_mapping
+    from lead_engine.yaml_file import read_yaml
 
     file = _last_value(arguments, "--config")
-    mapping = config.read_yaml(Path(file)) if file else {}
+    mapping = read_yaml(Path(file)) if file else {}
     recipe = _last_value(arguments, "--recipe")
     if recipe in config.RECIPES:  # a flag, too, comes under all other options; tyro refuses any other value
         mapping = {**mapping, "recipe": recipe}

@@ -3,14 +3,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lead_engine.config import RECIPES, read_yaml
+from lead_engine.config import RECIPES
 from lead_engine.errors import UserError
+from lead_engine.options import Unfit, convert
+from lead_engine.yaml_file import read_yaml
 
 T = TypeVar("T")
 _ABSENT = object()
@@ -72,61 +73,14 @@ def _overlay(base: T, mapping: Any, source: str, path: tuple[str, ...]) -> T:
 
 
 def _convert(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> Any:
-    """`value` as the annotated type; UserError if it is of another. Text is never taken for a truth value or a list."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, source, path)
-    if origin is tuple:
-        return _convert_tuple(arguments, value, source, path)
-    if origin is dict:
-        return _convert_mapping(arguments[1], value, source, path)
-    if origin is typing.Literal:
-        if not any(value == a and type(value) is type(a) for a in arguments):
-            choices = ", ".join(map(str, arguments))
-            raise UserError(f"{_place(source, path)}: expected one of {choices}; found {_describe(value)}")
-        return value
-    if hint is float and isinstance(value, str):
-        value = _number_in_text(value)
-    accepted = {float: (int, float), int: (int,), bool: (bool,), str: (str,), Path: (str,)}[hint]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{_place(source, path)}: expected {_NAMES[hint]}, found {_describe(value)}")
-    return hint(value)
-
-
-def _convert_tuple(arguments: tuple[Any, ...], value: Any, source: str, path: tuple[str, ...]) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise UserError(f"{_place(source, path)}: expected a list such as [a, b], found {_describe(value)}")
-    if arguments[-1] is Ellipsis:
-        arguments = (arguments[0],) * len(value)
-    if len(value) != len(arguments):
-        raise UserError(f"{_place(source, path)}: expected {len(arguments)} values, found {len(value)}")
-    return tuple(
-        _convert(a, v, source, (*path[:-1], f"{path[-1]}[{i}]"))
-        for i, (a, v) in enumerate(zip(arguments, value, strict=True))
-    )
-
-
-def _convert_mapping(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> dict[str, Any]:
-    """A mapping under names of the user's choice. Values annotated as Any stay as they are: someone else reads them."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"{_place(source, path)}: expected a mapping of options, found {_describe(value)}")
-    for key in value:
-        if not isinstance(key, str):
-            raise UserError(f"{_place(source, path)}: expected names, found {_describe(key)}; put it in quotes")
-    return {key: v if hint is Any else _convert(hint, v, source, (*path, key)) for key, v in value.items()}
-
-
-_NAMES = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
-
-
-def _number_in_text(value: str) -> float | str:
-    """YAML 1.1 reads 2e-4 (no dot) as text; whoever writes it means the number."""
+    """`value` as the annotated type; UserError if it is of another. Text is never taken for a list."""
     try:
-        return float(value)
-    except ValueError:
-        return value
+        return convert(hint, value, strict=True)
+    except Unfit as unfit:
+        place = _place(source, (*path[:-1], path[-1] + unfit.where))
+        stop = ";" if unfit.rule.startswith("one of") else ","
+        way_out = f"; {unfit.hint}" if unfit.hint else ""
+        raise UserError(f"{place}: expected {unfit.rule}{stop} found {_describe(unfit.value)}{way_out}") from None
 
 
 def _default(field: dataclasses.Field[Any], missing: Any) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from lead_engine.config import EvalConfig, Method, StudyConfig, TrainConfig, read_yaml, to_dict
+from lead_engine.config import EvalConfig, Method, StudyConfig, TrainConfig, to_dict
 from lead_engine.errors import UserError
 from lead_engine.evaluation.outputs import RESULT, comparable_options
 from lead_engine.evaluation.variants import Study, Variant
 from lead_engine.files import read_json
+from lead_engine.yaml_file import read_yaml
 
 COMPLETE = "summary.json"
 """What `train` writes last."""

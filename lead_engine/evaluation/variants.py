@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from lead_engine.config import (
     BatchConfig,
@@ -27,12 +27,14 @@ from lead_engine.config import (
     Recipe,
     RuntimeConfig,
     SelectionConfig,
+    Share,
     StudyConfig,
-    read_yaml,
     require,
 )
 from lead_engine.errors import UserError
+from lead_engine.options import Bounds, Options, Seed
 from lead_engine.yaml_config import draft_from_mapping, from_mapping
+from lead_engine.yaml_file import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 """Names are parts of folder names."""
@@ -41,13 +43,15 @@ MATCHED = "random-matched"
 
 
 @dataclass(frozen=True)
-class VariantOptions:
+class VariantOptions(Options):
     """What may be said of a variant; what is not said is as in the study."""
 
+    flags: ClassVar[str] = ""
+
     pool: Path
-    budgets: tuple[float, ...]
-    seeds: tuple[int, ...]
-    epochs: int
+    budgets: tuple[Share, ...]
+    seeds: tuple[Seed, ...]
+    epochs: Annotated[int, Bounds(ge=1, le=1000)]
     method: Method = "lead"
     recipe: Recipe = "default"
     """Comes under the study's options and the variant's."""
@@ -60,9 +64,8 @@ class VariantOptions:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        require(all(0 < b <= 1 for b in self.budgets), "budgets", self.budgets, "shares in (0, 1]")
+        super().__post_init__()
         require(len(set(self.seeds)) == len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed, each once")
-        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
 
 
 @dataclass(frozen=True)

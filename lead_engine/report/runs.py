@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lead_engine.config import read_yaml
 from lead_engine.errors import UserError
 from lead_engine.evaluation.outputs import RESULT, read_result, read_samples
 from lead_engine.evaluation.results import mean_over_samples
 from lead_engine.evaluation.study import budget_name
 from lead_engine.files import read_json, read_lines
+from lead_engine.yaml_file import read_yaml
 
 Array = NDArray[Any]
 UTILITY = ("initial", "final", "visits", "cluster", "task")

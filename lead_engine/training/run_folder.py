@@ -11,6 +11,7 @@ from lead_engine.config import TrainConfig, to_dict
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
 from lead_engine.training.trackers import Trackers, check_packages
+from lead_engine.yaml_file import read_yaml
 
 COMPLETE = "summary.json"
 """Written last: a run folder that has it is finished."""
@@ -91,7 +92,7 @@ def _reopen(path: Path, counter: str, done: int) -> tuple[TextIO, list[dict[str,
 
 def _same_configuration(path: Path, config: TrainConfig) -> None:
     """Refuse to resume under other options: the result would be neither run. Where it runs may change."""
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config)
+    before, now = read_yaml(path), to_dict(config)
     free = {"resume", "out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "wandb", "mlflow", "runtime"}
     for name in now:
         if name not in free and before.get(name) != now[name]:
