@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from lead_engine.bounds import Bounds, PathText, Seed
 from lead_engine.errors import UserError
-from lead_engine.options import Bounds, Options, PathText, Seed
+from lead_engine.options import Options
 
 Method = Literal["lead", "iterit", "rescore", "loss", "ifd", "random", "random-matched", "full"]
 LossChange = Literal["inner", "paper", "none"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lead_engine.config import RECIPES
+from lead_engine.convert import Unfit, convert
 from lead_engine.errors import UserError
-from lead_engine.options import Unfit, convert
 from lead_engine.yaml_file import read_yaml
 
 T = TypeVar("T")

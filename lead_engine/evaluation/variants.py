@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from lead_engine.bounds import Bounds, Seed
 from lead_engine.config import (
     BatchConfig,
     LoraConfig,
@@ -32,7 +33,7 @@ from lead_engine.config import (
     require,
 )
 from lead_engine.errors import UserError
-from lead_engine.options import Bounds, Options, Seed
+from lead_engine.options import Options
 from lead_engine.yaml_config import draft_from_mapping, from_mapping
 from lead_engine.yaml_file import read_yaml
 
