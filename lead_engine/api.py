@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lead_engine.config import EvalConfig, PrepareConfig, TrainConfig
 from lead_engine.errors import UserError
+from lead_engine.options import argument, as_config
 
 if TYPE_CHECKING:
     from lead_engine.model.packed import PackedLM
@@ -26,7 +27,7 @@ def prepare_pool(config: PrepareConfig) -> None:
     """
     from lead_engine.prepare import run
 
-    run(config)
+    run(as_config(PrepareConfig, config, "prepare_pool(config)"))
 
 
 def train(config: TrainConfig) -> None:
@@ -37,7 +38,7 @@ def train(config: TrainConfig) -> None:
     """
     from lead_engine.training.train import run
 
-    run(config)
+    run(as_config(TrainConfig, config, "train(config)"))
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     from lead_engine.evaluation.evaluate import evaluate as measure
 
-    return measure(config)
+    return measure(as_config(EvalConfig, config, "evaluate(config)"))
 
 
 class RoundReport(NamedTuple):
@@ -80,7 +81,7 @@ class Session:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+        self.config = as_config(TrainConfig, config, "Session(config)")
         self._parts: Parts | None = None
 
     def __enter__(self) -> Session:
@@ -133,11 +134,12 @@ class Session:
             self._progress = finished.after
             yield _report(finished)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the model as it is: Hugging Face format, or a peft adapter. On all ranks; the folder appears whole."""
         from lead_engine.model.save import save_model
 
         parts = self._built
+        folder = argument(Path, folder, "Session.save(folder)")
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_model(parts.engine.model, parts.tokenizer, folder, base=parts.base, rank=self._ranks.rank)
 

@@ -63,5 +63,6 @@ class Expands:
 
 PathText = Annotated[str, Expands()]
 """A path, or another name for what it stands for (a model or data set of the hub)."""
+Count = Annotated[int, Bounds(ge=1, le=2**24)]
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1, says="between 0 and 4294967295")]
 """The range that NumPy, scikit-learn and torch all take."""

@@ -10,7 +10,6 @@ Rules between fields stay in the class's `__post_init__`, which calls this one f
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -65,7 +64,18 @@ def argument(hint: Any, value: Any, name: str) -> Any:
 
 def as_config(cls: type[T], value: Any, name: str) -> T:
     """`value` as the config `cls`, of which it may be the mapping. UserError if it is anything else."""
-    return typing.cast(T, argument(cls, value, name))
+    made: T = argument(cls, value, name)
+    return made
+
+
+def device_argument(value: Any, name: str) -> Any:
+    """A Python caller's `value` as a torch.device. UserError "NAME VALUE: must be ..." if it names none."""
+    import torch
+
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        raise UserError(f"{name} {shown_value(value)}: must be a device, such as cpu, cuda or cuda:1") from None
 
 
 def shown_value(value: Any) -> str:

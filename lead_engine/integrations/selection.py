@@ -4,8 +4,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lead_engine.config import Method, SelectionConfig, require
+from lead_engine.bounds import Seed
+from lead_engine.config import Budget, Method, SelectionConfig
 from lead_engine.errors import UserError
+from lead_engine.options import argument
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.methods import METHODS
@@ -74,12 +76,14 @@ def lead(
     method, options: as `--method` and `--selection.*` of the command line; seed: by default the trainer's.
     UserError for folders, methods and options that cannot be used.
     """
-    if budget is not None:
-        require(0 < budget <= 1000, "lead(budget=...)", budget, "above 0 and at most 1000 (times the pool)")
-    if method not in METHODS:
+    pool = argument(Path | None, pool, "lead(pool=...)")
+    budget = argument(Budget | None, budget, "lead(budget=...)")
+    if not isinstance(method, str) or method not in METHODS:
         raise UserError(f"lead(method={method!r}): no such method; there are {', '.join(METHODS)}")
+    options = argument(SelectionConfig, SelectionConfig() if options is None else options, "lead(options=...)")
+    seed = argument(Seed | None, seed, "lead(seed=...)")
     if METHODS[method].refresh is not MethodBase.refresh:
         raise UserError(f"lead(method={method!r}): measures the pool again while it trains, which only `lead-engine train` does")
     if METHODS[method].whole_pool:
         raise UserError(f"lead(method={method!r}): selects nothing; the trainer without lead() is that")
-    return Selection(None if pool is None else Path(pool), budget, method, options or SelectionConfig(), seed)
+    return Selection(pool, budget, method, options, seed)

@@ -20,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lead_engine.bounds import PathText
 from lead_engine.errors import UserError
+from lead_engine.options import argument
 from lead_engine.pool.problems import Problems, place
 
 ROLES = ("system", "user", "assistant")
@@ -60,13 +62,14 @@ class _Bad(Exception):
     """Why a record cannot be used: (kind, detail)."""
 
 
-def read_records(sources: Sequence[str], *, skip_bad: bool) -> tuple[list[Record], Problems]:
+def read_records(sources: Sequence[str | Path] | str | Path, *, skip_bad: bool) -> tuple[list[Record], Problems]:
     """All usable records of the sources, in order, and what is wrong with the others.
 
     `sources` are paths of .json (a list, or {"data": [...]}), .jsonl and .parquet files, or names of hub data sets.
     Raises UserError for a source that cannot be read, for bad records unless `skip_bad`, and where no usable record is
     left.
     """
+    sources = argument(tuple[PathText, ...], sources, "read_records(sources)")  # a name alone is one source, not its letters
     problems = Problems()
     records = list(iter_records(sources, problems, skip_bad=skip_bad))
     return records, problems

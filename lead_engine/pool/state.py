@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lead_engine.errors import UserError
 from lead_engine.files import write_bytes, write_text
+from lead_engine.options import argument
 
 VERSION = 2
 DTYPES = {
@@ -70,7 +71,7 @@ class PoolState:
 
     def save(self, folder: Path | str) -> None:
         """Write FOLDER/state.safetensors, then FOLDER/state.json, each by rename."""
-        folder = Path(folder)
+        folder = argument(Path, folder, "PoolState.save(folder)")
         folder.mkdir(parents=True, exist_ok=True)
         header = {
             "version": VERSION,
@@ -88,7 +89,7 @@ class PoolState:
         """Read what `save` wrote. UserError naming the file that is missing, damaged, or not of `num_samples`
         samples.
         """
-        folder = Path(folder)
+        folder = argument(Path, folder, "PoolState.load(folder)")
         again = "prepare the pool again (lead-engine prepare)"
         for name in ("state.json", "state.safetensors"):
             if not (folder / name).is_file():
@@ -116,7 +117,7 @@ class PoolState:
     @staticmethod
     def exists(folder: Path | str) -> bool:
         """Whether `folder` holds a complete state."""
-        return (Path(folder) / "state.json").is_file()
+        return (argument(Path, folder, "PoolState.exists(folder)") / "state.json").is_file()
 
     @staticmethod
     def unscored(num_samples: int) -> PoolState:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lead_engine.config import Placement
 from lead_engine.errors import UserError
+from lead_engine.options import argument, device_argument
 from lead_engine.pool.prefetch import HostPool, Prefetcher
 from lead_kernels import PackedBatch, gather_batch
 
@@ -78,7 +79,9 @@ class TokenStore:
 
         Raises UserError naming the file that is missing or damaged.
         """
-        folder, device = Path(folder), torch.device(device)
+        folder = argument(Path, folder, "TokenStore.open(folder)")
+        placement = argument(Placement, placement, "TokenStore.open(placement)")
+        device = device_argument(device, "TokenStore.open(device)")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         meta = _read_meta(folder)
@@ -96,7 +99,7 @@ class TokenStore:
 
         Raises UserError where there is no sample, ValueError for an empty sample or a mask of another length.
         """
-        folder = Path(folder)
+        folder = argument(Path, folder, "TokenStore.write(folder)")
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

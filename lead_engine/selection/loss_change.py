@@ -16,7 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lead_engine.bounds import Count, Seed
 from lead_engine.config import SelectionConfig
+from lead_engine.options import argument, device_argument
 from lead_engine.selection.step_gradient import AllReduce, ExactGradient, SketchGradient
 from lead_kernels import HeadLoss
 
@@ -24,8 +26,14 @@ KEEP = 0.7  # share of the old calibration that survives a new measurement
 
 
 def make_loss_change(config: SelectionConfig, hidden_size: int, num_clusters: int, device: torch.device | str, seed: int) -> LossChange:
-    """The estimator that `config.loss_change` names; `num_clusters` is the selector's `num_arms`."""
-    device = torch.device(device)
+    """The estimator that `config.loss_change` names; `num_clusters` is the selector's `num_arms`.
+
+    UserError for arguments that are out of range or of another type.
+    """
+    config = argument(SelectionConfig, config, "make_loss_change(config)")
+    hidden_size = argument(Count, hidden_size, "make_loss_change(hidden_size)")
+    num_clusters = argument(Count, num_clusters, "make_loss_change(num_clusters)")
+    device, seed = device_argument(device, "make_loss_change(device)"), argument(Seed, seed, "make_loss_change(seed)")
     if config.loss_change == "none":
         return LossChange()
     if config.inner_form == "exact":

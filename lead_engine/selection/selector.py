@@ -11,14 +11,16 @@ the host reads nothing from the device, but in `refresh`, where a method may hav
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lead_engine.bounds import Count, Seed
 from lead_engine.config import Method as MethodName
 from lead_engine.config import SelectionConfig
 from lead_engine.errors import UserError
+from lead_engine.options import Options, argument, device_argument
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.counter_rng import mix64
 from lead_engine.selection.methods import METHODS, Scorer
@@ -27,16 +29,18 @@ from lead_kernels import PackedPlan, idu_update, pack_plan
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The static shape of a round."""
+class Layout(Options):
+    """The static shape of a round. UserError for numbers below 1 or too large."""
 
-    steps: int
+    flags: ClassVar[str] = "Layout."
+
+    steps: Count
     """S, optimizer steps."""
-    micro_batches: int
+    micro_batches: Count
     """M, micro-batches of one optimizer step over all ranks."""
-    slots: int
+    slots: Count
     """B, most samples in one micro-batch."""
-    capacity: int
+    capacity: Count
     """T, token places in one micro-batch."""
 
 
@@ -73,7 +77,7 @@ class Selector:
     """Plans the rounds that a method orders, and keeps every sample's U and visits.
 
     Args: `lengths` int64 [N], tokens, and `response_rows` int64 [N], counted response tokens, of each sample.
-    Raises UserError if a sample is longer than a micro-batch.
+    Raises UserError if a sample is longer than a micro-batch, and for options that cannot be used.
     """
 
     def __init__(
@@ -88,6 +92,11 @@ class Selector:
         seed: int,
         device: torch.device | str,
     ) -> None:
+        if not isinstance(method, str) or method not in METHODS:
+            raise UserError(f"Selector(method={method!r}): no such method; there are {', '.join(METHODS)}")
+        config = argument(SelectionConfig, config, "Selector(config)")
+        layout = argument(Layout, layout, "Selector(layout)")
+        seed, device = argument(Seed, seed, "Selector(seed)"), device_argument(device, "Selector(device)")
         _check_lengths(lengths, len(state.utility), layout)
         self.config, self.layout = config, layout
         self.samples = Samples(state, lengths, response_rows, device)
