@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape, without_autocast
+from lead_kernels.products import left_operand, right_operand
 from lead_kernels.segment_reduce import find_piece, num_pieces, segment_bounds, sum_of_pieces, tile
 
 THREADS = 128
@@ -86,7 +87,7 @@ def _outer_products_on_host(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor) -
 
 def _project(rows_TH: Tensor, matrix_Hq: Tensor) -> Tensor:
     """rows @ matrix in the rows' dtype, handed on in fp32. The matrix is rounded to it as well, for every sample alike."""
-    matrix_Hq = matrix_Hq.to(rows_TH.dtype)
+    rows_TH, matrix_Hq = left_operand(rows_TH), right_operand(matrix_Hq.to(rows_TH.dtype))
     if rows_TH.dtype in (torch.float16, torch.bfloat16) and rows_TH.device.type != "cpu":
         return torch.mm(rows_TH, matrix_Hq, out_dtype=torch.float32)
     return torch.mm(rows_TH, matrix_Hq).to(torch.promote_types(rows_TH.dtype, torch.float32))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lead_kernels.backend import uses_kernels
-from lead_kernels.products import add_product, product_into, wide, wide_product
+from lead_kernels.products import add_product, apart, left_operand, product_into, thin_product, wide, wide_product
 from lead_kernels.row_pass import RowLoss, Rows, in_place_view, padded, row_pass, split
 
 CHUNK_BYTES_CPU = 64 * 2**20
@@ -85,11 +85,15 @@ def two_gradients(loss: RowLoss, wanted: Wanted) -> bool:
     return wanted.any and wanted.nll_hidden and not loss.plain
 
 
-def chunk_rows(chunk_bytes: int | None, vocabulary: int, logits_dtype: torch.dtype, device: torch.device, two_blocks: bool) -> int:
-    """Rows whose logits fill the budget, at least one. On a CPU fp32 is counted, to which the row pass widens tile by tile."""
+def chunk_rows(
+    chunk_bytes: int | None, vocabulary: int, logits_dtype: torch.dtype, device: torch.device, two_blocks: bool,
+    narrows: bool = False,
+) -> int:  # fmt: skip
+    """Rows whose logits fill the budget, at least one. On a CPU fp32 is counted, to which the row pass widens tile by tile, and,
+    where the gradient `narrows`, its own block."""
     on_cpu = device.type == "cpu"
     size = max(4, logits_dtype.itemsize) if on_cpu else logits_dtype.itemsize
-    row_bytes = size * vocabulary * (2 if two_blocks else 1)
+    row_bytes = size * vocabulary * (2 if two_blocks else 1) + (2 * vocabulary if on_cpu and narrows else 0)
     rows = max(1, (chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_DEVICE)) // row_bytes)
     if on_cpu:
         return min(rows, CPU_CHUNK_ROWS)
@@ -118,7 +122,7 @@ class _Sum:
         self.value = values.to(self._dtype()) if self.value is None else self.value.add_(values)
 
     def total(self) -> Tensor:
-        return torch.zeros_like(self.parameter, dtype=self._dtype()) if self.value is None else self.value
+        return self.parameter.new_zeros(self.parameter.shape, dtype=self._dtype()) if self.value is None else self.value
 
     def _dtype(self) -> torch.dtype:
         return self.parameter.dtype if self.narrow else wide(self.parameter.dtype)
@@ -132,13 +136,19 @@ class _Pass:
         self.head, self.loss, self.wanted, self.ignore_index = head, loss, wanted, ignore_index
         rows, vocabulary = hidden_TH.shape[0], head.weight_VH.shape[0]
         self.wants_loss_gradient = wanted.any or (wanted.nll_hidden and loss.plain)
-        kernels = uses_kernels(hidden_TH)
+        kernels, two = uses_kernels(hidden_TH), two_gradients(loss, wanted)
         self.chunks = split(rows, most_rows, DEVICE_TILE_ROWS if kernels else 1)
         largest = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
-        columns = padded(vocabulary) if kernels else vocabulary
-        self.z = hidden_TH.new_empty(largest, columns, dtype=logits_dtype)[:, :vocabulary]
-        self.g = in_place_view(self.z, hidden_TH.dtype)
-        self.nll_g = hidden_TH.new_empty(largest, self.g.stride(0))[:, :vocabulary] if two_gradients(loss, wanted) else None
+        narrows = logits_dtype != hidden_TH.dtype
+        self.gaps = kernels and narrows
+        if kernels:
+            self.z = hidden_TH.new_empty(largest, padded(vocabulary), dtype=logits_dtype)[:, :vocabulary]
+            self.g = in_place_view(self.z, hidden_TH.dtype)
+            self.nll_g = hidden_TH.new_empty(largest, self.g.stride(0))[:, :vocabulary] if two else None
+        else:
+            self.g = apart(hidden_TH, largest, vocabulary)
+            self.z = hidden_TH.new_empty(largest, vocabulary, dtype=logits_dtype) if narrows else self.g
+            self.nll_g = apart(hidden_TH, largest, vocabulary) if two else None
 
         self.nll_T = hidden_TH.new_empty(rows, dtype=wide(hidden_TH.dtype))
         self.objective_T = self.nll_T if loss.plain else torch.empty_like(self.nll_T)
@@ -162,11 +172,14 @@ class _Pass:
         z_CV, g_CV = self.z[:size], self.g[:size]
         product_into(z_CV, h_CH, self.head.weight_VH.t())
         if lora is not None:
-            add_product(z_CV, (h_CH @ lora.a.t()).mul_(lora.scale), lora.b.t())
+            add_product(z_CV, thin_product(h_CH, lora.a.t(), lora.scale), lora.b.t())
 
         loss_g_CV = g_CV if self.wants_loss_gradient else None
         nll_g_CV = self.nll_g[:size] if self.nll_g is not None else None if self.loss.plain or not wanted.nll_hidden else g_CV
         row_pass(z_CV, loss_g_CV, nll_g_CV, self.head.bias_V, rows, self.loss, self.ignore_index)
+        if self.gaps:  # of old logits between its rows, harmless to a GPU's products
+            g_CV = left_operand(g_CV)
+            nll_g_CV = g_CV if self.nll_g is None and nll_g_CV is not None else nll_g_CV
         if nll_g_CV is not None and self.nll_grad_TH is not None:
             self._at_hidden(nll_g_CV, self.nll_grad_TH[at])
         if self.loss_grad_TH is not None:
@@ -178,12 +191,12 @@ class _Pass:
         product_into(out_CH, g_CV, self.head.weight_VH)
         lora = self.head.lora
         if lora is not None:
-            out_CH.addmm_((g_CV @ lora.b).mul_(lora.scale), lora.a)
+            out_CH.addmm_(thin_product(g_CV, lora.b, lora.scale), lora.a)
 
     def _parameters(self, g_CV: Tensor, h_CH: Tensor, scale_C: Tensor | None) -> None:
         """Add a chunk's part to the gradients of the parameters. The row scale goes to the H columns of h, not to the V columns of g."""
         if scale_C is not None and (self.dweight is not None or self.da is not None):
-            h_CH = (h_CH * scale_C[:, None]).to(h_CH.dtype)
+            h_CH = left_operand((h_CH * scale_C[:, None]).to(h_CH.dtype))
         if self.dweight is not None:
             self.dweight.add(g_CV.t(), h_CH)
         if self.dbias is not None:
@@ -191,8 +204,8 @@ class _Pass:
         if self.da is not None and self.db is not None:
             assert self.head.lora is not None
             a_RH, b_VR, scale = self.head.lora
-            self.db.add(g_CV.t(), (h_CH @ a_RH.t()).mul_(scale))
-            self.da.add((g_CV @ b_VR).mul_(scale).t(), h_CH)
+            self.db.add(g_CV.t(), thin_product(h_CH, a_RH.t(), scale))
+            self.da.add(thin_product(g_CV, b_VR, scale).t(), h_CH)
 
 
 def _weighted_column_sum(g_CV: Tensor, scale_C: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lead_kernels.backend import uses_kernels
 from lead_kernels.gradient_signature import signature_from_bounds
 from lead_kernels.head_chunks import HeadWeights, Lora, Wanted, chunk_rows, head_rows, narrow_sums, two_gradients
-from lead_kernels.products import scaled, wide
+from lead_kernels.products import left_operand, right_operand, scaled, wide
 from lead_kernels.row_pass import RowLoss
 from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
@@ -93,13 +93,17 @@ class Options(NamedTuple):
     def row_loss(self) -> RowLoss:
         return RowLoss(self.softcap, self.logit_scale, self.label_smoothing, self.z_loss)
 
-    def most_rows(self, vocabulary: int, device: torch.device, wanted: Wanted) -> int:
-        return chunk_rows(self.chunk_bytes, vocabulary, self.logits_dtype, device, two_gradients(self.row_loss, wanted))
+    def most_rows(self, weight: Tensor, wanted: Wanted) -> int:
+        two, narrows = two_gradients(self.row_loss, wanted), self.logits_dtype != weight.dtype
+        return chunk_rows(self.chunk_bytes, weight.shape[0], self.logits_dtype, weight.device, two, narrows)
 
 
 def _head(weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float) -> HeadWeights:
     bias = None if bias is None else bias.contiguous()  # the row pass reads it by address
-    return HeadWeights(weight, bias, None if lora_a is None or lora_b is None else Lora(lora_a, lora_b, lora_scale))
+    lora = None
+    if lora_a is not None and lora_b is not None:
+        lora = Lora(right_operand(lora_a), right_operand(lora_b), lora_scale)
+    return HeadWeights(right_operand(weight), bias, lora)
 
 
 def _bounds(sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samples: int, rows: int) -> Tensor:
@@ -149,13 +153,13 @@ def head_forward(
     bounds = _bounds(sample_ids, cu_seqlens, num_samples, targets.shape[0])
     counts_B = counted.before[bounds].diff()
     scale, row_scale_T = _factors(token_weight, counted.before, sums)
-    h_TH, y_T = counted.take(hidden), counted.take(targets, options.ignore_index)
+    h_TH, y_T = left_operand(counted.take(hidden)), counted.take(targets, options.ignore_index)
     _check_targets(torch.where(y_T == options.ignore_index, 0, y_T) if uses_kernels(targets) else y_T, vocabulary)
     taken_scale = None if row_scale_T is None else counted.take(row_scale_T)
 
     out = head_rows(
         h_TH, _head(weight, bias, lora_a, lora_b, options.lora_scale), y_T, options.row_loss, wanted,
-        most_rows=options.most_rows(vocabulary, hidden.device, wanted), logits_dtype=options.logits_dtype,
+        most_rows=options.most_rows(weight, wanted), logits_dtype=options.logits_dtype,
         ignore_index=options.ignore_index, row_scale_T=taken_scale, full_rows=targets.shape[0],
     )  # fmt: skip
     # A row of weight 0 has no part in the loss, also where its NLL is infinite.
@@ -199,21 +203,21 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None
       *numbers: Any) -> tuple[Tensor, ...]:  # fmt: skip
     options, sums = Options(*numbers), wide(hidden.dtype)
     wanted = Wanted(want_hidden, want_weight, want_bias, want_lora, left is not None)
-    most_rows = options.most_rows(weight.shape[0], hidden.device, wanted)
+    most_rows = options.most_rows(weight, wanted)
     narrow = narrow_sums(hidden.shape[0], most_rows, hidden.device)
 
     def new(*shape: int) -> Tensor:
         return hidden.new_empty(shape, dtype=sums)
 
     def parameter(tensor: Tensor | None, asked: bool) -> Tensor:
-        return torch.empty_like(tensor, dtype=tensor.dtype if narrow else sums) if asked and tensor is not None else new(0)
+        return tensor.new_empty(tensor.shape, dtype=tensor.dtype if narrow else sums) if asked and tensor is not None else new(0)
 
     rows, samples = hidden.shape[0], num_samples
     return (
         new(), new(rows), new(samples), hidden.new_empty(samples, dtype=torch.int64), new(),
         new(0) if left is None or right is None else new(samples, left.shape[1], right.shape[1]),
         new(rows) if token_weight is not None and token_weight.dim() == 1 else new(0),
-        torch.empty_like(hidden) if want_hidden else new(0), parameter(weight, want_weight), parameter(bias, want_bias),
+        hidden.new_empty(hidden.shape) if want_hidden else new(0), parameter(weight, want_weight), parameter(bias, want_bias),
         parameter(lora_a, want_lora), parameter(lora_b, want_lora),
     )  # fmt: skip
 
@@ -236,8 +240,9 @@ def head_gradient_rows(
     largest = torch.cat([*weights, zeros.new_zeros(1)]).abs().amax()
     largest = torch.where(largest > 0, largest, 1.0)
     out = head_rows(
-        counted.take(hidden), _head(weight, bias, lora_a, lora_b, options.lora_scale), counted.take(targets, options.ignore_index),
-        options.row_loss, wanted, most_rows=options.most_rows(weight.shape[0], hidden.device, wanted),
+        left_operand(counted.take(hidden)), _head(weight, bias, lora_a, lora_b, options.lora_scale),
+        counted.take(targets, options.ignore_index),
+        options.row_loss, wanted, most_rows=options.most_rows(weight, wanted),
         logits_dtype=options.logits_dtype, ignore_index=options.ignore_index, objective_weight_T=weights[0] / largest,
         nll_weight_T=weights[1] / largest, full_rows=targets.shape[0],
     )  # fmt: skip
@@ -286,7 +291,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None
       sample_grad: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
     wants = (rest[0], rest[1], rest[2], rest[3], rest[3])
     inputs = (hidden, weight, bias, lora_a, lora_b)
-    return tuple(torch.empty_like(x) if asked and x is not None else hidden.new_empty(0) for x, asked in zip(inputs, wants, strict=True))
+    return tuple(x.new_empty(x.shape) if asked and x is not None else hidden.new_empty(0) for x, asked in zip(inputs, wants, strict=True))
 
 
 class _Slots:

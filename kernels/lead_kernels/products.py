@@ -7,11 +7,46 @@ from torch import Tensor
 from lead_kernels.row_pass import CPU_TILE_BYTES, split
 
 HALVES = (torch.float16, torch.bfloat16)
+ROW_STEP = 32
+"""Elements to whose multiples rows of bf16 and fp16 are rounded up in host memory: 64 bytes, what a CPU's matrix unit loads at once."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums are kept: fp32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def apart(like: Tensor, rows: int, width: int) -> Tensor:
+    """An empty [rows, width] matrix of like's dtype and device, for a left operand of a product.
+
+    A CPU's matrix unit (AMX) loads bf16 in pairs and blocks, past the end of a row where its width is odd: what lies there is
+    multiplied by zero, and a NaN there makes the whole row NaN. So rows start `ROW_STEP` elements apart there, zeros between them.
+    """
+    if like.device.type != "cpu" or like.dtype not in HALVES or width % ROW_STEP == 0:
+        return like.new_empty(rows, width)
+    whole = like.new_empty(rows, -(-width // ROW_STEP) * ROW_STEP)
+    whole[:, width:].zero_()
+    return whole[:, :width]
+
+
+def left_operand(rows: Tensor) -> Tensor:
+    """`rows` [T, K] as a product's left operand may lie in memory: see `apart`; on a GPU any strides do."""
+    if rows.device.type != "cpu":
+        return rows
+    if rows.dtype not in HALVES or rows.shape[1] % ROW_STEP == 0:
+        return rows.contiguous()
+    return apart(rows, *rows.shape).copy_(rows)
+
+
+def right_operand(matrix: Tensor) -> Tensor:
+    """`matrix` [V, H] without gaps between its rows or, transposed, its columns; on a GPU any strides do."""
+    return matrix if matrix.device.type != "cpu" or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def thin_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * (a @ b), as a left operand of the next product."""
+    out = apart(a, a.shape[0], b.shape[1])
+    return torch.mm(a, b, out=out).mul_(scale)
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:

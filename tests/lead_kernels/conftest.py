@@ -11,12 +11,12 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
+from inside_operators import InsideOperators
 from lead_kernels import backend
 
 
@@ -60,19 +60,6 @@ READS = {
     "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "unique_dim", "_unique2",
     "unique_consecutive", "bincount",
 }  # fmt: skip
-
-
-class InsideOperators(TorchDispatchMode):
-    """A mode that also sees what our custom operators do inside, which PyTorch hides from modes."""
-
-    def see(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return func(*args, **kwargs)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "lead_kernels":
-            with self:
-                return OPDEFS[func.name().removesuffix(".default")]._init_fn(*args, **(kwargs or {}))
-        return self.see(func, args, kwargs or {})
 
 
 class NoHostReads(InsideOperators):
