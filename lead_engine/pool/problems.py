@@ -10,8 +10,15 @@ from typing import NamedTuple
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
 
-COUNTED_ONLY = ("truncated", "response_truncated_away")
-"""Kinds that depend on --max-length and refuse nothing."""
+COUNTED_ONLY = (
+    "truncated",
+    "response_truncated_away",
+    "nothing_to_learn",
+    "spelled_control_token",
+    "asked_otherwise",
+    "no_end_of_turn",
+)
+"""Kinds that refuse nothing: they depend on --max-length, or say what became of a record."""
 SHOWN = 5
 
 
@@ -36,9 +43,15 @@ class Problems:
     """Problems in the order found.
 
     Kinds: bad_utf8, broken_line (not JSON), not_a_record (no object, or none of the three forms), wrong_type,
-    unknown_role, no_response (no assistant turn, or an empty one), duplicate_id, template_refused; and, never an error,
-    truncated (the sample is used, cut at --max-length) and response_truncated_away (nothing of an answer is left before
-    the cut: the sample is left out).
+    unknown_role, no_response (no assistant turn, or an empty one), duplicate_id.
+    Of the chat template: template_refused (it raises an error), template_drops_text (a text of the record is not
+    rendered), template_changes_text (it is rendered otherwise), answer_not_found (an answer does not follow what the
+    model is asked with), text_behind_answer (more than an end of turn stands behind it), control_token_in_text (a
+    control token in a field that cannot be tokenised as text).
+    Never an error: truncated (the sample is used, cut at --max-length), response_truncated_away (nothing of an answer is
+    left before the cut: the sample is left out), nothing_to_learn (no answer is to be trained: left out),
+    spelled_control_token (a text spells one: it is tokenised as text), asked_otherwise (the generation prompt opens with
+    what the answer does not have, as `<think>`), no_end_of_turn (no control token ends the answers).
     """
 
     def __init__(self) -> None:

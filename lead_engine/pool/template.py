@@ -1,25 +1,27 @@
 """Records to tokens through the tokenizer's chat template, with a mask of the tokens on which the loss is taken.
 
-The loss is on every assistant turn, its content and its end-of-turn token, and on nothing else. Where a turn lies in
-the text is found by rendering prefixes of the conversation: turn i begins where the rendering of messages[:i] with the
-generation prompt ends, because that is the text which the model answers when it is used, and ends where the rendering
-of messages[:i + 1] ends. Characters become tokens by the fast tokenizer's offsets. White space after the end-of-turn
-token belongs to the template, not to the response.
+The loss is on every assistant turn that is to be learned, its content and its end-of-turn token, and on nothing else;
+`rendering` finds them in the text. Characters become tokens by the fast tokenizer's offsets. White space after the
+end-of-turn token belongs to the template, not to the response. A control token that a record's text spells is text:
+it becomes the tokens of its characters.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.errors import UserError
+from lead_engine.pool.chat_template import check_tokenizer
 from lead_engine.pool.problems import Problems, place
-from lead_engine.pool.records import Message, Record
+from lead_engine.pool.records import Record
+from lead_engine.pool.rendering import Misfit, Rendered, Renderer
+from lead_engine.pool.special_tokens import spell
 
 BATCH = 256
 """Records tokenised by one call; the tokenizer spreads them over the cores."""
@@ -36,10 +38,6 @@ class Sample(NamedTuple):
     truncated: bool
 
 
-class Unrenderable(UserError):
-    """The chat template and the conversation do not fit together."""
-
-
 def encode(
     records: Iterable[Record],
     tokenizer: PreTrainedTokenizerBase,
@@ -50,111 +48,103 @@ def encode(
 ) -> Iterator[Sample]:
     """Tokens and response mask of each record, in order, cut at `max_length` tokens.
 
-    Adds to `problems`: `truncated` (the sample is yielded, cut), `response_truncated_away` (no learnable token is left
-    before the cut; the record is left out) and, only with `skip_bad`, `template_refused` (left out). Raises UserError
-    where the tokenizer has no chat template or gives no offsets, and, without `skip_bad`, where the template refuses a
-    conversation or renders it so that the answers cannot be found in the text.
+    Adds to `problems`, for records that the template does not render as they are (they are left out): `template_refused`,
+    `template_drops_text`, `template_changes_text`, `answer_not_found`, `text_behind_answer`, `control_token_in_text`;
+    and, counted only: `truncated` (the sample is yielded, cut), `response_truncated_away` (no learnable token is left
+    before the cut; left out), `nothing_to_learn` (every answer is marked as not to be trained; left out),
+    `spelled_control_token`, `asked_otherwise` and `no_end_of_turn` (yielded).
+    Raises UserError where the tokenizer has no chat template that can be read or gives no offsets, and, without
+    `skip_bad`, after the last record if any was left out for the template: the message names up to 5 of a kind.
     """
     check_tokenizer(tokenizer)
     problems = Problems() if problems is None else problems
-    iterator = iter(records)
+    renderer = Renderer(tokenizer)
+    iterator, refused = iter(records), False
     while batch := list(islice(iterator, BATCH)):
-        rendered = []
+        rendered: list[tuple[Record, Rendered]] = []
         for record in batch:
             try:
-                rendered.append((record, *answer_spans(tokenizer, record.messages)))
-            except Unrenderable as error:
-                if not skip_bad:
-                    raise UserError(
-                        f"{place(record.file, record.line)}: {error}; use a model with another chat template, "
-                        "mend the record, or leave such records out with --skip-bad"
-                    ) from None
-                problems.add("template_refused", record.file, record.line, str(error))
-        if rendered:
-            yield from _tokenise(rendered, tokenizer, max_length, problems)
+                rendered.append((record, renderer.record(record)))
+            except Misfit as misfit:
+                refused = True
+                problems.add(misfit.kind, record.file, record.line, str(misfit))
+        if rendered and (skip_bad or not refused):  # once one is refused, the others are only looked at
+            yield from _samples(rendered, renderer, max_length, problems)
+    if refused and not skip_bad:
+        problems.refuse()
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError unless the tokenizer has a chat template and gives character offsets."""
-    name = f"tokenizer {tokenizer.name_or_path}" if tokenizer.name_or_path else "the tokenizer"
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{name} has no chat template; take an instruction-tuned variant of --model, or set `chat_template` "
-            "in its tokenizer_config.json (or chat_template.jinja)"
-        )
-    if not tokenizer.is_fast:
-        raise UserError(f"{name} is not a fast tokenizer, so it cannot say which characters a token covers; --model needs a tokenizer.json")
+def prompt_ids(renderer: Renderer, record: Record) -> list[int]:
+    """The tokens with which the record's last answer is asked for.
 
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, prompt: bool = False) -> str:
-    """The conversation as text; with `prompt`, followed by what asks for the assistant's answer."""
-    # A batch of one: transformers takes an empty conversation only inside a batch.
-    return tokenizer.apply_chat_template([list(messages)], tokenize=False, add_generation_prompt=prompt)[0]
-
-
-def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and for every assistant turn the characters [begin, end) of its content and end-of-turn
-    token.
-
-    Raises Unrenderable (a UserError) where the template refuses the conversation or the answers cannot be found in it.
+    Raises UserError where the template does not render the turns before it as they are.
     """
-    turns = [m.as_turn() for m in messages]
     try:
-        text = render(tokenizer, turns)
-        spans = []
-        for i, message in enumerate(messages):
-            if message.role == "assistant":
-                prompt = render(tokenizer, turns[:i], prompt=True)
-                through = text if i + 1 == len(turns) else render(tokenizer, turns[: i + 1])
-                spans.append(_span(text, prompt, through, message.content))
-    except jinja2.TemplateError as error:
-        raise Unrenderable(f"the chat template refuses the conversation ({error})") from None
-    return text, spans
+        [tokens] = _tokenise([renderer.prompt(record.messages[:-1], record.tools)], renderer)
+    except Misfit as misfit:
+        raise UserError(f"{place(record.file, record.line)}: {misfit}") from None
+    return tokens.ids
 
 
-def _span(text: str, prompt: str, through: str, content: str) -> tuple[int, int]:
-    begin, end = len(prompt), len(through.rstrip())
-    if text.startswith(prompt):
-        if text.startswith(through[:end]) and begin < end:
-            return begin, end
-        # Templates such as Qwen3's render the last answer differently (with its reasoning) from the same answer further
-        # up, so that `through` is no prefix. Then the answer itself must stand at `begin`, followed by what follows it
-        # in `through`.
-        content = content.strip()
-        begin_content = begin + len(text[begin:]) - len(text[begin:].lstrip())
-        end_of_turn = through[:end].rpartition(content)[2]
-        if content and end_of_turn and text.startswith(content + end_of_turn, begin_content):
-            return begin, begin_content + len(content) + len(end_of_turn)
-    raise Unrenderable(
-        "the chat template's rendering of the first turns is not a prefix of its rendering of the whole conversation, "
-        "so the answer cannot be told from the rest"
-    )
+class _Tokens(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    spelled: list[str]
+    """Control tokens that the record's own text spells; their characters were tokenised."""
 
 
-def _tokenise(
-    rendered: list[tuple[Record, str, list[tuple[int, int]]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    problems: Problems,
+def _samples(
+    rendered: list[tuple[Record, Rendered]], renderer: Renderer, max_length: int, problems: Problems
 ) -> Iterator[Sample]:
+    tokenised = _tokenise([text for _, text in rendered], renderer)
+    for (record, text), (ids, offsets, spelled) in zip(rendered, tokenised, strict=True):
+        here, length = (record.file, record.line), len(ids)
+        if not text.answers:
+            problems.add("nothing_to_learn", *here, "every answer is marked as not to be trained")
+            continue
+        response = response_mask(offsets[:max_length], text.answers)
+        if not any(response[1:]):  # the first token is predicted by nothing
+            problems.add("response_truncated_away", *here, f"no answer within {max_length} of {length} tokens")
+            continue
+        if spelled:
+            problems.add("spelled_control_token", *here, f"its text spells {', '.join(spelled)}: tokenised as text")
+        if text.unasked:
+            problems.add("asked_otherwise", *here, f"the model will be asked with {text.unasked!r}, with which no answer begins")
+        if text.open_end:
+            problems.add("no_end_of_turn", *here, "no control token ends its answers: a model learns no end from it")
+        if length > max_length:
+            problems.add("truncated", *here, f"{length} tokens, cut at {max_length}")
+        yield Sample(ids[:max_length], response, record, length > max_length)
+
+
+def _tokenise(rendered: list[Rendered], renderer: Renderer) -> Iterator[_Tokens]:
     # The template has written the special tokens already.
-    tokens = tokenizer(
-        [text for _, text, _ in rendered],
+    tokens = renderer.tokenizer(
+        [each.text for each in rendered],
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
-    for (record, _, spans), ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        response = response_mask(offsets[:max_length], spans)
-        length = len(ids)
-        if not any(response[1:]):  # the first token is predicted by nothing
-            problems.add("response_truncated_away", record.file, record.line, f"no answer within {max_length} of {length} tokens")
-            continue
-        if length > max_length:
-            problems.add("truncated", record.file, record.line, f"{length} tokens, cut at {max_length}")
-        yield Sample(ids[:max_length], response, record, length > max_length)
+    for each, ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        forged = [m for begin, end in each.contents for m in renderer.control_pattern.finditer(each.text, begin, end)]
+        yield _spelled_out(ids, offsets, forged, renderer) if forged else _Tokens(ids, offsets, [])
+
+
+def _spelled_out(
+    ids: list[int], offsets: list[tuple[int, int]], forged: list[re.Match[str]], renderer: Renderer
+) -> _Tokens:
+    """With the tokens of their characters in the place of the control tokens `forged`."""
+    at = {match.start(): match for match in forged}
+    new: list[tuple[int, tuple[int, int]]] = []
+    for index, (start, stop) in zip(ids, offsets, strict=True):
+        match = None
+        if index in renderer.control_ids:  # a token may take white space with it
+            match = next((at[place] for place in range(start, stop) if place in at), None)
+        spelled = [index] if match is None else spell(renderer.tokenizer, match.string[start:stop])
+        new += [(each, (start, stop)) for each in spelled]
+    return _Tokens([index for index, _ in new], [span for _, span in new], sorted({match[0] for match in forged}))
 
 
 def response_mask(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[bool]:

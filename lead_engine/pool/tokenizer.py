@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lead_engine.errors import UserError
-from lead_engine.pool.template import check_tokenizer, render
+from lead_engine.pool.chat_template import check_tokenizer, render
 
 PAD, START, END, TEXT_END = "<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SPECIAL = (PAD, START, END, TEXT_END)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lead_engine.errors import UserError
+from lead_engine.pool.chat_template import render
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Message, Record
-from lead_engine.pool.template import Sample, encode, render, response_mask
+from lead_engine.pool.template import Sample, encode, response_mask
 from lead_engine.pool.tokenizer import generation_prompt_ids
 
 SINGLE = [("user", "How are you today?"), ("assistant", "I am fine, thank you!")]
