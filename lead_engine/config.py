@@ -312,6 +312,8 @@ class PrepareConfig(Options):
     """Size of the vocabulary trained for scratch:NAME."""
     skip_bad: bool = False
     """Leave out records that cannot be used (each is named and counted) instead of refusing the pool."""
+    fold_system: bool = False
+    """Put a system message at the head of the user turn that follows it, for chat templates without that role."""
     seed: Seed = 0
     """Seed of the warm-up and of k-means."""
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -341,6 +343,8 @@ class EvalConfig(Options):
     """Longest sample in tokens."""
     skip_bad: bool = False
     """Leave out records that cannot be used instead of refusing the file."""
+    fold_system: bool = False
+    """As in `prepare`; a run on a pool that was prepared so does it of itself."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

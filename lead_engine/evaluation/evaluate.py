@@ -34,6 +34,7 @@ from lead_engine.model.load import load_for_inference, load_hf
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import score_store, summarise_loss
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
+from lead_engine.pool.chat_template import fold_system, notes
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore
@@ -79,6 +80,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     folder = find_model(config.model)
     records, problems = read_records(config.data, skip_bad=config.skip_bad)
     model, tokenizer = load_for_inference(folder, config.runtime, config.max_length)
+    if config.fold_system:
+        fold_system(tokenizer)
+    for note in notes(tokenizer):
+        console.say(note)
     scored = _score(model, tokenizer, records, config, problems)
     del model
     gc.collect()  # the model is generated with is another object; two of them may not fit

@@ -10,8 +10,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_engine import console
-from lead_engine.pool.records import Message, Record
-from lead_engine.pool.template import answer_spans, render
+from lead_engine.pool.end_of_turn import stop_tokens
+from lead_engine.pool.records import Record
+from lead_engine.pool.rendering import Renderer
+from lead_engine.pool.template import prompt_ids
 
 
 class Question(NamedTuple):
@@ -37,32 +39,18 @@ def choose_questions(
     """
     chosen: list[Question] = []
     taken: dict[str, int] = {}
-    too_long = 0
+    too_long, renderer = 0, Renderer(tokenizer)
     for record in sorted(records, key=lambda r: hashlib.sha256(r.id.encode()).digest()):
         task = task_of(record)
         if taken.get(task, 0) == per_task:
             continue
-        turns = [message.as_turn() for message in record.messages[:-1]]  # a record ends with an answer
-        prompt = tokenizer(render(tokenizer, turns, prompt=True), add_special_tokens=False, verbose=False)["input_ids"]
+        prompt = prompt_ids(renderer, record)
         if len(prompt) > longest:
             too_long += 1
             continue
         taken[task] = taken.get(task, 0) + 1
         chosen.append(Question(record, prompt, record.messages[-1].content))
     return chosen, too_long
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's eos, and what the chat template writes at the end of an answer.
-
-    The two differ in base models that were given a chat template: eos ends a document there, not a turn.
-    """
-    text, spans = answer_spans(tokenizer, [Message("user", "a"), Message("assistant", "b")])
-    last = tokenizer(text[: spans[-1][1]], add_special_tokens=False)["input_ids"][-1]
-    ends = {tokenizer.eos_token_id}
-    if last in tokenizer.added_tokens_decoder:  # else the template ends answers with plain text, which may stand in one
-        ends.add(last)
-    return sorted(ends - {None})
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.model.parallelize import move_buffers, parallelize, parameter_device
 from lead_engine.model.precision import choose_precision
 from lead_engine.model.rope import settle_rope
+from lead_engine.pool.chat_template import mend_bos
 
 
 def weights_folder(folder: Path) -> Path:
@@ -27,11 +28,16 @@ def weights_folder(folder: Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder. Raises UserError if there is none that can be read."""
+    """The tokenizer in a model folder, its chat template as `chat_template.mend_bos` leaves it.
+
+    Raises UserError if there is none that can be read.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {folder}: no tokenizer that can be read ({str(error).splitlines()[0]})") from None
+    mend_bos(tokenizer)
+    return tokenizer
 
 
 def build_model(

@@ -10,6 +10,7 @@ from lead_engine.files import publish
 from lead_engine.model import adapter, nf4
 from lead_engine.model.find import find_model
 from lead_engine.model.load import load_config, load_hf, load_tokenizer
+from lead_engine.pool.end_of_turn import write_stop_tokens
 
 
 def run(config: MergeConfig) -> None:
@@ -28,7 +29,9 @@ def run(config: MergeConfig) -> None:
     building = config.out.with_name(config.out.name + ".writing")
     shutil.rmtree(building, ignore_errors=True)
     model.save_pretrained(building)
-    load_tokenizer(folder).save_pretrained(building)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save_pretrained(building)
+    write_stop_tokens(building, tokenizer, base)
     publish(building, config.out)
     rounded = ", its weights rounded to NF4 as in training (not the checkpoint's own)" if nf4.was_trained_on(folder) else ""
     say(f"merged {folder} into {base}{rounded}: {config.out}")

@@ -17,6 +17,7 @@ from lead_engine.files import publish
 from lead_engine.model import adapter, nf4, weights
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.stored import Checkpoint, Layout
+from lead_engine.pool.end_of_turn import write_stop_tokens
 
 BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 """Files that training does not change, copied where the base has them."""
@@ -26,7 +27,9 @@ def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path
     """Write `folder` (model or adapter, config, tokenizer); a collective over all ranks, files by rank 0.
 
     The folder appears whole: it is written beside its place and renamed. A whole model has the files, names and dtypes of the checkpoint
-    that it was loaded from; tensors there that the model does not use (a vision tower, say) are copied.
+    that it was loaded from; tensors there that the model does not use (a vision tower, say) are copied. generation_config.json stops at
+    the end of turn that the tokenizer's chat template writes, too; in an adapter's folder it is for those who read it: transformers and
+    peft take the base's.
     """
     lora = any(adapter.is_adapter(name) for name, _ in model.named_parameters())
     building = folder.with_name(folder.name + ".writing")
@@ -37,6 +40,7 @@ def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path
     if rank != 0:
         return
     tokenizer.save_pretrained(building)
+    write_stop_tokens(building, tokenizer, model.stored.folder)
     publish(building, folder)
 
 

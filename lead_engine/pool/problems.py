@@ -48,10 +48,10 @@ class Problems:
     rendered), template_changes_text (it is rendered otherwise), answer_not_found (an answer does not follow what the
     model is asked with), text_behind_answer (more than an end of turn stands behind it), control_token_in_text (a
     control token in a field that cannot be tokenised as text).
-    Never an error: truncated (the sample is used, cut at --max-length), response_truncated_away (nothing of an answer is
-    left before the cut: the sample is left out), nothing_to_learn (no answer is to be trained: left out),
-    spelled_control_token (a text spells one: it is tokenised as text), asked_otherwise (the generation prompt opens with
-    what the answer does not have, as `<think>`), no_end_of_turn (no control token ends the answers).
+    Never an error: truncated (the sample is used, cut at --max-length), response_truncated_away (nothing of an answer
+    is left before the cut: the sample is left out), nothing_to_learn (no answer is to be trained: left out),
+    spelled_control_token (a text spells one: it is tokenised as text), asked_otherwise (the generation prompt opens
+    with what the answer does not have, as `<think>`), no_end_of_turn (no control token ends the answers).
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Problems:
         """Number of problems by kind, the most frequent first."""
         return dict(Counter(p.kind for p in self.entries).most_common())
 
-    def refuse(self) -> None:
+    def refuse(self, way_out: str = "") -> None:
         """Raise UserError naming up to 5 problems of each kind, unless all are of the kinds that are only counted."""
         bad = [p for p in self.entries if p.kind not in COUNTED_ONLY]
         if not bad:
@@ -75,7 +75,7 @@ class Problems:
             lines += [f"  {p.kind}: {p}" for p in shown]
             if count > len(shown):
                 lines.append(f"  {kind}: and {count - len(shown)} more")
-        raise UserError("\n".join(lines) + "\nMend them, or leave them out with --skip-bad.")
+        raise UserError("\n".join(lines) + "\n" + (way_out or "Mend them, or leave them out with --skip-bad."))
 
     def write(self, path: Path | str) -> None:
         """One JSON line a problem: kind, file, line, detail. The file appears complete or not at all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 from transformers import PreTrainedTokenizerBase
@@ -19,10 +20,8 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     the template writes around turns; none of REASONING.
     """
     around = ""
-    try:
+    with contextlib.suppress(Exception):  # as in `render`; then the special ones are all that is known
         around = render(tokenizer, [*PROBES[0], *PROBES[0]])
-    except Exception:  # as in `render`; then the special ones are all that is known
-        pass
     return {
         token.content: index
         for index, token in tokenizer.added_tokens_decoder.items()
@@ -48,5 +47,5 @@ def spell(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     core = tokenizer.backend_tokenizer
     text = core.normalizer.normalize_str(text) if core.normalizer is not None else text
-    parts = [part for part, _ in core.pre_tokenizer.pre_tokenize_str(text)] if core.pre_tokenizer is not None else [text]
-    return [token.id for part in parts for token in core.model.tokenize(part)]
+    parts = [(text, None)] if core.pre_tokenizer is None else core.pre_tokenizer.pre_tokenize_str(text)
+    return [token.id for part, _ in parts for token in core.model.tokenize(part)]

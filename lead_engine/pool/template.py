@@ -48,9 +48,9 @@ def encode(
 ) -> Iterator[Sample]:
     """Tokens and response mask of each record, in order, cut at `max_length` tokens.
 
-    Adds to `problems`, for records that the template does not render as they are (they are left out): `template_refused`,
-    `template_drops_text`, `template_changes_text`, `answer_not_found`, `text_behind_answer`, `control_token_in_text`;
-    and, counted only: `truncated` (the sample is yielded, cut), `response_truncated_away` (no learnable token is left
+    Adds to `problems`, for records that the template does not render as they are (they are left out):
+    `template_refused`, `template_drops_text`, `template_changes_text`, `answer_not_found`, `text_behind_answer`,
+    `control_token_in_text`; and, counted only: `truncated` (the sample is yielded, cut), `response_truncated_away` (no learnable token is left
     before the cut; left out), `nothing_to_learn` (every answer is marked as not to be trained; left out),
     `spelled_control_token`, `asked_otherwise` and `no_end_of_turn` (yielded).
     Raises UserError where the tokenizer has no chat template that can be read or gives no offsets, and, without
@@ -59,7 +59,7 @@ def encode(
     check_tokenizer(tokenizer)
     problems = Problems() if problems is None else problems
     renderer = Renderer(tokenizer)
-    iterator, refused = iter(records), False
+    iterator, refused, left = iter(records), False, 0
     while batch := list(islice(iterator, BATCH)):
         rendered: list[tuple[Record, Rendered]] = []
         for record in batch:
@@ -69,9 +69,11 @@ def encode(
                 refused = True
                 problems.add(misfit.kind, record.file, record.line, str(misfit))
         if rendered and (skip_bad or not refused):  # once one is refused, the others are only looked at
-            yield from _samples(rendered, renderer, max_length, problems)
-    if refused and not skip_bad:
-        problems.refuse()
+            for sample in _samples(rendered, renderer, max_length, problems):
+                left += 1
+                yield sample
+    if refused and not (skip_bad and left):
+        problems.refuse("No record is left." if skip_bad else "")
 
 
 def prompt_ids(renderer: Renderer, record: Record) -> list[int]:
@@ -109,7 +111,7 @@ def _samples(
         if spelled:
             problems.add("spelled_control_token", *here, f"its text spells {', '.join(spelled)}: tokenised as text")
         if text.unasked:
-            problems.add("asked_otherwise", *here, f"the model will be asked with {text.unasked!r}, with which no answer begins")
+            problems.add("asked_otherwise", *here, f"the model is asked with {text.unasked!r}, the answer begins without")
         if text.open_end:
             problems.add("no_end_of_turn", *here, "no control token ends its answers: a model learns no end from it")
         if length > max_length:

@@ -17,6 +17,8 @@ from lead_engine.model.find import find_model
 from lead_engine.model.load import load_config, load_tokenizer, weights_folder
 from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
+from lead_engine.pool.chat_template import check_tokenizer, fold_system, notes
+from lead_engine.pool.end_of_turn import ending_notes
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore
@@ -52,10 +54,17 @@ def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> 
     if is_scratch(config.model):
         texts = (message.content for record in records[:TOKENIZER_RECORDS] for message in record.messages)
         tokenizer = train_tokenizer(texts, config.vocab_size)
+        if config.fold_system:
+            fold_system(tokenizer)
         out.mkdir(parents=True, exist_ok=True)
         make_scratch(config.model, tokenizer, out / "model", config.seed)
     else:
         tokenizer = load_tokenizer(find_model(config.model))
+        check_tokenizer(tokenizer)
+        if config.fold_system:
+            fold_system(tokenizer)
+        for note in [*notes(tokenizer), *ending_notes(tokenizer)]:
+            say(note)
         base = load_config(weights_folder(find_model(config.model)))
     rows: dict[str, list] = {name: [] for name in ("id", "dataset", "file", "line", "tokens", "response_tokens", "truncated")}
     out.mkdir(parents=True, exist_ok=True)

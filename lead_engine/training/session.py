@@ -7,10 +7,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.config import TrainConfig
+from lead_engine.files import read_json
 from lead_engine.model.find import find_model
 from lead_engine.model.load import build_model, load_config, load_tokenizer, weights_folder
 from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
+from lead_engine.pool.chat_template import fold_system
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.selection.loss_change import make_loss_change
@@ -43,7 +45,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
     store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
     state = _pool_state(config, store)
     base = _base(config, ranks)
-    tokenizer = load_tokenizer(base)
+    tokenizer = _tokenizer(config, base)
     _check_vocabulary(config, base, store, len(tokenizer))
     model = build_model(
         base,
@@ -101,6 +103,14 @@ def _base(config: TrainConfig, ranks: Ranks) -> Path:
             make_scratch(config.model, load_tokenizer(config.pool / "tokenizer"), folder, config.seed)
         ranks.barrier()
     return folder
+
+
+def _tokenizer(config: TrainConfig, base: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, which is saved with the model; its template folds system messages if the pool's did."""
+    tokenizer, prepared = load_tokenizer(base), config.pool / "prepare.json"
+    if prepared.exists() and read_json(prepared).get("fold_system"):
+        fold_system(tokenizer)
+    return tokenizer
 
 
 def _check_vocabulary(config: TrainConfig, base: Path, store: TokenStore, tokens: int | None = None) -> None:

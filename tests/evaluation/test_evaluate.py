@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from lead_engine.config import BatchConfig, EvalConfig, RuntimeConfig
 from lead_engine.errors import UserError
 from lead_engine.evaluation.evaluate import evaluate, run
-from lead_engine.evaluation.generate import batches_by_length, choose_questions, generate_answers, stop_tokens
+from lead_engine.evaluation.generate import batches_by_length, choose_questions, generate_answers
 from lead_engine.evaluation.outputs import read_result, read_samples
 from lead_engine.model.scoring import summarise_loss
+from lead_engine.pool.end_of_turn import stop_tokens
 from lead_engine.pool.records import read_records
 from lead_engine.pool.template import Sample, encode
 

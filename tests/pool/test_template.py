@@ -167,7 +167,7 @@ class TestTemplatesThatDoNotFit:
     def test_a_conversation_that_the_template_refuses(self, mistral: PreTrainedTokenizerFast) -> None:
         twice = [("user", "a"), ("user", "b"), ("assistant", "c")]
         records = [record(SINGLE, 1), record(twice, 2), record(SINGLE, 3)]
-        with pytest.raises(UserError, match=r"pool\.jsonl:2.*must alternate.*--skip-bad"):
+        with pytest.raises(UserError, match=r"(?s)pool\.jsonl:2.*must alternate.*--skip-bad"):
             list(encode(records, mistral, 100))
         problems = Problems()
         assert [s.record.line for s in encode(records, mistral, 100, problems, skip_bad=True)] == [1, 3]
