@@ -43,6 +43,15 @@ class Text(NamedTuple):
     value: str
 
 
+def plain_text(turn: dict[str, Any], i: int) -> Text:
+    return Text(f"the content of turn {i + 1} ({turn['role']})", i, turn["content"])
+
+
+def filled(pieces: Sequence[str | int], texts: Sequence[Text]) -> list[str | int]:
+    """A marked rendering's pieces with other texts between the marks."""
+    return [texts[pieces[i - 1] // 2].value if i % 4 == 2 else piece for i, piece in enumerate(pieces)]
+
+
 class Marks:
     """Copies of turns and tools in which the texts stand between marks; `texts` are those that were marked."""
 
@@ -115,10 +124,10 @@ def find_texts(text: str, pieces: Sequence[Any], texts: Sequence[Text]) -> list[
 
     Raises Misfit for a text that does not stand there.
     """
-    return _walk(text, pieces, texts) or _search(text, pieces, texts)
+    return walk(text, pieces, texts) or _search(text, pieces, texts)
 
 
-def _walk(text: str, pieces: Sequence[Any], texts: Sequence[Text]) -> list[list[tuple[int, int]]] | None:
+def walk(text: str, pieces: Sequence[Any], texts: Sequence[Text]) -> list[list[tuple[int, int]]] | None:
     """The places of every text, if `text` is the marked rendering but for white space at the ends of marked texts."""
     where: list[list[tuple[int, int]]] = [[] for _ in texts]
     if len(pieces) % 4 != 1 or not text.startswith(pieces[0]):
@@ -155,7 +164,7 @@ def _strippings(text: str, place: int, inside: str) -> Iterator[tuple[int, int]]
 
 
 def _search(text: str, pieces: Sequence[Any], texts: Sequence[Text]) -> list[list[tuple[int, int]]]:
-    """As `_walk`, for templates that look into the texts: one after the other, in the marked rendering's order.
+    """As `walk`, for templates that look into the texts: one after the other, in the marked rendering's order.
 
     Raises Misfit for a text of which no mark was rendered, and for one that does not follow the text before it.
     """

@@ -15,9 +15,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.pool.chat_template import render
-from lead_engine.pool.marks import Marks, Misfit, Text, common_prefix, extent, find_texts, show
+from lead_engine.pool.marks import Marks, Misfit, Text, common_prefix, extent, filled, find_texts, plain_text, show, walk
 from lead_engine.pool.records import Message, Record
 from lead_engine.pool.special_tokens import any_of, control_tokens
+
+PLAIN = {"role", "content"}
+SHAPES = 4096
+"""Marked renderings that are kept."""
 
 
 @dataclass
@@ -38,6 +42,8 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.frames: dict[tuple[Any, ...], list[str | int]] = {}
+        """Marked renderings by what a conversation of plain turns looks like: its roles, and which turns are blank."""
         self.control = control_tokens(tokenizer)
         self.control_ids = set(self.control.values())
         self.control_pattern = any_of(self.control)
@@ -86,6 +92,12 @@ class Renderer:
     ) -> tuple[list[Text], list[list[tuple[int, int]]], str]:
         """The record's texts, the places of each in the rendering, and the rendering."""
         text = self._render(turns, tools, prompt=prompt)
+        shape = None if tools or any(turn.keys() - PLAIN for turn in turns) else (prompt, *map(_kind, turns))
+        if shape in self.frames:  # most often, records of one shape differ in their texts alone
+            texts = [plain_text(turn, i) for i, turn in enumerate(turns) if turn["content"].strip()]
+            where = walk(text, filled(self.frames[shape], texts), texts)
+            if where:
+                return texts, where, text
         self._check_fields(turns, tools)
         marks = Marks(text, blocks=1 + len(turns) // 200)
         marked_tools = marks.tools(tools) if tools else tools
@@ -95,6 +107,8 @@ class Renderer:
         except Misfit:  # the marks alone are refused: a template that compares a text with others
             marked = "".join(marks.around(k) for k in range(len(marks.texts)))
         pieces = marks.pieces(marked)
+        if shape and len(self.frames) < SHAPES:
+            self.frames[shape] = pieces
         return marks.texts, find_texts(text, pieces, marks.texts), text
 
     def _check_fields(self, turns: Sequence[dict[str, Any]], tools: list[Any] | None) -> None:
@@ -164,3 +178,7 @@ class Renderer:
         except Misfit:
             return True
         return bool(text.removeprefix(self.tokenizer.bos_token or "").strip())
+
+
+def _kind(turn: dict[str, Any]) -> tuple[str, bool]:
+    return turn["role"], not turn["content"].strip()

@@ -50,8 +50,9 @@ def encode(
 
     Adds to `problems`, for records that the template does not render as they are (they are left out):
     `template_refused`, `template_drops_text`, `template_changes_text`, `answer_not_found`, `text_behind_answer`,
-    `control_token_in_text`; and, counted only: `truncated` (the sample is yielded, cut), `response_truncated_away` (no learnable token is left
-    before the cut; left out), `nothing_to_learn` (every answer is marked as not to be trained; left out),
+    `control_token_in_text`; and, counted only: `truncated` (the sample is yielded, cut), `response_truncated_away`
+    (no learnable token is left before the cut; left out), `nothing_to_learn` (every answer is
+    marked as not to be trained; left out),
     `spelled_control_token`, `asked_otherwise` and `no_end_of_turn` (yielded).
     Raises UserError where the tokenizer has no chat template that can be read or gives no offsets, and, without
     `skip_bad`, after the last record if any was left out for the template: the message names up to 5 of a kind.
