@@ -61,11 +61,12 @@ def install(model: nn.Module) -> None:
             "model.config.output_router_logits = False)"
         )
     original = base.forward
+    own = getattr(original, "__self__", None) is base  # of a copy of the model, it must be the copy's
 
     @functools.wraps(type(base).forward)
     def forward(self: nn.Module, *args: Any, lead: HeadCall | None = None, **kwargs: Any) -> Any:
         if lead is None:
-            return original(*args, **kwargs)
+            return original.__func__(self, *args, **kwargs) if own else original(*args, **kwargs)
         for name in ("labels", "logits_to_keep", "num_items_in_batch", "return_dict"):
             kwargs.pop(name, None)
         hidden = self.get_decoder()(*args, **kwargs, return_dict=True).last_hidden_state

@@ -1,6 +1,7 @@
 """What cannot be right together with a selection that follows every sample's loss: refused before the first step, with the way out."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lead_engine.errors import UserError
@@ -51,8 +52,13 @@ def refuse_class(cls: type) -> None:
 
 def refuse_dataset(dataset: Any) -> None:
     """UserError for data sets without rows that can be asked for by number."""
+    if isinstance(dataset, Mapping):
+        names = ", ".join(map(str, dataset))
+        raise UserError(f"train_dataset: holds several ({names}); give one of them, dataset['train']")
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError("train_dataset: a stream has no rows to choose from; give a data set with a length and rows by number")
+    if not len(dataset):
+        raise UserError("train_dataset: has no rows")
 
 
 def refuse_trainer(trainer: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
 from lead_engine.errors import UserError
 from lead_engine.files import write_bytes, write_text
@@ -131,8 +132,6 @@ class Rounds:
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint folder. UserError if it has no selection's state, or that of another run."""
         path = folder / FILE
-        if not path.is_file():
-            raise UserError(f"resume_from_checkpoint {folder}: no {FILE} in it, so it was not written by a run with lead(); start anew")
         try:
             with safetensors.safe_open(path, "pt") as file:
                 header = json.loads(file.metadata()["lead"])
@@ -181,3 +180,33 @@ class Rounds:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+
+def checkpoint_folder(given: Any, output_dir: str | Path) -> Path | None:
+    """The folder that train(resume_from_checkpoint=given) means; None for a run that starts anew.
+
+    UserError unless it is a checkpoint of a run with LEAD.
+    """
+    if given is None or given is False:
+        return None
+    if given is True:
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if last is None:
+            where = f"no checkpoint-* folder in {output_dir}"
+            raise UserError(f"resume_from_checkpoint=True: {where}; leave it out to start anew")
+        given = last
+    if not isinstance(given, (str, Path)):
+        way_out = f"give a checkpoint's folder, or True for the last one in {output_dir}"
+        raise UserError(f"resume_from_checkpoint={given!r}: {way_out}")
+    folder = Path(given)
+    if not (folder / "trainer_state.json").is_file():
+        what = "no trainer_state.json in it, so it is no checkpoint" if folder.is_dir() else "no such folder"
+        way_out = "give an OUTPUT_DIR/checkpoint-N, or True for the last one"
+        raise UserError(f"resume_from_checkpoint {folder}: {what}; {way_out}")
+    if not (folder / FILE).is_file():
+        raise UserError(
+            f"resume_from_checkpoint {folder}: no {FILE} in it, so it was not written by a run with lead(), and "
+            f"nothing says what that run had selected. Load the model from {folder} and train without "
+            "resume_from_checkpoint, or go on by the trainer without lead()"
+        )
+    return folder

@@ -1,8 +1,10 @@
 """What the user's script holds: which pool, which budget, which method; and the trainer class made of the user's own."""
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lead_engine.bounds import Seed
 from lead_engine.config import Budget, Method, SelectionConfig
@@ -60,21 +62,24 @@ class Selection:
 
 
 def lead(
-    pool: str | Path | None = None,
-    budget: float | None = None,
+    pool: str | os.PathLike[str] | None = None,
+    budget: float | str | None = None,
     *,
     method: Method = "lead",
-    options: SelectionConfig | None = None,
+    options: SelectionConfig | Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> Selection:
     """Selection for a Hugging Face trainer: `lead(...).trainer(SFTTrainer)(model=..., args=..., train_dataset=...)`.
 
-    pool: folder of `lead-engine prepare`, of the records that `train_dataset` holds, in their order; lengths and masks are compared.
-    None: the trainer's own rows are scored by the model when training starts, once with and once without their instruction.
-    budget: tokens to train, as a share of all of them. The number of optimizer steps, which the trainer's schedule needs, is that share of
-    the samples unless the arguments say `max_steps`; training ends with whichever is spent first. None: `max_steps` alone decides.
-    method, options: as `--method` and `--selection.*` of the command line; seed: by default the trainer's.
-    UserError for folders, methods and options that cannot be used.
+    pool: folder of `lead-engine prepare`, of the records that `train_dataset` holds, in their order; tokens and masks
+    are compared. None: the trainer's own rows are scored by the model when training starts, once with and once without
+    their instruction.
+    budget: tokens to train, as a share of all of them; "0.1" is 0.1. The number of optimizer steps, which the trainer's
+    schedule needs, is that share of the samples unless the arguments say `max_steps`; training ends with whichever is
+    spent first. None: `max_steps` alone decides.
+    method, options: as `--method` and `--selection.*` of the command line, options also as a dict of their names.
+    seed: by default the trainer's.
+    UserError for folders, methods, numbers and options that cannot be used.
     """
     pool = argument(Path | None, pool, "lead(pool=...)")
     budget = argument(Budget | None, budget, "lead(budget=...)")

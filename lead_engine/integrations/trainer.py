@@ -1,10 +1,10 @@
-"""LEAD in a Hugging Face trainer: the loader that hands out what was planned, the loss, and what happens around the optimizer step.
+"""LEAD in a Hugging Face trainer: the loss, what happens around the optimizer step, and what a checkpoint keeps.
 
-    fetching a step's batches    `PlannedBatches` plans a round when the one before it is over; nothing is fetched ahead of a step
+    data.py                      rows are read and checked when the trainer is built
+    loop.py                      `PlannedBatches` plans a round when the one before it is over; epochs; where a run ends
     compute_loss                 the loss op on the last hidden state; one denominator for the whole step, on all ranks
     training_step                after the backward pass: by-products are collected
     on_optimizer_step            dL is estimated, statistics of all ranks are gathered, U and visits are updated
-    on_step_end                  training stops where budget or pool is spent
     save_model, train            the selection's state goes into every checkpoint and comes back from it
 
 A sample's identity is never read from a batch: this side knows which rows it asked for, and checks that what the collator made has their
@@ -13,7 +13,7 @@ lengths and masks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lead_engine.config import to_dict
-from lead_engine.console import say
 from lead_engine.errors import UserError
+from lead_engine.integrations.data import ID, WithRows, is_arrow
 from lead_engine.integrations.head import HeadCall, base_of, check, install
+from lead_engine.integrations.loop import AroundTheStep, PlannedBatches, announce
 from lead_engine.integrations.refuse import refuse_arguments, refuse_class, refuse_dataset, refuse_trainer
-from lead_engine.integrations.rounds import LOG, Rounds
-from lead_engine.integrations.rows import check_batch, check_learnable, check_rows, locate, measure, one_sample
+from lead_engine.integrations.rounds import LOG, Rounds, checkpoint_folder
+from lead_engine.integrations.rows import one_sample
 from lead_engine.integrations.score import score_rows
 from lead_engine.integrations.selection import Selection
 from lead_engine.pool.state import PoolState
@@ -40,8 +41,6 @@ from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
 from lead_engine.selection.selector import Layout, Selector
 
-ID = "_lead_row"
-"""Column that carries a row's number through the trainer's own preparation, which may shuffle rows or leave some out."""
 SCORES = "lead_scores"
 """Folder in the trainer's output folder: the scores of its own rows, where no pool was given."""
 
@@ -57,50 +56,13 @@ def with_lead(cls: type, selection: Selection) -> type:
     return type(f"Lead{cls.__name__}", (_WithLead, cls), {"lead_selection": selection, "__doc__": cls.__doc__})
 
 
-class PlannedBatches:
-    """This rank's micro-batches, step by step. It has no length: what a round holds is known when the one before it is over."""
-
-    def __init__(self, trainer: _WithLead) -> None:
-        self._trainer = trainer
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        rounds, given = self._trainer.lead_rounds, None
-        while rounds.steps_done < self._trainer.state.max_steps and rounds.ahead():  # a resumed run may have been over
-            if given == rounds.steps_done:
-                raise RuntimeError("the trainer asked for a step's batches before the step in hand was trained")
-            given = rounds.steps_done
-            for place in range(rounds.accumulation):
-                yield self._trainer._lead_batch(rounds.ids(place))
-
-
-class _AroundTheStep(TrainerCallback):
-    def __init__(self, trainer: _WithLead) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._trainer._lead_before_step()
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._trainer._lead_after_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        rounds = self._trainer.lead_rounds
-        if state.global_step < state.max_steps and not rounds.ahead():
-            control.should_training_stop = True
-            spent = "" if rounds.budget is None else f" of {rounds.budget:,}"
-            say(f"nothing is left to train after step {state.global_step} of {state.max_steps}, {rounds.tokens:,}{spent} tokens")
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._trainer.lead_rounds.finish_round()
-
-
-class _WithLead(Trainer):
+class _WithLead(WithRows):
     """Comes before a trainer class; see `Selection.trainer`."""
 
-    lead_selection: Selection
     lead_rounds: Rounds
     """The run's selection, once `train` was called: `.selector.samples.utility`, `.visits`, `.round`, `.tokens`."""
     loss_is_scaled_for_ga = True
+    _lead_running = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parameters = inspect.signature(super().__init__).parameters
@@ -114,88 +76,48 @@ class _WithLead(Trainer):
         refuse_arguments(named.get("args"))
         if dataset is not None:
             refuse_dataset(dataset)
-            if _is_arrow(dataset):
+            if is_arrow(dataset):
                 dataset = dataset.add_column(ID, np.arange(len(dataset)))
             named["train_dataset"], self._lead_given = dataset, len(dataset)
         super().__init__(*given.args, **given.kwargs)
         refuse_trainer(self)
         install(self.model)
-        self.add_callback(_AroundTheStep(self))
+        self.callback_handler.callbacks.insert(0, AroundTheStep(self))
+        self.args = copy(self.args)  # what is set in it here is no business of the user's next trainer
         if self.train_dataset is not None:
             self._lead_read_rows()
             self._lead_set_steps()
 
-    # --- rows ---
-
-    def _lead_read_rows(self) -> None:
-        """The trainer's rows as it will train them: their lengths and masks, checked against the pool's where there is one."""
-        order = None
-        if _is_arrow(self.train_dataset):
-            if ID not in self.train_dataset.column_names:
-                raise UserError("args: the trainer's preparation merges samples, whose losses cannot be told apart; switch packing off")
-            order = torch.tensor(self.train_dataset[ID][:], dtype=torch.int64)
-            self.train_dataset = self.train_dataset.remove_columns(ID)
-        rows, self._lead_collate = self.train_dataset, self.data_collator
-        if _is_arrow(rows):
-            rows = self._remove_unused_columns(rows, description="training")
-        else:
-            self._lead_collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        self._lead_rows = rows
-        lengths, counts = measure(rows, self._lead_collate)
-        self._lead_row_of = torch.arange(len(lengths))
-        store = self.lead_selection.store
-        if store is not None:
-            if order is not None:
-                self._lead_row_of = _places(order, self._lead_given)
-                lengths, counts = (values[self._lead_row_of] for values in (lengths, counts))
-            check_rows(lengths, counts, store.lengths, store.response_rows)
-        check_learnable(counts)
-        self._lead_lengths, self._lead_counts = lengths, counts
-
-    def _lead_batch(self, ids: list[int]) -> dict[str, Any]:
-        """The collated samples `ids`, and under "lead" where they lie. No ids: a batch in which nothing is to be learned."""
-        places = self._lead_row_of[ids or [0]].tolist()
-        together = getattr(self._lead_rows, "__getitems__", None)  # as torch's own loader does
-        batch = dict(self._lead_collate(together(places) if together else [self._lead_rows[place] for place in places]))
-        where = locate(batch, max(1, len(ids)))
-        rows, targets, slots = where.rows, where.targets, where.row_slots
-        if ids:
-            check_batch(where, ids, self._lead_lengths, self._lead_counts)
-        else:
-            batch["labels"] = torch.full_like(batch["labels"], -100)
-            rows, targets, slots = torch.tensor([0]), torch.tensor([-100]), torch.tensor([0])
-        batch["lead"] = {"rows": rows, "targets": targets, "row_slots": slots, "flattened": where.flattened}
-        return batch
+    # --- a run ---
 
     def _lead_set_steps(self) -> None:
         budget, args = self.lead_selection.budget, self.args
-        if args.max_steps <= 0:
+        self._lead_own_steps = args.max_steps <= 0
+        if self._lead_own_steps:
             if budget is None:
-                raise UserError("lead(): how long? give lead(budget=...) or max_steps in the trainer's arguments")
-            args.max_steps = max(1, round(budget * len(self._lead_lengths) / self._lead_step_samples))
-
-    @property
-    def _lead_step_samples(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+                raise UserError(
+                    "lead(): how long? give lead(budget=...) or max_steps in the trainer's arguments; num_train_epochs "
+                    "is not read (budget=1 trains as many tokens as one epoch)"
+                )
+            together = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            args.max_steps = max(1, round(budget * len(self._lead_lengths) / together))
 
     def get_train_dataloader(self) -> Any:
-        """What the rounds plan, and nothing else."""
-        if self.train_dataset is None:
-            return super().get_train_dataloader()
-        return PlannedBatches(self)
+        """While training, what the rounds plan. At other times nothing is planned: all rows, as without LEAD."""
+        return PlannedBatches(self) if self._lead_running else super().get_train_dataloader()
 
-    # --- a run ---
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; with resume_from_checkpoint the selection goes on from that checkpoint too."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # the trainer says what is missing
-        if self.train_dataset is not None:
-            folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-            self._lead_begin(folder)
-            if folder is not None:
-                self.args.ignore_data_skip = True  # the plan says where the data go on
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.train_dataset is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        folder = checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
+        self._lead_begin(folder)
+        self.args.ignore_data_skip = folder is not None  # the plan says where the data go on
+        self._lead_running = True
+        try:
+            return super().train(None if folder is None else str(folder), *args, **kwargs)
+        finally:
+            self._lead_running = False
 
     def _lead_begin(self, checkpoint: Path | None) -> None:
         selection, args = self.lead_selection, self.args
@@ -207,7 +129,7 @@ class _WithLead(Trainer):
             capacity=args.per_device_train_batch_size * int(self._lead_lengths.max()),
         )
         options = selection.options if METHODS[selection.method].uses_loss_change else replace(selection.options, loss_change="none")
-        state = selection.state() or self._lead_score(resumed=checkpoint is not None, seed=seed)
+        state = selection.state() or self._lead_score(checkpoint, seed=seed)
         selector = Selector(
             state, self._lead_lengths, self._lead_counts, method=selection.method, config=options, layout=layout, seed=seed,
             device=args.device,
@@ -219,22 +141,38 @@ class _WithLead(Trainer):
         identity = {
             "samples": len(self._lead_lengths), "tokens": tokens, "method": selection.method, "options": to_dict(options),
             "budget": budget, "seed": seed, "layout": asdict(layout), "ranks": args.world_size,
+            "the hash of all rows": self._lead_measured.digest, "the hash of their scores": state.digest(),
         }  # fmt: skip
         log = Path(args.output_dir) / LOG if self.is_world_process_zero() else None
         self.lead_rounds = Rounds(
             selector, change, budget=budget, identity=identity, rank=args.process_index, world=args.world_size, log=log
         )
         self.lead_rounds.begin() if checkpoint is None else self.lead_rounds.load(checkpoint)
+        if checkpoint is None and not self.lead_rounds.ahead():
+            short = budget is not None and budget < int(self._lead_lengths.min())
+            why = f"the budget is {budget:,} tokens, the shortest row has more" if short else "no row can be chosen"
+            raise UserError(f"lead(budget={selection.budget}): there is nothing to train: {why}")
         self._lead_checked, self._lead_pending, self._lead_losses = False, None, []
+        self._lead_count_tokens()
+        announce(self, budget)
 
-    def _lead_score(self, *, resumed: bool, seed: int) -> PoolState:
-        """The scores of the trainer's own rows: measured, or those with which the run began."""
+    def _lead_score(self, checkpoint: Path | None, *, seed: int) -> PoolState:
+        """The scores of the trainer's own rows: measured, or those of the run's start, beside its checkpoints."""
         folder, args = Path(self.args.output_dir) / SCORES, self.args
         if not METHODS[self.lead_selection.method].needs_scores:
             return PoolState.unscored(len(self._lead_lengths))
-        if resumed:
-            return PoolState.load(folder, len(self._lead_lengths))
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if checkpoint is not None:
+            began = checkpoint.parent / SCORES
+            if not PoolState.exists(began):
+                raise UserError(
+                    f"resume_from_checkpoint {checkpoint}: the rows' scores are not beside it ({began}), so the run "
+                    "cannot go on as it began; put that folder back"
+                )
+            state = PoolState.load(began, len(self._lead_lengths))
+            if self.is_world_process_zero() and not PoolState.exists(folder):
+                state.save(folder)  # beside the checkpoints to come, too
+            return state
+        tokenizer = self._lead_tokenizer
         config = base_of(self.model).config.get_text_config()
         if getattr(tokenizer, "chat_template", None):
             prompt = generation_prompt_ids(tokenizer)
@@ -321,6 +259,13 @@ class _WithLead(Trainer):
         losses, self._lead_losses = self._lead_losses, []
         self.lead_rounds.observe(losses, self._lead_rate, first_order, norm)
         self.lead_rounds.end_step()
+        self._lead_count_tokens()
+
+    def _lead_count_tokens(self) -> None:
+        """SFTTrainer's num_tokens, which its own loss counts: all ranks' tokens so far, also before a resumption."""
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = self.lead_rounds.tokens
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     # --- files ---
 
@@ -346,21 +291,3 @@ def _along_gradient(parameters: list[torch.nn.Parameter], chunk: int = 1 << 22) 
             for g, v in zip(parameter.grad.flatten().split(chunk), parameter.flatten().split(chunk), strict=True):
                 total += torch.sum(g.float() * v.float(), dtype=torch.float64)
     return total
-
-
-def _is_arrow(dataset: Any) -> bool:
-    """Whether it is a datasets.Dataset whose rows are what its columns say."""
-    return hasattr(dataset, "add_column") and dataset.format["type"] != "custom"
-
-
-def _places(order: Tensor, count: int) -> Tensor:
-    """Where each of `count` rows of the user's data set came to lie: int64 [count]. UserError naming the first that is gone."""
-    places = torch.full((count,), -1)
-    places[order] = torch.arange(len(order))
-    gone = (places < 0).nonzero()
-    if len(gone):
-        raise UserError(
-            f"train_dataset: row {int(gone[0])} was left out by the trainer ({len(gone):,} such rows), probably because nothing of its "
-            "answer is left within max_length; raise max_length, or leave such records out of pool and data set"
-        )
-    return places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ class PoolState:
     @property
     def num_samples(self) -> int:
         return len(self.utility)
+
+    def digest(self) -> str:
+        """A hash of all vectors, whose equality means the same scores, clusters and tasks."""
+        found = hashlib.blake2b(digest_size=8)
+        for name in DTYPES:
+            found.update(getattr(self, name).contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def save(self, folder: Path | str) -> None:
         """Write FOLDER/state.safetensors, then FOLDER/state.json, each by rename."""

@@ -206,14 +206,19 @@ def test_batches_that_are_not_what_was_planned_are_refused(make_pool, make_model
     def cuts(examples: list[dict]) -> dict:
         return {name: value[:, :6] for name, value in pad(examples).items()}
 
-    wrong = ((cuts, "cut nothing"), (lambda rows: pad(rows[::-1]), "keep the order"), (lambda rows: pad(rows[:1]), "1 rows of 4"))
+    left = collator(make_model())
+    left.tokenizer.padding_side = "left"
+    wrong = (
+        (cuts, "cut nothing"), (lambda rows: pad(rows[::-1]), "keep the order"),
+        (lambda rows: pad(rows[:1]), "1 rows of 2"), (left, "padding_side = 'right'"),
+    )  # fmt: skip
     for collate, words in wrong:
-        trainer = lead(make_pool(samples=40)).trainer(Trainer)(model=load(folder), args=make_args(max_steps=1), data_collator=collate)
+        make = lead(make_pool(samples=40)).trainer(Trainer)
         with pytest.raises(UserError, match=words):
-            trainer.train()
+            make(model=load(folder), args=make_args(max_steps=1), data_collator=collate)
     trainer = lead(make_pool(samples=40)).trainer(Trainer)(model=load(folder), args=make_args(max_steps=1), data_collator=pad)
     trainer._lead_begin(None)
-    trainer.state.max_steps = 4
+    trainer.state.max_steps, trainer._lead_running = 4, True
     batches = iter(trainer.get_train_dataloader())
     assert {"lead", "labels"} <= set(next(batches)) & set(next(batches))
     with pytest.raises(RuntimeError, match="before the step in hand was trained"):
@@ -227,6 +232,11 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
     for wrong, words in (
         ({"method": "rescore"}, "only `lead-engine train` does"), ({"method": "full"}, "selects nothing"),
         ({"method": "lucky"}, "no such method"), ({"budget": 0.0}, "budget"), ({"pool": tmp_path}, "no such file"),
+        ({"budget": float("nan")}, "budget=...\\) nan: must be"), ({"budget": "some"}, "must be a number"),
+        ({"budget": True}, "must be a number"), ({"budget": float("inf")}, "1000"), ({"budget": "1e9"}, "1000"),
+        ({"method": ["lead"]}, "no such method"), ({"pool": 3}, "must be a path"), ({"pool": ""}, "must be the name"),
+        ({"seed": -1}, "between 0"), ({"seed": 2**32}, "between 0"), ({"seed": "x"}, "a whole number"),
+        ({"options": {"round_step": 2}}, "round_step"), ({"options": "lead"}, "must be a SelectionConfig"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             lead(**wrong)
@@ -247,6 +257,21 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
         build(compute_loss_func=lambda *_: None)
     with pytest.raises(UserError, match="model_init"):
         build(model=None, model_init=lambda: load(folder))
+    rows = lead(pool).dataset()
+    for wrong, words in (
+        ({"train": rows}, r"dataset\['train'\]"), (rows.select([]), "no rows"), ([], "no rows"),
+        (Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5, 6]]}), "row 0 has 3 input_ids and 2 labels"),
+        (Dataset.from_dict({"input_ids": [[5, 320]] * 2, "labels": [[5, 6]] * 2}), "for 320 tokens.* token 320"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            lead().trainer(Trainer)(
+                model=load(folder), args=make_args(max_steps=1), data_collator=pad, train_dataset=wrong
+            )
+    trainer = lead(budget="1e-6").trainer(Trainer)(
+        model=load(folder), args=make_args(), data_collator=pad, train_dataset=rows
+    )
+    with pytest.raises(UserError, match="the shortest row has more"):
+        trainer.train()
     with pytest.raises(UserError, match="a stream"):
         build(train_dataset=IterableDataset.from_generator(lambda: iter([{"input_ids": [1]}])))
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -298,3 +323,33 @@ def test_importing_it_needs_transformers_only() -> None:
         assert "import trl" not in text
         assert "from trl" not in text
         assert not [line for line in text.splitlines() if line.startswith(("import datasets", "from datasets"))], path
+
+
+def test_starts_and_ends_of_rows_are_looked_at(make_model) -> None:
+    """Said, for a run may want it so: answers without an end that is learned; no start token, or two of them."""
+    import numpy as np
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    from lead_engine.integrations.measure import _measure, complaints
+
+    tokenizer = AutoTokenizer.from_pretrained(make_model())
+    end, start = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+    def said(*rows: list[int], learned: int = 99) -> list[str]:
+        tokens, bounds = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+        learn = np.concatenate([np.arange(len(row)) < learned for row in rows])
+        return complaints(_measure(tokens, learn, bounds), tokenizer, [7])
+
+    # A line break may stand behind the end; 7 ends a generation by the model's configuration.
+    assert said([9, 8, end], [9, 8, end, 10], [9, 8, 7]) == []
+    (line,) = said([9, 8, end], [9, end, 8, 9], [5])
+    assert "2 of 3 rows (the first: 1) end in no special token" in line
+    assert len(said([9, 8, 9, end], learned=3)) == 1  # the end is masked
+    tokenizer.bos_token = "<|im_start|>"
+    assert said([9, 8, end]) == []  # this tokenizer puts nothing in front
+    first_token = {"single": "<|im_start|> $A", "special_tokens": [("<|im_start|>", start)]}
+    tokenizer._tokenizer.post_processor = TemplateProcessing(**first_token)
+    first, second = said([9, 8, end], [start, 8, end], [start, start, end])
+    assert "1 of 3 rows (the first: 0) do not start with '<|im_start|>'" in first
+    assert "1 of 3 rows (the first: 2) start twice with" in second
