@@ -1,7 +1,7 @@
 """The functions and the session that `import lead_engine` offers: the command line's parts, to be called."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +12,7 @@ from lead_engine.options import argument, as_config
 
 if TYPE_CHECKING:
     from lead_engine.model.packed import PackedLM
+    from lead_engine.pool.heldout import HeldOutData
     from lead_engine.pool.state import PoolState
     from lead_engine.pool.store import TokenStore
     from lead_engine.selection.selector import Selector
@@ -73,11 +74,11 @@ class Session:
 
         with Session(config) as session:
             for report in session.rounds():
-                ...                          # look, evaluate, stop early
+                ...                          # look, session.evaluate("heldout.jsonl"), stop early
             session.save(Path("MODEL"))
 
-    `config.out`, `resume`, `checkpoint_every` and the loggers are not used. Under torchrun all ranks do the same. While the block lasts,
-    torch's process group is this session's.
+    `config.out`, `resume`, `checkpoint_every`, `eval_data` with what goes with it, and the loggers are not used. Under
+    torchrun all ranks do the same. While the block lasts, torch's process group is this session's.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -93,6 +94,7 @@ class Session:
             self._ranks = stack.enter_context(process_group(self.config.runtime.timeout))
             self._parts = build(self.config, self._ranks)
             self._progress = Progress()
+            self._heldout: dict[tuple[tuple[str, ...], bool], HeldOutData] = {}
             self._stack = stack.pop_all()  # only now: a build that fails leaves the group at once
         return self
 
@@ -133,6 +135,23 @@ class Session:
         for finished in self._built.engine.rounds(self._progress, self.budget):
             self._progress = finished.after
             yield _report(finished)
+
+    def evaluate(self, data: str | Path | Sequence[str | Path], *, skip_bad: bool = False) -> dict[str, Any]:
+        """Held-out loss of the model as it is, in nats per response token; what is trained afterwards does not change by it.
+
+        data: files in any form that `prepare` reads. They are tokenised at the first call, by every rank; later calls with the same
+        names use these tokens. Records are cut where the pool's were. Returns {"overall": float, "macro": float, "tasks": {name:
+        {"loss", "samples", "tokens"}}}, alike on all ranks. UserError for records that cannot be used; `skip_bad` leaves those out.
+        """
+        from lead_engine.training.heldout import loss_of
+        from lead_engine.training.heldout_data import open_temporary
+
+        parts, ranks = self._built, self._ranks
+        names = tuple(map(str, [data] if isinstance(data, (str, Path)) else data))
+        if (names, skip_bad) not in self._heldout:
+            opened = open_temporary(self.config, names, parts.tokenizer, ranks, skip_bad=skip_bad)
+            self._heldout[names, skip_bad] = self._stack.enter_context(opened)
+        return loss_of(self._heldout[names, skip_bad], parts, ranks)
 
     def save(self, folder: str | Path) -> None:
         """Write the model as it is: Hugging Face format, or a peft adapter. On all ranks; the folder appears whole."""

@@ -114,7 +114,7 @@ def _parse(options: Callable[..., Any], prog: str, arguments: list[str], speaks:
     with _silence_unless(speaks):
         parsed = tyro.cli(options, prog=prog, args=arguments)
     if isinstance(options, type):
-        _refuse_empty_lists(parsed)
+        _refuse_empty_lists(parsed, arguments)
     return parsed
 
 
@@ -148,7 +148,7 @@ def _parse_with_file(cls: type, prog: str, arguments: list[str], speaks: bool) -
         if file and not any(_flag_name(argument) == flag for argument in arguments):
             raise UserError(f"--config {file}: {error}") from None
         raise
-    _refuse_empty_lists(parsed)
+    _refuse_empty_lists(parsed, arguments)
     return parsed
 
 
@@ -191,9 +191,12 @@ def _refuse_repeated_lists(cls: type, arguments: list[str]) -> None:
             raise UserError(f"{flag} is given more than once; give all its values together: {flag} A B")
 
 
-def _refuse_empty_lists(parsed: Any) -> None:
+def _refuse_empty_lists(parsed: Any, arguments: list[str]) -> None:
+    """A list that must be given, or whose flag was, has values."""
+    required = {f.name for f in dataclasses.fields(parsed) if f.default is dataclasses.MISSING}
     for name in _list_fields(type(parsed)):
-        if not getattr(parsed, name):
+        given = any(_flag_name(argument) == f"--{name.replace('_', '-')}" for argument in arguments)
+        if not getattr(parsed, name) and (given or name in required):
             raise UserError(f"--{name.replace('_', '-')}: give at least one value")
 
 

@@ -246,6 +246,14 @@ class TrainConfig(Options):
     """How many checkpoints to keep."""
     max_skipped_steps: Annotated[int, Bounds(ge=0)] = 10
     """Steps with a loss or gradient that is not finite are skipped and counted; after more of them than this the run stops."""
+    eval_data: tuple[PathText, ...] = ()
+    """Held-out files, in any form that `prepare` reads: their loss is measured before training and at its end."""
+    eval_every: Annotated[int, Bounds(ge=0, zero="only before training and at its end")] = 0
+    """Measure it every so many optimizer steps, too (at a round's end), and keep the best model in OUT/best; 0 does not."""
+    patience: Annotated[int, Bounds(ge=0, zero="never stop early")] = 0
+    """Stop after so many measurements in a row without a lower held-out loss; 0 never does."""
+    skip_bad: bool = False
+    """Leave out records of `eval_data` that cannot be used (each is named and counted) instead of refusing them."""
     wandb: str = ""
     """Also log to Weights & Biases: the project's name."""
     mlflow: str = ""
@@ -255,6 +263,12 @@ class TrainConfig(Options):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value in (("--eval-every", self.eval_every), ("--patience", self.patience), ("--skip-bad", self.skip_bad)):
+            require(bool(self.eval_data) or not value, flag, value, "left out without --eval-data, the files that it is about")
+        require(self.eval_every > 0 or not self.patience, "--patience", self.patience, "left out without --eval-every N")
 
 
 @dataclass(frozen=True)

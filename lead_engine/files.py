@@ -37,9 +37,14 @@ def publish(building: Path, place: Path) -> None:
     for file in building.rglob("*") if building.is_dir() else [building]:
         if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != mode:
             file.chmod(mode)
-    if place.is_dir():
-        shutil.rmtree(place)
+    if not place.is_dir():
+        os.replace(building, place)
+        return
+    old = place.with_name(f"{place.name}.old")  # a folder cannot be renamed onto another; whoever is killed here has both
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(place, old)
     os.replace(building, place)
+    shutil.rmtree(old)
 
 
 def read_json(path: Path) -> dict[str, Any]:

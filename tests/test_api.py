@@ -84,6 +84,7 @@ def test_a_whole_run_in_ten_lines(make_model, tmp_path, monkeypatch, capsys) -> 
     selection = [json.loads(line) for line in Path("RUN/selection.jsonl").read_text().splitlines()]
     assert sum(map(len, report.sample_ids)) == selection[-1]["samples"]
     assert report.tokens == selection[-1]["tokens"]
+    assert again["loss"] == pytest.approx(scope["result"]["loss"]["overall"], abs=1e-6)  # bf16 or not, as `eval` has it
     assert (tmp_path / "TUNED" / "model.safetensors").read_bytes() == (tmp_path / "RUN" / "model" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="with Session"):
         _ = again["session"].model

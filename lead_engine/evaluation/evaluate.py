@@ -35,13 +35,10 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import score_store, summarise_loss
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.chat_template import fold_system, notes
+from lead_engine.pool.heldout import encode_records, task_of
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore
-from lead_engine.pool.template import encode
-
-UNNAMED_TASK = "unnamed"
-"""Task of records without `dataset`."""
 
 
 @dataclass
@@ -100,11 +97,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return result
 
 
-def task_of(record: Record) -> str:
-    """The name under which a record's results are counted: its data set."""
-    return record.dataset or UNNAMED_TASK
-
-
 def output_folder(config: EvalConfig) -> Path | None:
     """--out; else RUN/eval if --model is a run folder; else none."""
     if config.out is not None:
@@ -147,10 +139,8 @@ def _percent(shares: dict[str, Any] | None) -> tuple[str | None, str | None]:
 
 
 def _score(model: PackedLM, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig, problems: Problems) -> Scored:
-    samples = list(encode(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad))
-    if not samples:
-        where = " ".join(config.data)
-        raise UserError(f"--max-length {config.max_length}: no answer in {where} begins within so few tokens; raise it")
+    source = " ".join(config.data)
+    samples = encode_records(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad, source=source)
     with tempfile.TemporaryDirectory(prefix="lead-eval-") as folder:
         TokenStore.write(Path(folder) / "store", samples)
         device = next(model.parameters()).device

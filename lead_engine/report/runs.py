@@ -35,6 +35,8 @@ class Run:
     summary: dict[str, Any] | None
     utility: dict[str, Array] | None
     evaluation: dict[str, Any] | None
+    heldout: list[dict[str, Any]] = field(default_factory=list)
+    """Evaluations while it trained, in order: the lines of heldout.jsonl."""
 
     @property
     def method(self) -> str:
@@ -166,7 +168,7 @@ def read_run(folder: Path) -> Run:
     missing = [key for key in ("method", "seed", "budget") if key not in config]
     if missing:
         raise UserError(f"{folder / 'config.yaml'}: no {', '.join(missing)} in it; it is not the configuration of a training run")
-    evaluation = folder / "eval"
+    evaluation, heldout = folder / "eval", folder / "heldout.jsonl"
     return Run(
         folder=folder,
         name=folder.name,
@@ -176,6 +178,7 @@ def read_run(folder: Path) -> Run:
         summary=read_json(folder / "summary.json") if (folder / "summary.json").exists() else None,
         utility=_read_utility(folder / "utility.npz"),
         evaluation=read_result(evaluation) if (evaluation / RESULT).exists() else None,
+        heldout=_without_repeats(read_lines(heldout), "step", heldout) if heldout.exists() else [],
     )
 
 

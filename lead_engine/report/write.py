@@ -11,7 +11,7 @@ from lead_engine import console
 from lead_engine.config import ReportConfig
 from lead_engine.errors import UserError
 from lead_engine.files import write_bytes, write_text
-from lead_engine.report import comparison_plots, difference_plots, selection_plots, training_plots
+from lead_engine.report import comparison_plots, difference_plots, heldout_curve, selection_plots, training_plots
 from lead_engine.report.page import page
 from lead_engine.report.runs import Collection, Run, read_collection
 from lead_engine.report.style import SETTINGS, Plot
@@ -68,6 +68,7 @@ def plots_of(run: Run, collection: Collection) -> list[Plot]:
     """One run's plots, in the order of the page."""
     return [
         training_plots.heldout_plot(run, collection.base),
+        *([heldout_curve.heldout_curve(run)] if run.heldout else ()),
         training_plots.loss_plot(run),
         training_plots.optimizer_plot(run),
         selection_plots.bandit_plot(run),

@@ -12,6 +12,7 @@ from lead_engine.model.load import count_parameters
 from lead_engine.model.precision import choose_precision
 from lead_engine.selection.methods import METHODS
 from lead_engine.training.distributed import Ranks
+from lead_engine.training.heldout import BEST
 from lead_engine.training.memory import estimate
 from lead_engine.training.records import Meter
 from lead_engine.training.session import Session
@@ -50,6 +51,7 @@ def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]
         ("memory", str(estimate(model, config.optimizer.kind))),
         ("selection", _describe_selection(config)),
         ("checkpoints", _checkpoints(config)),
+        ("held-out", _heldout(session)),
         ("logs", _logs(config)),
         ("MFU", _peak(meter)),
     ]
@@ -116,6 +118,17 @@ def _checkpoints(config: TrainConfig) -> str:
         return "only when SIGTERM or Ctrl-C stops it, for --resume; a run that is killed begins anew (--checkpoint-every 0)"
     kept = f"the last {config.keep_checkpoints} kept" if config.keep_checkpoints > 1 else "the last kept"
     return f"every {config.checkpoint_every} rounds and when SIGTERM or Ctrl-C stops it, {kept}; the same command with --resume goes on"
+
+
+def _heldout(session: Session) -> str:
+    data, config = session.heldout, session.config
+    if data is None:
+        return ""
+    when = "before training and at its end"
+    if config.eval_every:
+        when = f"{when}, and every {config.eval_every} steps (at a round's end); the best model in {config.out / BEST}"
+    stops = f"; stops after {config.patience} in a row without a lower loss" if config.patience else ""
+    return f"{data.store.num_samples:,} samples, {data.store.num_tokens:,} tokens, {len(set(data.tasks))} tasks: loss {when}{stops}"
 
 
 def _logs(config: TrainConfig) -> str:

@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
+from safetensors import SafetensorError
 
 from lead_engine.config import TrainConfig, to_dict
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
+from lead_engine.training.distributed import Ranks
 from lead_engine.training.trackers import Trackers, check_packages
 from lead_engine.yaml_file import read_yaml
 
@@ -28,7 +32,7 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig, *, writes: bool):
         self.path, self.writes, self.config = config.out, writes, config
-        self._metrics = self._selection = self._trackers = None
+        self._metrics = self._selection = self._heldout = self._trackers = None
         self.skipped_steps = 0
         """Of the whole run, also before it was resumed."""
         check_packages(config)
@@ -51,6 +55,11 @@ class RunFolder:
         self._metrics, kept = _reopen(self.path / "metrics.jsonl", "step", steps)
         self._selection, _ = _reopen(self.path / "selection.jsonl", "round", rounds)
         self.skipped_steps = sum(line.get("skipped", False) for line in kept)
+        if self.config.eval_data:
+            # An evaluation after the last step that counts is in the checkpoint that the run goes on from.
+            self._heldout, kept = _reopen(self.path / "heldout.jsonl", "step", steps + 1 if steps else 0)
+            for line in kept[-1:]:
+                self._track(line)  # TensorBoard has just dropped what it had of this step
 
     def step(self, line: dict[str, Any]) -> None:
         if not self.writes:
@@ -66,12 +75,44 @@ class RunFolder:
         self._trackers.log("selection", line["round"], {name: line[name] for name in ROUND_SCALARS})
         self._metrics.flush(), self._selection.flush(), self._trackers.flush()
 
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """A line of heldout.jsonl."""
+        if not self.writes:
+            return
+        self._heldout.write(json.dumps(line) + "\n")
+        self._heldout.flush()
+        self._track(line)
+        self._trackers.flush()
+
+    def _track(self, line: dict[str, Any]) -> None:
+        loss = line["loss"]
+        tasks = {f"task/{name}": task["loss"] for name, task in loss["tasks"].items()}
+        self._trackers.log("eval", line["step"], {"loss": loss["overall"], "macro": loss["macro"], **tasks})
+
     def close(self) -> None:
         """End the logs; trackers hear whether the run is complete."""
         if self._metrics is not None:
             self._metrics.close(), self._selection.close()
+        if self._heldout is not None:
+            self._heldout.close()
         if self._trackers is not None:
             self._trackers.close((self.path / COMPLETE).exists())
+
+
+def why_not_written(ranks: Ranks, path: Path, write: Callable[[], None]) -> str | None:
+    """Write a file or folder together: None, or on all ranks alike the reason why one of them could not.
+
+    What was begun (PATH.writing, or of a folder that is renamed later, PATH) is then removed. Not while a checkpoint is being written.
+    """
+    reason = None
+    try:
+        write()
+    except (OSError, SafetensorError, UserError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    reason = next(filter(None, ranks.everyone(reason)), None)
+    if reason is not None and ranks.first:
+        shutil.rmtree(path.with_name(path.name + ".writing"), ignore_errors=True)
+    return reason
 
 
 def _reopen(path: Path, counter: str, done: int) -> tuple[TextIO, list[dict[str, Any]]]:
@@ -92,8 +133,13 @@ def _reopen(path: Path, counter: str, done: int) -> tuple[TextIO, list[dict[str,
 
 def _same_configuration(path: Path, config: TrainConfig) -> None:
     """Refuse to resume under other options: the result would be neither run. Where it runs may change."""
-    before, now = read_yaml(path), to_dict(config)
+    now = to_dict(config)
+    before = {**_defaults(config), **read_yaml(path)}  # options that are newer than the run have their defaults
     free = {"resume", "out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "wandb", "mlflow", "runtime"}
     for name in now:
         if name not in free and before.get(name) != now[name]:
             raise UserError(f"--resume: {path} was started with {name} = {before.get(name)}, now it is {now[name]}; use the same options")
+
+
+def _defaults(config: TrainConfig) -> dict[str, Any]:
+    return to_dict(TrainConfig(pool=config.pool, model=config.model, out=config.out))

@@ -13,6 +13,7 @@ from lead_engine.model.load import build_model, load_config, load_tokenizer, wei
 from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.chat_template import fold_system
+from lead_engine.pool.heldout import HeldOutData
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.selection.loss_change import make_loss_change
@@ -20,6 +21,7 @@ from lead_engine.selection.methods import METHODS
 from lead_engine.selection.selector import Layout, Selector
 from lead_engine.training.combinations import check_combination
 from lead_engine.training.distributed import Ranks, data_mesh
+from lead_engine.training.heldout_data import open_heldout
 from lead_engine.training.loop import Engine
 from lead_engine.training.optimizer import check_available, make_optimizer
 from lead_engine.training.scorer import PoolScorer
@@ -36,10 +38,15 @@ class Session:
     base: Path
     budget: int
     """Tokens to train."""
+    heldout: HeldOutData | None = None
+    """What it is evaluated on while it trains."""
 
 
-def build(config: TrainConfig, ranks: Ranks) -> Session:
-    """Open the pool, load the model, and put the engine together. Raises UserError for everything that the user can mend."""
+def build(config: TrainConfig, ranks: Ranks, *, evaluates: bool = False) -> Session:
+    """Open the pool, load the model, and put the engine together. Raises UserError for everything that the user can mend.
+
+    evaluates: open --eval-data, in the run folder.
+    """
     check_combination(config, ranks.size, ranks.device)
     check_available(config.optimizer)  # before the weights are read
     store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
@@ -47,15 +54,20 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
     base = _base(config, ranks)
     tokenizer = _tokenizer(config, base)
     _check_vocabulary(config, base, store, len(tokenizer))
+    heldout = open_heldout(config, ranks, tokenizer) if evaluates else None
+    longest = int(store.lengths.max())
+    if heldout is not None:
+        _check_vocabulary(config, base, heldout.store, len(tokenizer), source="--eval-data")
     model = build_model(
         base,
         device=ranks.device,
         mesh=data_mesh(ranks, config.runtime.replicate),
         runtime=config.runtime,
-        max_length=int(store.lengths.max()),
+        max_length=max(longest, int(heldout.store.lengths.max())) if heldout else longest,
         lora=config.lora,
         seed=config.seed,
     )
+    model.max_length = longest  # of what is trained: evaluations widen it for themselves
     layout = Layout(config.selection.round_steps, config.batch.micro_batches, config.batch.num_slots, config.batch.capacity)
     uses_change = METHODS[config.method].uses_loss_change  # else no estimate is made
     options = config.selection if uses_change else replace(config.selection, loss_change="none")
@@ -75,7 +87,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Session:
     scorer = PoolScorer(model, store, lambda: _answers(config, base, ranks), config.batch, ranks.rank, ranks.size)
     engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size, scorer=scorer)
     budget = config.epochs * store.num_tokens if METHODS[config.method].whole_pool else round(config.budget * store.num_tokens)
-    return Session(config, engine, state, tokenizer, base, budget)
+    return Session(config, engine, state, tokenizer, base, budget, heldout)
 
 
 def _pool_state(config: TrainConfig, store: TokenStore) -> PoolState:
@@ -113,6 +125,6 @@ def _tokenizer(config: TrainConfig, base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_vocabulary(config: TrainConfig, base: Path, store: TokenStore, tokens: int | None = None) -> None:
-    rows = rows_of(load_config(weights_folder(base)))
-    check_vocabulary(store.max_token_id, rows, tokens=tokens, model=f"--model {config.model}", source=f"--pool {config.pool}")
+def _check_vocabulary(config: TrainConfig, base: Path, store: TokenStore, tokens: int | None = None, source: str = "") -> None:
+    rows, source = rows_of(load_config(weights_folder(base))), source or f"--pool {config.pool}"
+    check_vocabulary(store.max_token_id, rows, tokens=tokens, model=f"--model {config.model}", source=source)

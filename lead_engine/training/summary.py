@@ -10,17 +10,19 @@ from lead_engine.console import say
 from lead_engine.files import write_text
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import Ranks
+from lead_engine.training.heldout import HeldOut
 from lead_engine.training.memory import peak_bytes, size
 from lead_engine.training.records import Meter
 from lead_engine.training.run_folder import COMPLETE
 from lead_engine.training.session import Session
 
 
-def write_summary(session: Session, ranks: Ranks, done: Progress, meter: Meter, skipped_steps: int) -> None:
+def write_summary(session: Session, ranks: Ranks, done: Progress, meter: Meter, skipped_steps: int, heldout: HeldOut) -> None:
     """Utility, visits and the summary; the summary comes last and marks the run complete."""
     config, state, selector, store = session.config, session.state, session.engine.selector, session.engine.store
     counts = selector.samples.visits[:-1].cpu()
-    visits, flops, training = counts.numpy(), meter.run_flops(counts), max(done.seconds - done.scoring_seconds, 1e-9)
+    seconds = done.seconds + heldout.waited
+    visits, flops, training = counts.numpy(), meter.run_flops(counts), max(seconds - done.scoring_seconds, 1e-9)
     selection = done.selection_seconds + session.engine.watch.take()
     building = config.out / "utility.writing.npz"
     np.savez(
@@ -43,7 +45,7 @@ def write_summary(session: Session, ranks: Ranks, done: Progress, meter: Meter, 
         "steps": done.step,
         "rounds": done.round,
         "skipped_steps": skipped_steps,
-        "seconds": done.seconds,
+        "seconds": seconds,
         "selection_seconds": selection,
         "selection_ms_per_round": 1e3 * selection / max(1, done.round),
         "selection_share": selection / training,
@@ -61,12 +63,14 @@ def write_summary(session: Session, ranks: Ranks, done: Progress, meter: Meter, 
         "peak_memory_bytes": peak_bytes(ranks.device),
         "world_size": ranks.size,
         "torch": torch.__version__,
+        **heldout.summary(),
     }
     write_text(config.out / COMPLETE, json.dumps(summary, indent=1))
-    say(f"{done.tokens:,} tokens in {done.step} steps, {done.seconds:.1f} s; model: {config.out / 'model'}")
+    say(f"{done.tokens:,} tokens in {done.step} steps, {seconds:.1f} s; model: {config.out / 'model'}")
     mfu = f", {summary['mfu']:.1%} MFU" if summary["mfu"] is not None else ""
     skipped = f"; {skipped_steps} steps skipped (their loss or gradient was not finite)" if skipped_steps else ""
     say(f"{summary['tokens_per_second']:,.0f} tokens/s{mfu}; at most {size(summary['peak_memory_bytes'])} of memory{skipped}")
     per_round, share = summary["selection_ms_per_round"], summary["selection_share"]
     scoring = f"; scoring the pool again: {done.scoring_seconds:.1f} s" if done.scoring_seconds else ""
     say(f"selection: {per_round:.2f} ms a round, {share:.2%} of the time of training{scoring}")
+    heldout.tell()

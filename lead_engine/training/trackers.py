@@ -1,15 +1,16 @@
 """Where a run's scalars go besides metrics.jsonl: TensorBoard always, Weights & Biases and MLflow where asked for.
 
-A tracker gets groups of scalars: `train/...` by optimizer step, `selection/...` by round. One that fails while the run trains is dropped
-with one warning: training goes on. A resumed run goes on in the same W&B or MLflow run, whose id lies in the run folder; steps that it
-repeats are logged again (they are bit for bit what they were), and what a killed process had not handed over yet is missing there. The run
-folder's own files have every step once.
+A tracker gets groups of scalars: `train/...` and `eval/...` by optimizer step, `selection/...` by round. One that fails
+while the run trains is dropped with one warning: training goes on. A resumed run goes on in the same W&B or MLflow run,
+whose id lies in the run folder; steps that it repeats are logged again (they are bit for bit what they were), and what
+a killed process had not handed over yet is missing there. The run folder's own files have every step once.
 """
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,7 +80,7 @@ class Wandb:
             allow_val_change=True,
         )
         self.id = self._run.id
-        for group in ("train", "selection"):  # each against its own counter: W&B's is that of calls
+        for group in _COUNTER:  # each against its own counter: W&B's is that of calls
             self._run.define_metric(f"{group}/*", step_metric=f"{group}/{_COUNTER[group]}")
 
     def log(self, group: str, place: int, values: dict[str, float]) -> None:
@@ -92,7 +93,7 @@ class Wandb:
         self._run.finish(exit_code=0 if complete else 1)
 
 
-_COUNTER = {"train": "step", "selection": "round"}
+_COUNTER = {"train": "step", "selection": "round", "eval": "step"}
 
 
 class Mlflow:
@@ -118,7 +119,9 @@ class Mlflow:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        self._pending += [Metric(f"{group}/{name}", value, now, place) for name, value in values.items()]
+        # A task may have any name; MLflow takes letters, digits and these.
+        names = {name: re.sub(r"[^\w\-. :/]", "_", name) for name in values}
+        self._pending += [Metric(f"{group}/{names[name]}", value, now, place) for name, value in values.items()]
 
     def flush(self) -> None:
         for done in [future for future in self._sent if future.done()]:

@@ -1,19 +1,17 @@
 """`lead-engine train`: from a prepared pool and a base model to a run folder."""
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from lead_engine.config import TrainConfig
 from lead_engine.console import Bar, say, warn
 from lead_engine.console import progress as progress_bar
 from lead_engine.errors import UserError
+from lead_engine.files import read_json
 from lead_engine.model.save import save_model
 from lead_engine.pool.names import SampleNames
 from lead_engine.selection.replicas import check_replicas
@@ -23,9 +21,10 @@ from lead_engine.training.combinations import check_combination
 from lead_engine.training.diagnosis import SkippedSteps
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.flops import ModelFlops, find_peak
+from lead_engine.training.heldout import HeldOut
 from lead_engine.training.loop import Round
 from lead_engine.training.records import Meter, bar_info, round_line, step_lines
-from lead_engine.training.run_folder import COMPLETE, RunFolder
+from lead_engine.training.run_folder import COMPLETE, RunFolder, why_not_written
 from lead_engine.training.session import Session, build
 from lead_engine.training.signals import Stopped, StopSignals
 from lead_engine.training.summary import write_summary
@@ -43,7 +42,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     _check(config, ranks)
     folder = RunFolder(config, writes=ranks.first)
     if (config.out / COMPLETE).exists():  # then --resume was given, with the same options
-        say(f"{config.out}: already complete")
+        summary = read_json(config.out / COMPLETE)
+        early = f" (stopped early after step {summary['steps']})" if summary.get("stopped_early") else ""
+        say(f"{config.out}: already complete{early}")
         return
     try:
         with StopSignals(ranks) as signals:
@@ -67,6 +68,7 @@ class _Run:
     meter: Meter
     names: SampleNames
     """Of the pool's samples."""
+    heldout: HeldOut
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class _Run:
         start, notes = self.checkpoints.load(engine.model, engine.optimizer, self.parts)
         if notes:
             self.skipped.load(notes["skipped"])
+            self.heldout.load(notes.get("heldout", {}))
         elif (out / "metrics.jsonl").exists():
             say(f"--resume: {out} has no checkpoint, starting anew")
         return start
@@ -89,12 +92,15 @@ class _Run:
         if number := self.signals.agreed():
             self._stop(number, start, "nothing was trained since it started")
         with progress_bar(budget, f"{config.method}, training tokens", done=start.tokens) as bar:
-            for finished in self.session.engine.rounds(start, budget):
+            self.heldout.look(start, bar)
+            for finished in self.session.engine.rounds(start, budget) if not self.heldout.stops else ():
                 # The round before this one has long left the device: reading it now waits for nothing that is not done.
                 self._record(waiting, bar)
                 done, waiting = finished.after, finished
                 at("agreeing whether to stop", done.round, done.step)
                 number = self.signals.agreed()
+                if not number:  # else there may be no time left; the resumed run makes up for it
+                    self.heldout.look(done, bar)
                 if number or (config.checkpoint_every and done.round % config.checkpoint_every == 0):
                     self._record(waiting, bar)  # so that the logs reach as far as the checkpoint
                     waiting = None
@@ -102,6 +108,8 @@ class _Run:
                 if number:
                     written = begun and self.checkpoints.finish()
                     self._stop(number, done, "a checkpoint is written" if written else "its checkpoint could not be written")
+                if self.heldout.stops:
+                    break
             self._record(waiting, bar)
         return done
 
@@ -112,10 +120,12 @@ class _Run:
         self.checkpoints.finish()
         check_replicas(engine.selector, ranks.size, done.step)
         self._tell_what_is_left(done)
+        self.heldout.last_look(done)
         at("writing the model", done.round, done.step, limited=False)
         path = config.out / "model"
         _write(ranks, path, lambda: save_model(engine.model, self.session.tokenizer, path, base=self.session.base, rank=ranks.rank))
-        summary = (self.session, ranks, done, self.meter, self.folder.skipped_steps)
+        self.heldout.keep_last(done, path)
+        summary = (self.session, ranks, done, self.meter, self.folder.skipped_steps, self.heldout)
         _write(ranks, config.out, lambda: write_summary(*summary) if ranks.first else None)
 
     def _record(self, finished: Round | None, bar: Bar) -> None:
@@ -139,7 +149,10 @@ class _Run:
         engine = self.session.engine
         at("checkpoint", done.round, done.step, limited=False)
         check_replicas(engine.selector, self.ranks.size, done.step)
-        return self.checkpoints.save(engine.model, engine.optimizer, self.parts, done, {"skipped": self.skipped.state()})
+        return self.checkpoints.save(engine.model, engine.optimizer, self.parts, done, self._notes())
+
+    def _notes(self) -> dict[str, Any]:
+        return {"skipped": self.skipped.state(), "heldout": self.heldout.state()}
 
     def _stop(self, number: int, done: Progress, what: str) -> None:
         name = signal.Signals(number).name
@@ -153,18 +166,18 @@ class _Run:
             few = budget < int(lengths.min())
             why = f"{budget:,} tokens, the shortest sample has {int(lengths.min()):,}" if few else "no sample is eligible that fits into it"
             warn(f"nothing was trained: --budget {config.budget:g} ({why}); the model written is the base")
-        elif budget - done.tokens > int(lengths.max()):  # else what is left is too little for the next sample
+        elif not self.heldout.stops and budget - done.tokens > int(lengths.max()):  # else what is left is too little for the next sample
             visits = config.selection.max_visits
             say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {visits})")
 
 
 def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSignals) -> None:
-    session, names = build(config, ranks), SampleNames(config.pool)
+    session, names = build(config, ranks, evaluates=True), SampleNames(config.pool)
     engine = session.engine
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
     skipped = SkippedSteps(config.max_skipped_steps, names, config.out, config.pool)
     meter = Meter.of(engine.store, ModelFlops.of(engine.model), find_peak(config.runtime.peak_tflops, ranks.device), ranks.size)
-    run = _Run(session, ranks, folder, signals, checkpoints, skipped, meter, names)
+    run = _Run(session, ranks, folder, signals, checkpoints, skipped, meter, names, HeldOut(session, ranks, folder, checkpoints))
     start = run.resume() if config.resume else Progress()
     announce(session, ranks, meter)
     ranks.barrier()
@@ -174,15 +187,8 @@ def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSi
 
 def _write(ranks: Ranks, path: Path, write: Callable[[], None]) -> None:
     """Write files; UserError on all ranks if it fails on any, with what was there before intact."""
-    reason = None
-    try:
-        write()
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    reason = next(filter(None, ranks.everyone(reason)), None)
+    reason = why_not_written(ranks, path, write)
     if reason is not None:
-        if ranks.first:
-            shutil.rmtree(path.with_name(path.name + ".writing"), ignore_errors=True)
         raise UserError(f"{path}: cannot be written ({reason}); make room, then finish the run with --resume")
 
 

@@ -100,11 +100,14 @@ def train_forked(config: TrainConfig, ranks: int, log: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folders(make_pool, make_model) -> dict[str, Path]:
+def folders(make_pool, make_model, tmp_path_factory) -> dict[str, Path]:
     """The pool, and a model of every kind: wide enough for 4 bits."""
     shape = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1}
     torch.compile(torch.sin, backend="aot_eager")(torch.ones(1, requires_grad=True)).backward()  # imports what forked ranks then have
-    return {"pool": make_pool(samples=60), **{name: make_model(kind, **shape, **more) for name, (kind, more) in MODELS.items()}}
+    heldout = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "word " * i}) + "\n" for i in range(1, 4)))
+    models = {name: make_model(kind, **shape, **more) for name, (kind, more) in MODELS.items()}
+    return {"pool": make_pool(samples=60), "heldout": heldout, **models}
 
 
 def config_of(row: tuple[str, ...], folders: dict[str, Path], out: Path) -> TrainConfig:
@@ -112,6 +115,7 @@ def config_of(row: tuple[str, ...], folders: dict[str, Path], out: Path) -> Trai
     model = next(value for value in row if value in MODELS)
     capacity, slots = (512, 16) if options.get("method") == "full" else (64, 2)
     batch = BatchConfig(capacity=capacity, micro_batches=2, slots=slots)
+    options |= {"eval_data": (str(folders["heldout"]),), "eval_every": 1}  # goes with everything
     return TrainConfig(pool=folders["pool"], model=str(folders[model]), out=out, budget=0.2, batch=batch, **options)
 
 
@@ -130,6 +134,9 @@ def test_every_pair_trains(folders: dict[str, Path], tmp_path: Path) -> None:
         losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert len(losses) >= 2, row
         assert all(4 < loss < 8 for loss in losses), (row, losses)  # about ln(320), where random weights start
+        heldout = [json.loads(line)["loss"]["overall"] for line in (out / "heldout.jsonl").read_text().splitlines()]
+        assert len(heldout) >= 2, row
+        assert all(4 < loss < 8 for loss in heldout), (row, heldout)
     assert not failed
 
 

@@ -1,0 +1,112 @@
+"""`--eval-data`: read and tokenised once, by the first rank, into RUN/heldout; a resumed run goes on with what lies there."""
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lead_engine.config import TrainConfig
+from lead_engine.console import say, warn
+from lead_engine.errors import UserError
+from lead_engine.files import read_json
+from lead_engine.pool.heldout import MARKER, HeldOutData, write_heldout
+from lead_engine.pool.sources import content_path, expand
+from lead_engine.training.distributed import Ranks
+from lead_engine.training.watchdog import at
+
+FOLDER = "heldout"
+"""In the run folder."""
+
+
+def open_heldout(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> HeldOutData | None:
+    """The records of --eval-data, None where none are given; a collective over all ranks.
+
+    Raises UserError, on all ranks alike, for records that cannot be used (see --skip-bad), and on --resume for data that has changed.
+    """
+    if not config.eval_data:
+        return None
+    at("reading --eval-data", limited=False)
+    reason = None
+    if ranks.first:
+        try:
+            _make(config, config.out / FOLDER, tokenizer)
+        except UserError as error:
+            reason = str(error)
+        except OSError as error:
+            reason = f"{error.filename or config.out / FOLDER}: {error.strerror}"
+    reason = ranks.everyone(reason)[0]
+    if reason is not None:
+        raise UserError(reason)
+    return HeldOutData.open(config.out / FOLDER, config.runtime.placement, ranks.device)
+
+
+@contextmanager
+def open_temporary(
+    config: TrainConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, ranks: Ranks, *, skip_bad: bool
+) -> Iterator[HeldOutData]:
+    """Held-out records that are not kept: every rank reads them into a folder of its own. UserError as `open_heldout`."""
+    with tempfile.TemporaryDirectory(prefix="lead-heldout-") as folder:
+        paths = expand(sources, "data")
+        write_heldout(Path(folder), paths, tokenizer, max_length=_longest(config), skip_bad=skip_bad)
+        data = HeldOutData.open(Path(folder), config.runtime.placement, ranks.device)
+        with data.store:
+            yield data
+
+
+def _make(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the folder, or see that the one that a run to be resumed has left is of the same data."""
+    options = {"max_length": _longest(config), "skip_bad": config.skip_bad}
+    begun = (config.out / "config.yaml").exists() and (folder / MARKER).exists()
+    try:
+        sources = expand(config.eval_data, "--eval-data")
+    except UserError:
+        if not begun:
+            raise
+        say(f"--eval-data: not all of it is there any more; the run goes on with what it read at its start ({folder})")
+        return
+    made_from = {**options, "sources": [_contents(source) for source in sources]}
+    if begun:
+        _check_same(read_json(folder / MARKER)["made_from"], made_from)
+        return
+    say(f"reading {', '.join(sources)}")
+    options |= {"pool": config.pool, "made_from": made_from}
+    marker = write_heldout(folder, sources, tokenizer, **options)
+    for kind, count in marker["problems"].items():
+        say(f"{count} held-out records: {kind}, named in {folder / 'problems.jsonl'}")
+    if marker["in_pool"]:
+        warn(f"--eval-data: {marker['in_pool']} of {marker['samples']} held-out records are in the pool, too, token for token")
+
+
+def _longest(config: TrainConfig) -> int:
+    """Held-out records are cut where the pool's were, and at what a micro-batch holds."""
+    options = config.pool / "prepare.json"
+    length = read_json(options).get("max_length") if options.exists() else None
+    return min(length, config.batch.capacity) if isinstance(length, int) else config.batch.capacity
+
+
+def _contents(source: str) -> list[Any]:
+    """[name, digest]; of a hub data set, only its name."""
+    path = Path(content_path(source))
+    if not path.is_file():
+        return [source, None]
+    with path.open("rb") as file:
+        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before == now:
+        return
+    digests = [digest for _, digest in before["sources"]]
+    if digests != [digest for _, digest in now["sources"]]:
+        names = ", ".join(name for name, digest in now["sources"] if digest not in digests) or "other files, or another order"
+        raise UserError(
+            f"--resume: --eval-data has changed since the run began ({names}); its losses could not be compared with those "
+            "before: bring the files back as they were, or train into another folder"
+        )
+    changed = next(name for name in now if before.get(name) != now[name])
+    raise UserError(f"--resume: the held-out records were read with {changed} = {before.get(changed)}, now it is {now[changed]}")
