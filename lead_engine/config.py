@@ -307,7 +307,7 @@ class PrepareConfig(Options):
     """Turn instruction files into a prepared pool: tokens, difficulty, initial utility, clusters, tasks."""
 
     pool: tuple[PathText, ...]
-    """JSON, JSONL or Parquet files, or hub data set names."""
+    """Files (JSON, JSONL, CSV, TSV, Parquet, Arrow; text also .gz), folders, patterns, "-", hub NAME[:CONFIG[:SPLIT]]."""
     model: PathText
     """Hub name, model folder, or scratch:NAME."""
     out: Path

@@ -36,7 +36,7 @@ from lead_engine.model.scoring import score_store, summarise_loss
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.chat_template import fold_system, notes
 from lead_engine.pool.heldout import encode_records, task_of
-from lead_engine.pool.problems import Problems
+from lead_engine.pool.problems import Problems, place
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore
 
@@ -75,7 +75,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     Raises UserError for models and files that cannot be read, and where the loss is not finite.
     """
     folder = find_model(config.model)
-    records, problems = read_records(config.data, skip_bad=config.skip_bad)
+    records, problems = read_records(config.data, skip_bad=config.skip_bad, flag="--data")
     model, tokenizer = load_for_inference(folder, config.runtime, config.max_length)
     if config.fold_system:
         fold_system(tokenizer)
@@ -154,7 +154,7 @@ def _score(model: PackedLM, tokenizer: PreTrainedTokenizerBase, records: list[Re
         record = scored.records[bad[0]]
         raise UserError(
             f"--model {config.model}: the loss is not finite on {bad.size} of {len(scored.records)} held-out records "
-            f"(first: {record.file}:{record.line}); the model has diverged, or needs --runtime.precision fp32"
+            f"(first: {place(record.file, record.line)}); the model has diverged, or needs --runtime.precision fp32"
         )
     return scored
 

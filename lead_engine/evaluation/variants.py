@@ -34,6 +34,7 @@ from lead_engine.config import (
 )
 from lead_engine.errors import UserError
 from lead_engine.options import Options
+from lead_engine.pool.sources import STDIN
 from lead_engine.yaml_config import draft_from_mapping, from_mapping
 from lead_engine.yaml_file import read_yaml
 
@@ -104,6 +105,8 @@ def read_study(path: Path) -> Study:
         options = replace(options, methods=())
     if not options.heldout:
         raise UserError(f"{path}: heldout: name at least one held-out file")
+    if STDIN in options.heldout:
+        raise UserError(f"{path}: heldout: every run reads these records, and standard input can be read once; name a file")
     named = [(name, "methods", {"method": name}) for name in options.methods]
     named += [(name, f"variants.{name}", values) for name, values in options.variants.items()]
     variants = tuple(_variant(name, values, options, said, f"{path}: {key}") for name, key, values in named)

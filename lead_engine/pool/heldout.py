@@ -74,6 +74,7 @@ def write_heldout(
     *,
     max_length: int,
     skip_bad: bool,
+    flag: str = "--eval-data",
     pool: Path | None = None,
     made_from: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def write_heldout(
     "samples", "tokens", "problems": counts by kind, "in_pool"}. Raises UserError for sources that cannot be read and, without `skip_bad`,
     for records that cannot be used.
     """
-    records, problems = read_records(sources, skip_bad=skip_bad)
+    records, problems = read_records(sources, skip_bad=skip_bad, flag=flag)
     samples = encode_records(records, tokenizer, max_length, problems, skip_bad=skip_bad, source=" ".join(sources))
     folder.mkdir(parents=True, exist_ok=True)
     TokenStore.write(folder / "store", samples)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
+from lead_engine.pool.sources import STDIN, has_lines
 
 COUNTED_ONLY = (
     "truncated",
@@ -17,8 +18,9 @@ COUNTED_ONLY = (
     "spelled_control_token",
     "asked_otherwise",
     "no_end_of_turn",
+    "unread_field",
 )
-"""Kinds that refuse nothing: they depend on --max-length, or say what became of a record."""
+"""Kinds that refuse nothing: they depend on --max-length, say what became of a record, or name what was not read."""
 SHOWN = 5
 
 
@@ -36,14 +38,17 @@ class Problem(NamedTuple):
 
 def place(file: str, line: int) -> str:
     """How a record is named to the user: pool.jsonl:17, but "pool.json: record 17" where records are not lines."""
-    return f"{file}:{line}" if file.lower().endswith(".jsonl") else f"{file}: record {line}"
+    name = "standard input" if file == STDIN else file
+    return f"{name}:{line}" if has_lines(file) else f"{name}: record {line}"
 
 
 class Problems:
     """Problems in the order found.
 
-    Kinds: bad_utf8, broken_line (not JSON), not_a_record (no object, or none of the three forms), wrong_type,
-    unknown_role, no_response (no assistant turn, or an empty one), duplicate_id.
+    Kinds: bad_utf8, broken_line (not JSON, not a row of the table), not_a_record (no object, or none of the known
+    forms), wrong_type, unknown_role, not_text (images and the like), bad_weight (neither 0 nor 1), conflicting_fields
+    (two that contradict each other), unsupported_field (it would change the sample and cannot be honoured), no_response
+    (no assistant turn, or an empty one), no_trained_answer (all are marked as not trained), duplicate_id.
     Of the chat template: template_refused (it raises an error), template_drops_text (a text of the record is not
     rendered), template_changes_text (it is rendered otherwise), answer_not_found (an answer does not follow what the
     model is asked with), text_behind_answer (more than an end of turn stands behind it), control_token_in_text (a
@@ -51,7 +56,8 @@ class Problems:
     Never an error: truncated (the sample is used, cut at --max-length), response_truncated_away (nothing of an answer
     is left before the cut: the sample is left out), nothing_to_learn (no answer is to be trained: left out),
     spelled_control_token (a text spells one: it is tokenised as text), asked_otherwise (the generation prompt opens
-    with what the answer does not have, as `<think>`), no_end_of_turn (no control token ends the answers).
+    with what the answer does not have, as `<think>`), no_end_of_turn (no control token ends the answers),
+    unread_field (once a field, with the number of records that have it).
     """
 
     def __init__(self) -> None:

@@ -21,7 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from lead_engine.console import is_main, warn
 from lead_engine.errors import UserError
+from lead_engine.files import read_json
 
 STDIN = "-"
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
@@ -29,17 +31,9 @@ LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 TEXT = (*LINES, ".json")
 SUFFIXES = (*TEXT, ".parquet", ".arrow")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SHOWN = 20
 KINDS = f"{', '.join(SUFFIXES)}; those of text also as {', '.join(COMPRESSED)}"
 _HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.+-]*)(?::(?P<split>.+))?)?")
-
-
-class Expansion(NamedTuple):
-    """What sources stand for."""
-
-    sources: list[str]
-    """Paths of files, hub data sets and "-", each once."""
-    unread: list[str]
-    """What lies in the folders, or matches the patterns, and is not read: other kinds of files, and folders."""
 
 
 class HubName(NamedTuple):
@@ -56,13 +50,9 @@ def expand(sources: Sequence[str], flag: str) -> list[str]:
     A folder stands for the files of known kinds in it, a pattern (`*`, `?`, `[...]`, `**`) for those that match it,
     both in the order of their names; a folder that `datasets.save_to_disk` wrote stands for its Arrow files. `flag` is
     what the user named the sources with. Raises UserError for a source that is not there or is of an unknown kind, for
-    a folder or pattern with no known file, and for a file that is named twice.
+    a folder or pattern with no known file, and for a file that is named twice. Warns, once, of what else a folder or a
+    pattern has.
     """
-    return survey(sources, flag).sources
-
-
-def survey(sources: Sequence[str], flag: str) -> Expansion:
-    """As `expand`, with what is passed over in folders and patterns."""
     found: list[str] = []
     unread: list[str] = []
     for source in map(os.fspath, sources):
@@ -84,7 +74,20 @@ def survey(sources: Sequence[str], flag: str) -> Expansion:
     for path, count in Counter(s if s == STDIN else os.path.realpath(s) for s in found).items():
         if count > 1:
             raise UserError(f"{flag} {path}: given {count} times; name every file once")
-    return Expansion(found, unread)
+    if unread:
+        _warn_unread(flag, tuple(unread))
+    return found
+
+
+@functools.cache  # sources are expanded for their fingerprint, and to be read
+def _warn_unread(flag: str, paths: tuple[str, ...]) -> None:
+    warn(f"{flag}: not read, being of no known kind: {some(paths)}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The names, as a warning lists them: 20 at most."""
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _one(source: str, flag: str) -> str:
@@ -113,9 +116,9 @@ def has_lines(source: str) -> bool:
 
 
 def hub_name(source: str) -> HubName | None:
-    """The hub data set that `NAME`, `NAME:CONFIG`, `NAME:CONFIG:SPLIT` or `NAME::SPLIT` means; None if it cannot be one.
+    """The hub data set that `NAME[:CONFIG[:SPLIT]]` means; None if the source cannot be one.
 
-    The split is `train` unless given, and may be a slice (`train[:1000]`).
+    An empty CONFIG is the default. SPLIT is `train` unless given, and may be a slice (`train[:1000]`).
     """
     match = _HUB.fullmatch(source)
     if match is None or kind(match["name"]):
@@ -124,15 +127,16 @@ def hub_name(source: str) -> HubName | None:
 
 
 def saved_data_set(folder: str) -> list[str]:
-    """The Arrow files, in order, of a data set that `datasets.save_to_disk` wrote; none for any other folder."""
+    """The Arrow files, in order, of a data set that `datasets.save_to_disk` wrote; none for any other folder.
+
+    Raises UserError for a folder of several, which it writes for one with splits.
+    """
     if os.path.exists(os.path.join(folder, "dataset_dict.json")):
-        splits = sorted(path.parent.name for path in Path(folder).glob("*/state.json"))
-        raise UserError(f"{folder}: holds several data sets; name those to read: {', '.join(os.path.join(folder, s) for s in splits)}")
+        splits = ", ".join(sorted(str(path.parent) for path in Path(folder).glob("*/state.json")))
+        raise UserError(f"{folder}: holds several data sets; name those to read: {splits}")
     state = Path(folder, "state.json")
     if not state.exists() or not Path(folder, "dataset_info.json").exists():
         return []
-    from lead_engine.files import read_json
-
     try:
         return [os.path.join(folder, file["filename"]) for file in read_json(state)["_data_files"]]
     except (KeyError, TypeError):
@@ -147,6 +151,8 @@ def content_path(source: str) -> str:
 @functools.cache
 def _standard_input() -> str:
     """Path of a temporary copy of standard input, which can be read only once; deleted when this process ends."""
+    if not is_main():
+        raise UserError("-: ranks share one standard input, and here each has to read the records; name a file")
     stream = sys.stdin
     if stream is None or stream.isatty():
         raise UserError("-: standard input is not a file or a pipe; pipe the records into this command, or name a file")
@@ -159,14 +165,17 @@ def _standard_input() -> str:
 
 @contextlib.contextmanager
 def open_bytes(source: str) -> Iterator[BinaryIO]:
-    """The source's bytes, decompressed; can be iterated by line. OSError for a compressed file that is cut or damaged."""
-    import pyarrow
+    """The source's bytes, decompressed; can be iterated by line.
 
+    Reading raises OSError for a compressed file that is cut or damaged.
+    """
     path = content_path(source)
     codec = COMPRESSED.get(os.path.splitext(path.lower())[1])
     if codec is None:
         with open(path, "rb") as file:
             yield file
         return
+    import pyarrow
+
     with pyarrow.OSFile(path) as file, pyarrow.CompressedInputStream(file, codec) as stream:
         yield io.BufferedReader(stream, 1 << 18)

@@ -52,7 +52,7 @@ def open_temporary(
     """Held-out records that are not kept: every rank reads them into a folder of its own. UserError as `open_heldout`."""
     with tempfile.TemporaryDirectory(prefix="lead-heldout-") as folder:
         paths = expand(sources, "data")
-        write_heldout(Path(folder), paths, tokenizer, max_length=_longest(config), skip_bad=skip_bad)
+        write_heldout(Path(folder), paths, tokenizer, max_length=_longest(config), skip_bad=skip_bad, flag="data")
         data = HeldOutData.open(Path(folder), config.runtime.placement, ranks.device)
         with data.store:
             yield data

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lead_engine.errors import UserError
-from lead_engine.pool.sources import HubName, expand, has_lines, hub_name, kind, survey
+from lead_engine.pool.sources import HubName, expand, has_lines, hub_name, kind
 
 
 def touch(folder: Path, *names: str) -> list[str]:
@@ -18,19 +18,23 @@ def touch(folder: Path, *names: str) -> list[str]:
 
 
 class TestExpand:
-    def test_a_folder_stands_for_its_known_files_in_order(self, tmp_path: Path) -> None:
+    def test_a_folder_stands_for_its_known_files_in_order(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         files = touch(tmp_path, "a.JSONL", "b.csv.gz", "c.parquet", "d.tsv", "e.ndjson.zst", "f.json")
         other = touch(tmp_path, "README.md", "sub/x.jsonl", "z.parquet.gz")
         touch(tmp_path, ".hidden.jsonl")
-        found = survey([str(tmp_path)], "--pool")
-        assert found.sources == files
-        assert found.unread == [other[0], str(tmp_path / "sub"), other[2]]
+        for _ in range(2):
+            assert expand([str(tmp_path)], "--pool") == files
+        unread = ", ".join([other[0], str(tmp_path / "sub"), other[2]])
+        assert capsys.readouterr().err == f"warning: --pool: not read, being of no known kind: {unread}\n"
 
-    def test_a_pattern_stands_for_what_it_matches(self, tmp_path: Path) -> None:
+    def test_a_pattern_stands_for_what_it_matches(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         touch(tmp_path, "a.jsonl", "b.jsonl", "b.txt", "sub/c.jsonl")
         assert expand([f"{tmp_path}/*.jsonl"], "--pool") == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
         assert len(expand([f"{tmp_path}/**/*.jsonl"], "--pool")) == 3
-        assert survey([f"{tmp_path}/b*"], "--pool").unread == [str(tmp_path / "b.txt")]
+        assert expand([f"{tmp_path}/b*"], "--pool") == [str(tmp_path / "b.jsonl")]
+        assert f"not read, being of no known kind: {tmp_path / 'b.txt'}" in capsys.readouterr().err
 
     def test_a_file_whose_name_looks_like_a_pattern(self, tmp_path: Path) -> None:
         [file] = touch(tmp_path, "a[1].jsonl")
