@@ -30,6 +30,7 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 WEIGHTS = ("weight", "train")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TEMPLATE_OPTIONS = ("chat_template", "chat_template_kwargs")
+_CHECKED = frozenset((*WEIGHTS, *MEDIA, *TEMPLATE_OPTIONS))
 
 
 class Conversation(NamedTuple):
@@ -52,7 +53,8 @@ class _Reading:
     def one(self, names: tuple[str, ...]) -> tuple[str, Any] | None:
         """Name and value of the one field among several of one meaning that says something."""
         self.used.update(names)
-        return only({n: v for n, v in self.fields.items() if not empty(v)}, names, "the record")
+        found = {n: self.fields[n] for n in names if n in self.fields and not empty(self.fields[n])}
+        return only(found, names, "the record") if found else None
 
     def has(self, *names: str) -> list[str]:
         return [name for name in names if name in self.fields]
@@ -88,6 +90,8 @@ def read_conversation(fields: dict[str, Any]) -> Conversation:
 
 def _refuse(reading: _Reading) -> None:
     """Refuse what changes the sample and cannot be honoured."""
+    if _CHECKED.isdisjoint(reading.fields):
+        return
     for name in reading.has(*MEDIA):
         if not empty(reading.fields[name]):
             raise Bad("not_text", f"{name!r} is given, and only text can be trained; remove the field to train on that")
