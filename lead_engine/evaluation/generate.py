@@ -35,14 +35,15 @@ def choose_questions(
     """Up to `per_task` records of every task with prompts of at most `longest` tokens, and how many were too long.
 
     Which ones depends on the records' ids alone (the smallest SHA-256), so that every model answers the same questions
-    whatever the order of the file; a model with a longer tokenisation may pass over more.
+    whatever the order of the file; a model with a longer tokenisation may pass over more. A record whose last answer
+    is a tool call and no text asks for nothing that could be compared.
     """
     chosen: list[Question] = []
     taken: dict[str, int] = {}
     too_long, renderer = 0, Renderer(tokenizer)
     for record in sorted(records, key=lambda r: hashlib.sha256(r.id.encode()).digest()):
         task = task_of(record)
-        if taken.get(task, 0) == per_task:
+        if taken.get(task, 0) == per_task or not record.messages[-1].content.strip():
             continue
         prompt = prompt_ids(renderer, record)
         if len(prompt) > longest:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lead_engine.pool.fields import Bad, empty, listed, objects, only, text
 from lead_engine.pool.message import Message
-from lead_engine.pool.turns import REASONING_FIELDS, read_turn, switch
+from lead_engine.pool.turns import MEDIA, REASONING_FIELDS, read_turn, refuse_media, switch
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PAIRS = (
@@ -28,7 +28,6 @@ ADDITIONS = ("input", "context")
 """What the question is about; follows it after an empty line."""
 SYSTEMS = ("system", "system_prompt", "system_message")
 WEIGHTS = ("weight", "train")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TEMPLATE_OPTIONS = ("chat_template", "chat_template_kwargs")
 _CHECKED = frozenset((*WEIGHTS, *MEDIA, *TEMPLATE_OPTIONS))
 
@@ -92,9 +91,7 @@ def _refuse(reading: _Reading) -> None:
     """Refuse what changes the sample and cannot be honoured."""
     if _CHECKED.isdisjoint(reading.fields):
         return
-    for name in reading.has(*MEDIA):
-        if not empty(reading.fields[name]):
-            raise Bad("not_text", f"{name!r} is given, and only text can be trained; remove the field to train on that")
+    refuse_media(reading.fields)
     for name in reading.has(*TEMPLATE_OPTIONS):
         if not empty(reading.fields[name]):
             raise Bad("unsupported_field", f"{name!r} is given, and a record cannot change the template; remove it")

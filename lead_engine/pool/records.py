@@ -25,6 +25,7 @@ from lead_engine.pool.sources import STDIN, expand, some
 
 __all__ = ["Message", "Record", "iter_records", "read_records"]
 
+
 def read_records(
     sources: Sequence[str | Path] | str | Path, *, skip_bad: bool, flag: str = "--pool"
 ) -> tuple[list[Record], Problems]:

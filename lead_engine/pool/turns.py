@@ -19,6 +19,7 @@ CALLS = ("function_call", "tool_call")
 """Roles of ShareGPT turns whose content is the call itself, as JSON text: an assistant's turn with tool calls."""
 ROLE_FIELDS = ("role", "from")
 CONTENT_FIELDS = ("content", "value", "text")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 LEARNED_FIELDS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 MASKED = "masked"
@@ -37,6 +38,7 @@ def read_turn(value: Any, where: str, unread: list[str], *, learned: bool = True
     if role_field is None or (content_field is None and calls is None):
         raise Bad("wrong_type", f"{where} must be an object with 'role' and 'content'")
     role = _role(role_field[1], where)
+    refuse_media(fields, f" of {where}")
     name, content = content_field or ("content", "")
     used = {role_field[0], name, *ROLE_FIELDS, *CONTENT_FIELDS, *REASONING_FIELDS, *LEARNED_FIELDS, MASKED}
     used |= {"tool_calls", "function_call", "name", "tool_call_id"}
@@ -60,6 +62,13 @@ def read_turn(value: Any, where: str, unread: list[str], *, learned: bool = True
         raise Bad("unsupported_field", f"{where} asks for a loss and has the role {role!r}; only answers have one")
     train = role != "assistant" or (learned if asked is None else asked)
     return Message(role, content_text(content, f"{name} of {where}", unread), train, extra or None)
+
+
+def refuse_media(fields: dict[str, Any], of: str = "") -> None:
+    """Refuse a field that holds pictures or sound."""
+    for name in MEDIA:
+        if name in fields and not empty(fields[name]):
+            raise Bad("not_text", f"{name!r}{of} is given, and only text can be trained; remove it to train on that")
 
 
 def _role(value: Any, where: str) -> str:

@@ -1,21 +1,17 @@
-"""One conversation, however it is written, is one record; what changes a sample is honoured, or refused by its name."""
+"""What changes a sample is honoured, or refused by its name; any other field is named once."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lead_engine.errors import UserError
+from lead_engine.pool import forms as forms_module
+from lead_engine.pool import sources
+from lead_engine.pool import turns as turns_module
 from lead_engine.pool.records import Message, Record, read_records
 
 QUESTION = {"role": "user", "content": "What is two plus two?"}
@@ -72,29 +68,66 @@ class TestFieldsThatChangeWhatIsTrained:
             ({"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}, "bad_weight", "'weight' of message 2 is 0.5"),
             ({"messages": [QUESTION, {**ANSWER, "train": "yes"}]}, "bad_weight", "'train' of message 2 is 'yes'"),
             ({"messages": [QUESTION, {**ANSWER, "weight": [1]}]}, "bad_weight", "'weight'"),
-            ({"messages": [QUESTION, {**ANSWER, "weight": 0, "train": True}]}, "conflicting_fields", "'weight' and 'train'"),
+            (
+                {"messages": [QUESTION, {**ANSWER, "weight": 0, "train": True}]},
+                "conflicting_fields",
+                "'weight' and 'train'",
+            ),
             ({"messages": [{**QUESTION, "train": True}, ANSWER]}, "unsupported_field", "message 1 asks for a loss"),
             ({"messages": [QUESTION, {**ANSWER, "weight": 0}]}, "no_trained_answer", "every answer"),
             ({"messages": [QUESTION, ANSWER], "weight": 0}, "no_trained_answer", "'weight' is 0"),
             ({"messages": [QUESTION, ANSWER], "train": False}, "no_trained_answer", "'train' is False"),
             ({"messages": [QUESTION, ANSWER], "weight": 2.5}, "bad_weight", "'weight' is 2.5"),
-            ({"messages": [QUESTION, ANSWER], "chat_template_kwargs": {"a": 1}}, "unsupported_field", "chat_template_kwargs"),
+            (
+                {"messages": [QUESTION, ANSWER], "chat_template_kwargs": {"a": 1}},
+                "unsupported_field",
+                "chat_template_kwargs",
+            ),
             ({"messages": [QUESTION, ANSWER], "images": ["a.png"]}, "not_text", "'images'"),
+            ({"messages": [{**QUESTION, "images": ["a.png"]}, ANSWER]}, "not_text", "'images' of message 1"),
             ({"messages": [{**QUESTION, "tool_calls": [CALL]}, ANSWER]}, "unsupported_field", "tool_calls"),
             ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{"id": "1"}]}]}, "wrong_type", "name of a function"),
             ({"messages": [QUESTION, {**ANSWER, "tool_calls": "add(2)"}]}, "wrong_type", "tool_calls of message 2"),
-            ({"messages": [QUESTION, {**ANSWER, "reasoning_content": 3}]}, "wrong_type", "reasoning_content of message 2"),
-            ({"messages": [QUESTION, {**ANSWER, "thinking": "a", "reasoning": "b"}]}, "conflicting_fields", "'thinking'"),
+            (
+                {"messages": [QUESTION, {**ANSWER, "reasoning_content": 3}]},
+                "wrong_type",
+                "reasoning_content of message 2",
+            ),
+            (
+                {"messages": [QUESTION, {**ANSWER, "thinking": "a", "reasoning": "b"}]},
+                "conflicting_fields",
+                "'thinking'",
+            ),
             ({"messages": [QUESTION, ANSWER], "tools": "add"}, "wrong_type", "'tools' must be a list"),
             ({"messages": [QUESTION, ANSWER], "tools": ["add"]}, "wrong_type", "'tools' must be a list of objects"),
             ({"messages": [QUESTION, ANSWER], "system": ["Count."]}, "wrong_type", "'system'"),
-            ({"messages": [{"role": "system", "content": "A"}, QUESTION, ANSWER], "system": "B"}, "conflicting_fields", "'system'"),
-            ({"messages": [QUESTION, ANSWER], "history": [["a", "b"]]}, "conflicting_fields", "'history' and 'messages'"),
-            ({"messages": [QUESTION, ANSWER], "conversations": [ANSWER]}, "conflicting_fields", "'messages' and 'conversations'"),
+            (
+                {"messages": [{"role": "system", "content": "A"}, QUESTION, ANSWER], "system": "B"},
+                "conflicting_fields",
+                "'system'",
+            ),
+            (
+                {"messages": [QUESTION, ANSWER], "history": [["a", "b"]]},
+                "conflicting_fields",
+                "'history' and 'messages'",
+            ),
+            (
+                {"messages": [QUESTION, ANSWER], "conversations": [ANSWER]},
+                "conflicting_fields",
+                "'messages' and 'conversations'",
+            ),
             ({"prompt": "a", "completion": "b", "history": [["a"]]}, "wrong_type", "pair 1 of 'history'"),
             ({"prompt": "a", "completion": "b", "history": [["a", None]]}, "wrong_type", "history, pair 1"),
-            ({"instruction": "a", "input": "b", "context": "c", "output": "d"}, "conflicting_fields", "'input' and 'context'"),
-            ({"question": "a", "answer": "4", "solution": "2 + 2 = 4"}, "conflicting_fields", "'answer' and 'solution'"),
+            (
+                {"instruction": "a", "input": "b", "context": "c", "output": "d"},
+                "conflicting_fields",
+                "'input' and 'context'",
+            ),
+            (
+                {"question": "a", "answer": "4", "solution": "2 + 2 = 4"},
+                "conflicting_fields",
+                "'answer' and 'solution'",
+            ),
             ({"prompt": "a", "question": "b", "response": "c"}, "conflicting_fields", "'prompt' and 'question'"),
             ({"prompt": "a", "chosen": "b", "rejected": "c"}, "no_response", "preference pair"),
             (
@@ -102,8 +135,16 @@ class TestFieldsThatChangeWhatIsTrained:
                 "not_text",
                 "part 1 of content of message 1 is of the type 'image_url'",
             ),
-            ({"conversations": [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]}, "unknown_role", "'narrator'"),
-            ({"conversations": [{"from": "function_call", "value": "add(2)"}]}, "wrong_type", "tool_calls of message 1"),
+            (
+                {"conversations": [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]},
+                "unknown_role",
+                "'narrator'",
+            ),
+            (
+                {"conversations": [{"from": "function_call", "value": "add(2)"}]},
+                "wrong_type",
+                "tool_calls of message 1",
+            ),
         ],
     )
     def test_what_cannot_be_honoured_is_named(self, tmp_path: Path, record: Any, kind: str, detail: str) -> None:
@@ -114,7 +155,9 @@ class TestFieldsThatChangeWhatIsTrained:
     @pytest.mark.parametrize("as_text", [False, True])
     def test_tools_and_calls_reach_the_template(self, tmp_path: Path, as_text: bool) -> None:
         spell = json.dumps if as_text else lambda value: value
-        calls = spell([{"type": "function", "id": "1", "function": {"name": "add", "arguments": spell({"a": 2, "b": 2})}}])
+        calls = spell(
+            [{"type": "function", "id": "1", "function": {"name": "add", "arguments": spell({"a": 2, "b": 2})}}]
+        )
         asks = {"role": "assistant", "content": None, "tool_calls": calls, "name": ""}
         result = {"role": "tool", "tool_call_id": "1", "name": "add", "content": "4"}
         record = read_one(tmp_path, {"messages": [QUESTION, asks, result, ANSWER], "tools": spell([TOOL])})
@@ -131,7 +174,9 @@ class TestFieldsThatChangeWhatIsTrained:
         assert record.tools == [TOOL]
         asked = {"from": "human", "value": QUESTION["content"]}
         for value in (call, [call]):
-            record = read_one(tmp_path, {"conversations": [asked, {"from": "function_call", "value": json.dumps(value)}]})
+            record = read_one(
+                tmp_path, {"conversations": [asked, {"from": "function_call", "value": json.dumps(value)}]}
+            )
             assert record.messages[1] == wanted
 
     def test_system_history_and_context_are_turns(self, tmp_path: Path) -> None:
@@ -142,7 +187,15 @@ class TestFieldsThatChangeWhatIsTrained:
         assert read_one(tmp_path, record).messages == turns(*wanted)
         same = {"system": "Count.", "messages": [{"role": "developer", "content": "Count."}, QUESTION, ANSWER]}
         assert [m.role for m in read_one(tmp_path, same).messages] == ["system", "user", "assistant"]
-        nothing = {"system": " ", "history": [], "context": "", "images": [], "tools": [], "prompt": "a", "completion": "b"}
+        nothing = {
+            "system": " ",
+            "history": [],
+            "context": "",
+            "images": [],
+            "tools": [],
+            "prompt": "a",
+            "completion": "b",
+        }
         assert read_one(tmp_path, nothing) == read_one(tmp_path, {"prompt": "a", "completion": "b"})
 
     @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -174,8 +227,18 @@ class TestUnreadFields:
         path.write_text("\n".join(map(json.dumps, records)))
         read, problems = read_records([str(path)], skip_bad=True)
         assert [m.content for m in read[3].messages] == ["a", "b"]
-        found = {p.detail.split("'")[1]: (p.line, p.detail.split("' of ")[1][0]) for p in problems.entries if p.kind == "unread_field"}
-        wanted = {"source": (1, "2"), "score": (1, "1"), "messages.emotion": (2, "1"), "prompt": (3, "2"), "completion": (3, "1")}
+        found = {
+            p.detail.split("'")[1]: (p.line, p.detail.split("' of ")[1][0])
+            for p in problems.entries
+            if p.kind == "unread_field"
+        }
+        wanted = {
+            "source": (1, "2"),
+            "score": (1, "1"),
+            "messages.emotion": (2, "1"),
+            "prompt": (3, "2"),
+            "completion": (3, "1"),
+        }
         assert found == {**wanted, "messages.content.cache_control": (3, "1")}
         [warning] = capsys.readouterr().err.splitlines()
         assert "fields that are not read" in warning
@@ -183,79 +246,13 @@ class TestUnreadFields:
             assert f"'{name}' ({count})" in warning
 
 
-# --- one conversation in every form ---
-
-WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
-    lambda text: text.strip() and not text.lstrip().startswith(("[", "{")) and "\r" not in text and "\0" not in text
-)
-
-
-def sharegpt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = {"user": "Human", "assistant": "gpt", "system": "system"}
-    return [{"from": names[m["role"]], "value": m["content"]} for m in messages]
-
-
-def parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-
-
-def forms(system: str | None, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The conversation as every form writes it; only a single pair has those of one question."""
-    said = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    first = [] if system is None else [{"role": "system", "content": system}]
-    *history, (question, answer) = pairs
-    with_system = {} if system is None else {"system": system}
-    before = {**with_system, **({"history": [list(pair) for pair in history]} if history else {})}
-    found = [{"messages": first + said}, {"messages": said, **with_system}, {"messages": parts(first + said)}]
-    found += [{"messages": json.dumps(first + said)}, {"conversations": sharegpt(first + said)}]
-    found += [{"conversation": sharegpt(said), **with_system}]
-    found += [{"prompt": first + said[:-1], "completion": said[-1:]}] if not history else []
-    for asked in ("instruction", "prompt", "question", "query", "problem", "input"):
-        found += [{asked: question, answered: answer, **before} for answered in ("output", "completion", "response", "answer", "solution")]
-    return [{**form, "id": str(number), "dataset": "d"} for number, form in enumerate(found)]
-
-
-def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """The records in the kind of file that the path names, written by other hands than the reader's."""
-    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
-    columns = list(dict.fromkeys(name for r in records for name in r))
-    if ".jsonl" in path.name or ".ndjson" in path.name:
-        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(records))
-    elif path.suffix in (".csv", ".tsv"):
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in r.items()} for r in records)
-    else:
-        pq.write_table(pa.Table.from_pylist([{**dict.fromkeys(columns), **r} for r in records]), path)
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    system=st.none() | WORDS,
-    pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3),
-    seed=st.integers(0, 999),
-)
-def test_one_conversation_in_every_form_and_file(
-    tmp_path: Path, system: str | None, pairs: list[tuple[str, str]], seed: int
-) -> None:
-    wanted = turns(*([] if system is None else [("system", system)]))
-    wanted += turns(*(turn for q, a in pairs for turn in (("user", q), ("assistant", a))))
-    records, order = forms(system, pairs), random.Random(seed)
-    for name in ("x.jsonl", "x.jsonl.gz", "x.ndjson", "x.json", "x.csv", "x.tsv", "x.parquet"):
-        shuffled = [dict(order.sample(list(r.items()), len(r))) for r in records]
-        if name == "x.parquet":  # a column has one type: lists of parts and JSON text stand in files of their own
-            shuffled = [r for r in shuffled if all(isinstance(r.get(k, ""), str) for k in ("prompt", "completion"))]
-            shuffled = [r for r in shuffled if not isinstance(r.get("messages"), str) and not parts_in(r)]
-        write(tmp_path / name, shuffled)
-        found, problems = read_records([str(tmp_path / name)], skip_bad=False)
-        assert not problems.entries
-        assert [(r.id, r.dataset) for r in found] == [(r["id"], "d") for r in shuffled]
-        for record in found:
-            assert record.messages == wanted, (name, record.id)
-
-
-def parts_in(record: dict[str, Any]) -> bool:
-    return any(isinstance(turn.get("content"), list) for turn in record.get("messages", []))
+def test_the_documentation_names_everything_that_is_read(repository: Path) -> None:
+    page = (repository / "docs" / "POOLS.md").read_text(encoding="utf-8")
+    questions_and_answers = [name for pair in forms_module.PAIRS for name in pair]
+    names = [*questions_and_answers, *forms_module.CONVERSATIONS, *forms_module.ADDITIONS, *forms_module.SYSTEMS]
+    names += [*forms_module.WEIGHTS, *forms_module.TEMPLATE_OPTIONS, *forms_module.MESSAGE_LISTS, *sources.COMPRESSED]
+    names += [name for known in turns_module.ROLES.values() for name in known]
+    names += [*turns_module.CALLS, *turns_module.ROLE_FIELDS, *turns_module.CONTENT_FIELDS, *turns_module.MEDIA]
+    names += [*turns_module.REASONING_FIELDS, *turns_module.LEARNED_FIELDS, turns_module.MASKED]
+    names += [f"x{ending}" for ending in sources.SUFFIXES]
+    assert [name for name in names if f"`{name}`" not in page] == []

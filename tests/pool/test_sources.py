@@ -1,4 +1,4 @@
-"""Files, folders, patterns and standard input: each stands for the files that it should, and nothing is passed over unsaid."""
+"""Files, folders, patterns and hub names stand for the files that they should; nothing is passed over unsaid."""
 
 from __future__ import annotations
 
