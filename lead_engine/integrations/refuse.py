@@ -14,6 +14,7 @@ def refuse_arguments(args: Any) -> None:
     liger = getattr(args, "use_liger_kernel", False)
     fused = (getattr(args, "liger_kernel_config", None) or {}).get("fused_linear_cross_entropy", True)
     strategy = getattr(args, "train_sampling_strategy", "random")
+    optim = getattr(args.optim, "value", str(args.optim))
     wrong = {
         "packing=True: merged samples' losses cannot be told apart; padding_free=True keeps them apart": getattr(args, "packing", False),
         f"train_sampling_strategy='{strategy}': the order of samples is the selection's; leave it out": strategy != "random",
@@ -27,6 +28,10 @@ def refuse_arguments(args: Any) -> None:
         "torch_compile=True: batches hold another number of learned tokens each, for which all would be compiled anew; leave it out":
             getattr(args, "torch_compile", False),
         "auto_find_batch_size=True: a round is planned for one batch size; leave it out": args.auto_find_batch_size,
+        f"optim='{optim}': it steps while it goes backward, so no gradient of the whole step is left to measure; take another":
+            "lomo" in optim or "layerwise" in optim,
+        "accelerator_config: split_batches=True gives per_device_train_batch_size another meaning; leave it out":
+            bool(getattr(getattr(args, "accelerator_config", None), "split_batches", False)),
         "deepspeed: its optimizer keeps gradients to itself; take DDP, or `lead-engine train`, which shards": bool(args.deepspeed),
         "fsdp: the LM head's weight is sharded where its loss is computed; take DDP, or `lead-engine train`, which shards": bool(args.fsdp),
     }  # fmt: skip

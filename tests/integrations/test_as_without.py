@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
+from lead_engine.integrations.loop import steps_in_epoch
 
 OWN = {"lead_round", "lead_reward", "lead_tokens"}
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -227,7 +231,8 @@ def test_evaluation_of_every_kind(sft, text) -> None:
     results = []
     for cls in (SFTTrainer, lead().trainer(SFTTrainer)):
         trainer = sft(cls, text, given=given, max_steps=2)
-        own = trainer.evaluate(), trainer.evaluate(text.select(range(9, 12)), metric_key_prefix="late")
+        streamed = text.select(range(9, 12)).to_iterable_dataset()
+        own = trainer.evaluate(), trainer.evaluate(streamed, metric_key_prefix="late")
         predicted = trainer.predict(trainer.eval_dataset["few"])
         found = {**own[0], **own[1], **predicted.metrics}
         results.append(
@@ -288,3 +293,21 @@ def test_the_model_afterwards_is_the_models(sft, make_model, make_args, load, te
         assert torch.equal(twin(asked).logits, expected)  # a copy's forward goes by the copy's weights
         again = load(tmp_path)
         assert torch.equal(again.generate(asked, max_new_tokens=3, do_sample=False), said)
+
+
+def test_an_epoch_has_the_steps_that_it_has_without(make_model, make_args, load) -> None:
+    """Whatever the rows, the batch and the accumulation, by the trainer's own count."""
+    trainer, drawn = Trainer(model=load(make_model()), args=make_args()), st.integers(1, 7)
+
+    @given(rows=st.integers(1, 60), batch=drawn, accumulation=drawn, drop=st.booleans(), steps=st.integers(1, 40))
+    @settings(max_examples=60, deadline=None)
+    def holds(rows: int, batch: int, accumulation: int, drop: bool, steps: int) -> None:
+        args = copy.copy(trainer.args)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps = batch, accumulation, steps
+        args.dataloader_drop_last = drop and rows >= batch  # else nothing is left to train on
+        loader = DataLoader(list(range(rows)), batch_size=batch, drop_last=args.dataloader_drop_last)
+        epochs, steps_an_epoch, *_ = trainer.set_initial_training_values(args, loader)
+        assert steps_in_epoch(args, rows) == steps_an_epoch
+        assert -(-steps // steps_an_epoch) == epochs
+
+    holds()

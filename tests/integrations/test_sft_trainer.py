@@ -183,6 +183,8 @@ def test_rows_that_are_not_the_pools_are_named(make_trainer, make_pool) -> None:
         ({"loss_type": "dft"}, "loss_type"),
         ({"dataloader_num_workers": 1}, "dataloader_num_workers"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"optim": "galore_adamw_layerwise"}, "steps while it goes backward"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches"),
     ],
 )
 def test_what_cannot_be_right_is_refused(make_trainer, make_pool, options, words) -> None:
