@@ -4,7 +4,7 @@ A template is a program: it may drop a system message, cut the reasoning out of 
 every conversation is rendered a second time with each text of the record between two private characters. What the marks
 stand around in that rendering must stand, the same but for white space at its ends, in the rendering that is trained;
 this tells a text from an equal one elsewhere, and from the template's own words. Templates that look into a text (for
-`</think>`, say) may part it from a mark; then it is searched for in what follows the text before it.
+`</think>`, say) may part it from a mark; then it must stand, whole, by the other mark.
 """
 
 from __future__ import annotations
@@ -41,15 +41,12 @@ class Text(NamedTuple):
     name: str
     turn: int
     value: str
+    json: bool = False
+    """Whether templates may write it inside JSON: what a tool is called with and what it gives."""
 
 
 def plain_text(turn: dict[str, Any], i: int) -> Text:
     return Text(f"the content of turn {i + 1} ({turn['role']})", i, turn["content"])
-
-
-def filled(pieces: Sequence[str | int], texts: Sequence[Text]) -> list[str | int]:
-    """A marked rendering's pieces with other texts between the marks."""
-    return [texts[pieces[i - 1] // 2].value if i % 4 == 2 else piece for i, piece in enumerate(pieces)]
 
 
 class Marks:
@@ -68,7 +65,7 @@ class Marks:
         name, marked = f"turn {i + 1} ({turn['role']})", dict(turn)
         for key in ("reasoning_content", "content"):
             if isinstance(turn.get(key), str):
-                marked[key] = self._text(turn[key], f"the {key} of {name}", i)
+                marked[key] = self._text(turn[key], f"the {key} of {name}", i, json=turn["role"] == "tool")
         if isinstance(turn.get("tool_calls"), list):
             marked["tool_calls"] = [self._call(call, name, i) for call in turn["tool_calls"]]
         return marked
@@ -85,12 +82,12 @@ class Marks:
         parts = re.split(f"([{chr(self.first)}-{chr(self.first + self.size - 1)}])", marked)
         return [ord(part) - self.first if i % 2 else part for i, part in enumerate(parts)]
 
-    def _text(self, value: str, name: str, turn: int) -> str:
+    def _text(self, value: str, name: str, turn: int, *, json: bool = False) -> str:
         if not value.strip():  # nothing that could be missing
             return value
         if 2 * len(self.texts) > self.size - 2:
             raise Misfit("template_refused", f"has more than {len(self.texts):,} texts")
-        self.texts.append(Text(name, turn, value))
+        self.texts.append(Text(name, turn, value, json))
         return self.around(len(self.texts) - 1)
 
     def _call(self, call: Any, name: str, turn: int) -> Any:
@@ -101,14 +98,14 @@ class Marks:
             return {**call, "function": self._call(call["function"], name, turn)}
         marked = dict(call)
         if isinstance(call.get("name"), str):
-            marked["name"] = self._text(call["name"], f"a tool's name in {name}", turn)
+            marked["name"] = self._text(call["name"], f"a tool's name in {name}", turn, json=True)
         if turn != TOOLS and "arguments" in call:
             marked["arguments"] = self._leaves(call["arguments"], f"a tool call's argument in {name}", turn)
         return marked
 
     def _leaves(self, value: Any, name: str, turn: int) -> Any:
         if isinstance(value, str):
-            return self._text(value, name, turn)
+            return self._text(value, name, turn, json=True)
         if isinstance(value, dict):
             return {key: self._leaves(each, name, turn) for key, each in value.items()}
         if isinstance(value, list):
@@ -119,92 +116,144 @@ class Marks:
 # --- finding the texts ---
 
 
-def find_texts(text: str, pieces: Sequence[Any], texts: Sequence[Text]) -> list[list[tuple[int, int]]]:
-    """Where in `text`, [begin, end) in characters, each of `texts` stands, given the marked rendering's pieces.
-
-    Raises Misfit for a text that does not stand there.
+class Step(NamedTuple):
+    """A text in a rendering: which, as what it stands there (None: a mark was lost), whether anything may stand before
+    it, and the template's words behind it (None: not known).
     """
-    return walk(text, pieces, texts) or _search(text, pieces, texts)
+
+    k: int
+    inside: str | None
+    gap: bool
+    frame: str | None
 
 
-def walk(text: str, pieces: Sequence[Any], texts: Sequence[Text]) -> list[list[tuple[int, int]]] | None:
-    """The places of every text, if `text` is the marked rendering but for white space at the ends of marked texts."""
-    where: list[list[tuple[int, int]]] = [[] for _ in texts]
-    if len(pieces) % 4 != 1 or not text.startswith(pieces[0]):
-        return None
-    place = len(pieces[0])
-    for at in range(1, len(pieces), 4):
-        opening, inside, closing, frame = pieces[at : at + 4]
-        k, odd = divmod(opening, 2)
-        if odd or closing != opening + 1 or (inside != texts[k].value and inside not in _spellings(texts[k].value)):
-            return None
-        final = at + 4 == len(pieces)
-        for begin, end in _strippings(text, place, inside):
-            if text.startswith(frame, end) and (not final or end + len(frame) == len(text)):
-                where[k].append((begin, end))
-                place = end + len(frame)
-                break
+class Frames(NamedTuple):
+    """A marked rendering: the template's words before the first text (None: not known), and the texts."""
+
+    first: str | None
+    steps: list[Step]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no mark was lost."""
+        return self.first is not None and all(step.inside is not None for step in self.steps)
+
+    def filled(self, texts: Sequence[Text]) -> Frames:
+        """With other texts in the places of these."""
+        return Frames(self.first, [step._replace(inside=texts[step.k].value) for step in self.steps])
+
+
+def frames_of(pieces: Sequence[Any]) -> Frames:
+    """`Marks.pieces` as Frames. Between a text whose mark was lost and its neighbour nothing is known."""
+    first, steps, at = pieces[0], [], 1
+    while at < len(pieces):
+        k, closing = divmod(pieces[at], 2)
+        if not closing and pieces[at + 2 : at + 3] == [pieces[at] + 1]:
+            steps.append(Step(k, pieces[at + 1], False, pieces[at + 3]))
+            at += 4
+            continue
+        if not closing:
+            steps.append(Step(k, None, False, None))
         else:
-            return None
-    return where if all(where) else None
+            if steps:
+                steps[-1] = steps[-1]._replace(frame=None)
+            first = first if steps else None
+            steps.append(Step(k, None, True, pieces[at + 1]))
+        at += 2
+    return Frames(first, steps)
 
 
-def _strippings(text: str, place: int, inside: str) -> Iterator[tuple[int, int]]:
-    """Where `inside` may stand from `place` on: whole first, then with less and less white space at its ends."""
-    core = inside.strip()
-    lead = len(inside) - len(inside.lstrip())
-    trail = inside[lead + len(core) :]
-    for cut in range(lead + 1):
-        begin = place + lead - cut
-        if text.startswith(core, begin) and text.startswith(inside[cut:lead], place):
-            for kept in range(len(trail), -1, -1):
-                end = begin + len(core) + kept
-                if text.startswith(trail[:kept], begin + len(core)):
-                    yield begin, end
-
-
-def _search(text: str, pieces: Sequence[Any], texts: Sequence[Text]) -> list[list[tuple[int, int]]]:
-    """As `walk`, for templates that look into the texts: one after the other, in the marked rendering's order.
-
-    Raises Misfit for a text of which no mark was rendered, and for one that does not follow the text before it.
-    """
-    order = list(dict.fromkeys(mark // 2 for mark in pieces[1::2]))
+def find_texts(text: str, frames: Frames, texts: Sequence[Text]) -> list[list[tuple[int, int]]]:
+    """Where in `text`, [begin, end) in characters, each of `texts` stands. Raises Misfit for one that does not."""
+    rendered = {step.k for step in frames.steps}
     for k, each in enumerate(texts):
-        if k not in order:
+        if k not in rendered:
             what = f"{show(each.value)} is not in the text"
             raise Misfit("template_drops_text", f"the chat template drops {each.name}: {what}")
-    where: list[list[tuple[int, int]]] = [[] for _ in texts]
-    place = 0
-    for k in order:
-        value = texts[k].value
-        found = None
-        for spelling in _spellings(value):
-            # Around what marks reasoning, templates put line breaks of their own.
-            parts = [part.strip() for part in re.split(f"({REASONING.pattern})", spelling)]
-            found = found or re.compile(r"\s*".join(re.escape(part) for part in parts if part)).search(text, place)
-        if found is None:
-            raise Misfit("template_changes_text", _parting(text[place:], pieces, k, texts[k]))
-        where[k] = [found.span()]
-        place = found.end()
+    for k, inside, _, _ in frames.steps:
+        if inside is not None and inside != texts[k].value and inside not in _spellings(texts[k]):
+            raise _changed(texts[k], inside)
+    where = walk(text, frames, texts)
+    if isinstance(where, Step):
+        lost = next((step for step in frames.steps if step.inside is None), where)
+        raise _changed(texts[lost.k], text if where.inside is None else where.inside)
     return where
 
 
-def _spellings(value: str) -> tuple[str, ...]:
-    """How a text may stand in a rendering: as it is, or inside JSON."""
-    if value.isascii() and '"' not in value and "\\" not in value and value.isprintable():
+def walk(text: str, frames: Frames, texts: Sequence[Text]) -> list[list[tuple[int, int]]] | Step:
+    """The places of every text if `text` is `frames` but for white space at the texts' ends; else the step that fails."""
+    where: list[list[tuple[int, int]]] = [[] for _ in texts]
+    first, steps = frames
+    place = len(first or "")
+    if first and not text.startswith(first):
+        return steps[0]
+    for number, step in enumerate(steps, 1):
+        k, inside, gap, frame = step
+        spellings = (inside,) if inside is not None else _spellings(texts[k])
+        for begin, end in (span for spelling in spellings for span in _places(text, place, spelling, gap)):
+            behind = end + len(frame or "")
+            if not frame or text.startswith(frame, end):
+                if number == len(steps) and frame is not None and behind != len(text):
+                    continue
+                where[k].append((begin, end))
+                place = behind
+                break
+        else:
+            return step
+    return where
+
+
+def _places(text: str, place: int, spelling: str, gap: bool) -> Iterator[tuple[int, int]]:
+    """Where a text may stand: at `place`, or with `gap` anywhere behind it; whole, or without white space at its ends."""
+    core = spelling.strip()
+    lead = len(spelling) - len(spelling.lstrip())
+    trail = spelling[lead + len(core) :]
+    if not gap:
+        for cut in range(lead + 1):
+            begin = place + lead - cut
+            if text.startswith(core, begin) and text.startswith(spelling[cut:lead], place):
+                for kept in range(len(trail), -1, -1):
+                    if text.startswith(trail[:kept], begin + len(core)):
+                        yield place, begin + len(core) + kept
+    # Around what marks reasoning, templates put line breaks of their own.
+    parts = [part.strip() for part in re.split(f"({REASONING.pattern})", core)]
+    parts = [part for part in parts if part]
+    if len(parts) == 1 and not gap:
+        return
+    begin = text.find(parts[0], place)
+    while begin >= 0 and (gap or not text[place:begin].strip()):
+        end = begin + len(parts[0])
+        for part in parts[1:]:
+            end += len(text[end:]) - len(text[end:].lstrip())
+            if not text.startswith(part, end):
+                break
+            end += len(part)
+        else:
+            if trail and text.startswith(trail, end):
+                yield begin, end + len(trail)
+            yield begin, end
+        begin = text.find(parts[0], begin + 1)
+
+
+def _spellings(text: Text) -> tuple[str, ...]:
+    """How a text may stand in a rendering."""
+    value = text.value
+    if not text.json:
         return (value,)
     return value, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]
 
 
-def _parting(text: str, pieces: Sequence[Any], k: int, missing: Text) -> str:
-    """The message for a text that is not in the rendering as it should be: where the two part."""
+def _changed(missing: Text, text: str) -> Misfit:
+    """The problem of a text that is not in the rendering as it should be: where the two part."""
     value = missing.value.strip()
-    marks = pieces[1::2]
-    if 2 * k in marks and marks[marks.index(2 * k) + 1 :][:1] == [2 * k + 1]:
-        text = pieces[2 * marks.index(2 * k) + 2].strip()  # what the template made of it
+    for start in (value, value[:16], value[:4]):  # where the rendering comes nearest
+        if start in text:
+            text = text[text.index(start) :]
+            break
+    text = text.strip()
     parted = max(0, common_prefix(value, text) - 8)
     parting = f"the record has {show(value[parted:])}, the text {show(text[parted:])}"
-    return f"the chat template changes {missing.name}: {parting}"
+    return Misfit("template_changes_text", f"the chat template changes {missing.name}: {parting}")
 
 
 def extent(texts: Sequence[Text], where: Sequence[list[tuple[int, int]]], turn: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ which the model answers when it is used) to the end of turn behind it. Where an 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,20 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.pool.chat_template import render
-from lead_engine.pool.marks import Marks, Misfit, Text, common_prefix, extent, filled, find_texts, plain_text, show, walk
+from lead_engine.pool.marks import (
+    Frames,
+    Marks,
+    Misfit,
+    Step,
+    Text,
+    common_prefix,
+    extent,
+    find_texts,
+    frames_of,
+    plain_text,
+    show,
+    walk,
+)
 from lead_engine.pool.records import Message, Record
 from lead_engine.pool.special_tokens import any_of, control_tokens
 
@@ -42,7 +56,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.frames: dict[tuple[Any, ...], list[str | int]] = {}
+        self.frames: dict[tuple[Any, ...], Frames] = {}
         """Marked renderings by what a conversation of plain turns looks like: its roles, and which turns are blank."""
         self.control = control_tokens(tokenizer)
         self.control_ids = set(self.control.values())
@@ -63,11 +77,8 @@ class Renderer:
                 end = extent(texts, where, i)[1]
                 if i == last:
                     end = len(rendered.text.rstrip()) if text_end == len(text) else end + len(ends)
-                elif text.startswith(ends, end):
-                    end += len(ends)
                 else:
-                    stands = f"behind turn {i + 1} stands {show(text[end:])}, behind the last answer {ends!r}"
-                    raise Misfit("answer_not_found", f"answers end differently: {stands}")
+                    end = self._end(text, end, ends, calls=[bool(turns[j].get("tool_calls")) for j in (i, last)], i=i)
                 rendered.answers.append((begin, max(end, begin)))
                 rendered.unasked = rendered.unasked or unasked
         return rendered
@@ -95,21 +106,17 @@ class Renderer:
         shape = None if tools or any(turn.keys() - PLAIN for turn in turns) else (prompt, *map(_kind, turns))
         if shape in self.frames:  # most often, records of one shape differ in their texts alone
             texts = [plain_text(turn, i) for i, turn in enumerate(turns) if turn["content"].strip()]
-            where = walk(text, filled(self.frames[shape], texts), texts)
-            if where:
+            where = walk(text, self.frames[shape].filled(texts), texts)
+            if not isinstance(where, Step):
                 return texts, where, text
         self._check_fields(turns, tools)
         marks = Marks(text, blocks=1 + len(turns) // 200)
         marked_tools = marks.tools(tools) if tools else tools
         marked_turns = [marks.turn(turn, i) for i, turn in enumerate(turns)]
-        try:
-            marked = self._render(marked_turns, marked_tools, prompt=prompt)
-        except Misfit:  # the marks alone are refused: a template that compares a text with others
-            marked = "".join(marks.around(k) for k in range(len(marks.texts)))
-        pieces = marks.pieces(marked)
-        if shape and len(self.frames) < SHAPES:
-            self.frames[shape] = pieces
-        return marks.texts, find_texts(text, pieces, marks.texts), text
+        frames = frames_of(marks.pieces(self._render(marked_turns, marked_tools, prompt=prompt)))
+        if shape and frames.whole and len(self.frames) < SHAPES:
+            self.frames[shape] = frames
+        return marks.texts, find_texts(text, frames, marks.texts), text
 
     def _check_fields(self, turns: Sequence[dict[str, Any]], tools: list[Any] | None) -> None:
         """Texts are tokenised so that they forge no control token; other fields may spell none, however rendered."""
@@ -155,6 +162,8 @@ class Renderer:
         text, eos = rendered.text, self.tokenizer.eos_token
         tail = text[extent[1] :]
         first = self.control_pattern.search(tail)
+        if turns[-1].get("tool_calls") and eos and eos in tail:  # control tokens may close the calls before
+            first = re.compile(re.escape(eos)).search(tail)
         ends = tail[: first.end()] if first else tail.rstrip()
         behind = tail[len(ends) :]
         extra = (behind.replace(eos, "") if eos else behind).strip()
@@ -170,6 +179,20 @@ class Renderer:
         if reaches and asked[-1:] == ends[-1:] and self._always_asks():
             raise Misfit("text_behind_answer", f"behind the answer stands {show(tail)}, which asks for another")
         return ends, len(text)
+
+    def _end(self, text: str, begin: int, ends: str, *, calls: list[bool], i: int) -> int:
+        """Where answer i ends, whose last text ends at `begin`, given what stands behind the last answer.
+
+        calls: whether answer i and the last one call tools, of which the template writes more behind the last text.
+        """
+        if text.startswith(ends, begin):
+            return begin + len(ends)
+        control = self.control_pattern.findall(ends)[-1:]
+        place = text.find(control[0], begin) if control else -1
+        if place >= 0 and (calls[0] or (calls[1] and not text[begin:place].strip())):
+            return place + len(control[0])
+        stands = f"behind turn {i + 1} stands {show(text[begin:])}, behind the last answer {ends!r}"
+        raise Misfit("answer_not_found", f"answers end differently: {stands}")
 
     def _always_asks(self) -> bool:
         """Whether an empty conversation has a text, or is refused: then what a conversation ends in may be a request."""
