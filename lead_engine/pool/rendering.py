@@ -7,6 +7,7 @@ which the model answers when it is used) to the end of turn behind it. Where an 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lead_engine.pool.chat_template import render
+from lead_engine.pool.chat_template import PROBES, render
 from lead_engine.pool.marks import (
     Frames,
     Marks,
@@ -69,7 +70,7 @@ class Renderer:
         turns = [message.as_turn() for message in messages]
         texts, where, text = self._compare(turns, record.tools, prompt=False)
         rendered = Rendered(text, contents=[span for spans in where for span in spans])
-        ends, text_end = self._ends(turns, record.tools, rendered, extent(texts, where, last))
+        ends, text_end = self._ends(turns, record.tools, text, extent(texts, where, last))
         rendered.text, rendered.open_end = text[:text_end], not self.control_pattern.search(ends)
         for i, message in enumerate(messages):
             if message.role == "assistant" and message.train:
@@ -156,10 +157,10 @@ class Renderer:
         )
 
     def _ends(
-        self, turns: Sequence[dict[str, Any]], tools: list[Any] | None, rendered: Rendered, extent: tuple[int, int]
+        self, turns: Sequence[dict[str, Any]], tools: list[Any] | None, text: str, extent: tuple[int, int]
     ) -> tuple[str, int]:
         """What ends every answer, and where the text ends: what asks for another answer behind the last is cut off."""
-        text, eos = rendered.text, self.tokenizer.eos_token
+        eos = self.tokenizer.eos_token
         tail = text[extent[1] :]
         first = self.control_pattern.search(tail)
         if turns[-1].get("tool_calls") and eos and eos in tail:  # control tokens may close the calls before
@@ -171,8 +172,7 @@ class Renderer:
             return ends, len(text)
         asked = self._render(turns[:-1], tools, prompt=False).rstrip()
         if first:
-            opening = text[: min(begin for begin, _ in rendered.contents)].removeprefix(self.tokenizer.bos_token or "")
-            if asked.endswith(behind.strip()) and (first[0] == eos or first[0] not in opening):
+            if asked.endswith(behind.strip()) and (first[0] == eos or first[0] not in self._opening):
                 return ends, extent[1] + len(ends) + len(behind) - len(behind.lstrip())
             raise Misfit("text_behind_answer", f"behind the answer and its end of turn stands {show(behind)}")
         reaches = text.startswith(asked) and not text[len(asked) : extent[0]].strip()
@@ -193,6 +193,15 @@ class Renderer:
             return place + len(control[0])
         stands = f"behind turn {i + 1} stands {show(text[begin:])}, behind the last answer {ends!r}"
         raise Misfit("answer_not_found", f"answers end differently: {stands}")
+
+    @functools.cached_property
+    def _opening(self) -> str:
+        """What stands before the first turn's text. A control token in it opens turns; all of them may, where unknown."""
+        try:
+            _, where, text = self._compare(PROBES[0], None, prompt=False)
+        except Misfit:
+            return "".join(self.control)
+        return text[: where[0][0][0]].removeprefix(self.tokenizer.bos_token or "")
 
     def _always_asks(self) -> bool:
         """Whether an empty conversation has a text, or is refused: then what a conversation ends in may be a request."""
