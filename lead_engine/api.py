@@ -137,11 +137,12 @@ class Session:
             yield _report(finished)
 
     def evaluate(self, data: str | Path | Sequence[str | Path], *, skip_bad: bool = False) -> dict[str, Any]:
-        """Held-out loss of the model as it is, in nats per response token; what is trained afterwards does not change by it.
+        """Held-out loss of the model as it is, in nats per response token. What is trained afterwards does not change.
 
-        data: files in any form that `prepare` reads. They are tokenised at the first call, by every rank; later calls with the same
-        names use these tokens. Records are cut where the pool's were. Returns {"overall": float, "macro": float, "tasks": {name:
-        {"loss", "samples", "tokens"}}}, alike on all ranks. UserError for records that cannot be used; `skip_bad` leaves those out.
+        data: files in any form that `prepare` reads. They are tokenised at the first call, by every rank; later calls
+        with the same names use these tokens. Records are cut where the pool's were. Returns {"overall": float,
+        "macro": float, "tasks": {name: {"loss", "samples", "tokens"}}}, alike on all ranks. UserError for records that
+        cannot be used; `skip_bad` leaves those out.
         """
         from lead_engine.training.heldout import loss_of
         from lead_engine.training.heldout_data import open_temporary

@@ -249,7 +249,7 @@ class TrainConfig(Options):
     eval_data: tuple[PathText, ...] = ()
     """Held-out files, in any form that `prepare` reads: their loss is measured before training and at its end."""
     eval_every: Annotated[int, Bounds(ge=0, zero="only before training and at its end")] = 0
-    """Measure it every so many optimizer steps, too (at a round's end), and keep the best model in OUT/best; 0 does not."""
+    """Measure it every so many optimizer steps, too, at a round's end, and keep the best model in OUT/best."""
     patience: Annotated[int, Bounds(ge=0, zero="never stop early")] = 0
     """Stop after so many measurements in a row without a lower held-out loss; 0 never does."""
     skip_bad: bool = False
@@ -266,9 +266,12 @@ class TrainConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag, value in (("--eval-every", self.eval_every), ("--patience", self.patience), ("--skip-bad", self.skip_bad)):
-            require(bool(self.eval_data) or not value, flag, value, "left out without --eval-data, the files that it is about")
-        require(self.eval_every > 0 or not self.patience, "--patience", self.patience, "left out without --eval-every N")
+        for name in ("eval_every", "patience", "skip_bad"):
+            value = getattr(self, name)
+            alone = value and not self.eval_data
+            require(not alone, self.flag(name), value, "left out without --eval-data, the files that it is about")
+        alone = self.patience and not self.eval_every
+        require(not alone, "--patience", self.patience, "left out without --eval-every N")
 
 
 @dataclass(frozen=True)

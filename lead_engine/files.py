@@ -40,7 +40,7 @@ def publish(building: Path, place: Path) -> None:
     if not place.is_dir():
         os.replace(building, place)
         return
-    old = place.with_name(f"{place.name}.old")  # a folder cannot be renamed onto another; whoever is killed here has both
+    old = place.with_name(f"{place.name}.old")  # a folder cannot be renamed onto another; killed here, both are there
     shutil.rmtree(old, ignore_errors=True)
     os.replace(place, old)
     os.replace(building, place)

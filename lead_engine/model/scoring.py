@@ -2,6 +2,7 @@
 
 `prepare`, `eval`, the methods that score the pool again, and the held-out losses of a run in training all go through here.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence

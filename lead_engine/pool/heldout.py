@@ -1,8 +1,10 @@
 """Held-out records as tokens, kept in a folder: what a run measures itself on while it trains.
 
-The folder holds store/ (tokens), records.parquet (id, dataset, file, line), problems.jsonl, and heldout.json, which is written last and
-says from which contents and options it was made. A run that goes on reads it, and never files that may have changed.
+The folder holds store/ (tokens), records.parquet (id, dataset, file, line), problems.jsonl, and heldout.json, which is
+written last and says from which contents and options it was made. A run that goes on reads it, and never files that may
+have changed.
 """
+
 from __future__ import annotations
 
 import json
@@ -37,9 +39,15 @@ def task_of(record: Record) -> str:
 
 
 def encode_records(
-    records: list[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, problems: Problems, *, skip_bad: bool, source: str
+    records: list[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    problems: Problems,
+    *,
+    skip_bad: bool,
+    source: str,
 ) -> list[Sample]:
-    """The samples of held-out records, in order. UserError where nothing of any answer is left within `max_length` tokens.
+    """The samples of held-out records, in order. UserError where no answer begins within `max_length` tokens.
 
     source: what the message calls the records.
     """
@@ -80,9 +88,9 @@ def write_heldout(
 ) -> dict[str, Any]:
     """Read and tokenise held-out records into `folder`, which is made once all of them are accepted.
 
-    pool: the prepared pool in which to look for the same samples. made_from: kept in heldout.json, which is what is returned: {"made_from",
-    "samples", "tokens", "problems": counts by kind, "in_pool"}. Raises UserError for sources that cannot be read and, without `skip_bad`,
-    for records that cannot be used.
+    pool: the prepared pool in which to look for the same samples. made_from: kept in heldout.json, which is what is
+    returned: {"made_from", "samples", "tokens", "problems": counts by kind, "in_pool"}. Raises UserError for sources
+    that cannot be read and, without `skip_bad`, for records that cannot be used.
     """
     records, problems = read_records(sources, skip_bad=skip_bad, flag=flag)
     samples = encode_records(records, tokenizer, max_length, problems, skip_bad=skip_bad, source=" ".join(sources))

@@ -128,7 +128,8 @@ def _heldout(session: Session) -> str:
     if config.eval_every:
         when = f"{when}, and every {config.eval_every} steps (at a round's end); the best model in {config.out / BEST}"
     stops = f"; stops after {config.patience} in a row without a lower loss" if config.patience else ""
-    return f"{data.store.num_samples:,} samples, {data.store.num_tokens:,} tokens, {len(set(data.tasks))} tasks: loss {when}{stops}"
+    samples, tokens, tasks = data.store.num_samples, data.store.num_tokens, len(set(data.tasks))
+    return f"{samples:,} samples, {tokens:,} tokens, {tasks} task{'s' if tasks > 1 else ''}: loss {when}{stops}"
 
 
 def _logs(config: TrainConfig) -> str:

@@ -1,8 +1,10 @@
 """Held-out loss while a run trains: when it is measured, which model was the best so far, and when to stop.
 
-All of it happens between two rounds and leaves what is trained as it was: forward passes without gradients, dropout or random numbers. Its
-time is not the training's. What is decided comes from numbers that are the same on every rank, and lies in the checkpoints' notes.
+All of it happens between two rounds and leaves what is trained as it was: forward passes without gradients, dropout or
+random numbers. Its time is not the training's. What is decided comes from numbers that are the same on every rank, and
+lies in the checkpoints' notes.
 """
+
 from __future__ import annotations
 
 import json
@@ -76,9 +78,8 @@ class HeldOut:
             setattr(self, name, Mark(*value) if name in ("lowest", "kept") and value else value)
 
     def look(self, done: Progress, bar: Bar) -> None:
-        """Evaluate if it is time: before training, and at the end of the first round that has reached each multiple of --eval-every.
-
-        Keeps the model if it is the best so far, and sets `stops`.
+        """Evaluate if it is time: before training, and at the end of the first round that has reached each multiple of
+        --eval-every. Keeps the model if it is the best so far, and sets `stops`.
         """
         every, patience = self.session.config.eval_every, self.session.config.patience
         if self.session.heldout is None or not (self.last < 0 or (every and done.step // every > self.last // every)):
@@ -92,7 +93,8 @@ class HeldOut:
         if patience and self.since >= patience and left:
             self.stops = True
             best = f"{self.lowest.loss:.4f} at step {self.lowest.step}" if self.lowest else "none is finite"
-            say(f"--patience {patience}: no lower held-out loss in a row of {self.since} (lowest: {best}); training stops early")
+            told = f"{self.since} evaluations in a row without a lower held-out loss (lowest: {best})"
+            say(f"--patience {patience}: {told}; training stops early")
 
     def last_look(self, done: Progress) -> None:
         """Evaluate the model as it is at the end."""
@@ -149,17 +151,24 @@ class HeldOut:
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.tokens += data.store.num_tokens
-        line = {"step": done.step, "round": done.round, "tokens": done.tokens, "loss": _finite(self.loss), "lowest": lower}
+        line = {
+            "step": done.step,
+            "round": done.round,
+            "tokens": done.tokens,
+            "loss": _finite(self.loss),
+            "lowest": lower,
+        }
         self.folder.evaluation({**line, "seconds": seconds})
         lowest = "" if lower or not self.lowest else f", lowest {self.lowest.loss:.4f} at step {self.lowest.step}"
         told = f"held-out loss {mark.loss:.4f}, macro {self.loss['macro']:.4f}{lowest} ({seconds:.1f} s)"
         say(f"step {done.step:,}: {told}")
         if not math.isfinite(mark.loss):
-            warn(f"step {done.step}: the held-out loss is not finite; the model has diverged, or needs --runtime.precision fp32")
+            why = "the model has diverged, or needs --runtime.precision fp32"
+            warn(f"step {done.step}: the held-out loss is not finite; {why}")
         return lower
 
     def _keep(self, done: Progress, make: Any) -> None:
-        """Give BEST the folder that `make` builds, on all ranks; warn where it cannot be written, and leave the one before it."""
+        """Give BEST the folder that `make` builds, on all ranks; if it cannot be written, warn, leave what is there."""
         started, mark = time.perf_counter(), Mark(done.step, self.lowest.loss)
         building = self.path.with_name(f"{BEST}.new")
         at("writing the best model", done.round, done.step, limited=False)
@@ -188,14 +197,14 @@ class HeldOut:
 def loss_of(
     data: HeldOutData, session: Session, ranks: Ranks, before_each: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """What `summarise_loss` says of the model as it is: the same on every rank, and, but for rounding, on any number of them."""
+    """What `summarise_loss` says of the model as it is: the same on every rank, and but for rounding on any number."""
     share = {"batch": session.config.batch, "rank": ranks.rank, "world": ranks.size, "before_each": before_each}
     nll = score_together(session.engine.model, data.store, torch.arange(data.store.num_samples), **share)
     return summarise_loss(nll.double().cpu().numpy(), data.store.response_rows.numpy(), data.tasks)
 
 
 def _tidy(path: Path) -> None:
-    """What a killed run left: a folder that was being written goes, one that was about to be replaced is back in its place."""
+    """What a killed run left: a folder half written goes, one that was about to be replaced is back in its place."""
     for begun in path.parent.glob(f"{path.name}.new*"):
         shutil.rmtree(begun, ignore_errors=True)
     old = path.with_name(f"{path.name}.old")

@@ -1,4 +1,5 @@
-"""`--eval-data`: read and tokenised once, by the first rank, into RUN/heldout; a resumed run goes on with what lies there."""
+"""`--eval-data`: read and tokenised once, by the first rank, into RUN/heldout; a resumed run goes on with that."""
+
 from __future__ import annotations
 
 import hashlib
@@ -26,7 +27,8 @@ FOLDER = "heldout"
 def open_heldout(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> HeldOutData | None:
     """The records of --eval-data, None where none are given; a collective over all ranks.
 
-    Raises UserError, on all ranks alike, for records that cannot be used (see --skip-bad), and on --resume for data that has changed.
+    Raises UserError, on all ranks alike, for records that cannot be used (see --skip-bad), and on --resume for data
+    that has changed.
     """
     if not config.eval_data:
         return None
@@ -49,7 +51,7 @@ def open_heldout(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
 def open_temporary(
     config: TrainConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, ranks: Ranks, *, skip_bad: bool
 ) -> Iterator[HeldOutData]:
-    """Held-out records that are not kept: every rank reads them into a folder of its own. UserError as `open_heldout`."""
+    """Held-out records that are not kept: every rank reads them into a folder of its own. Raises as `open_heldout`."""
     with tempfile.TemporaryDirectory(prefix="lead-heldout-") as folder:
         paths = expand(sources, "data")
         write_heldout(Path(folder), paths, tokenizer, max_length=_longest(config), skip_bad=skip_bad, flag="data")
@@ -79,7 +81,8 @@ def _make(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase)
     for kind, count in marker["problems"].items():
         say(f"{count} held-out records: {kind}, named in {folder / 'problems.jsonl'}")
     if marker["in_pool"]:
-        warn(f"--eval-data: {marker['in_pool']} of {marker['samples']} held-out records are in the pool, too, token for token")
+        share = f"{marker['in_pool']} of {marker['samples']}"
+        warn(f"--eval-data: {share} held-out records are in the pool, too, token for token")
 
 
 def _longest(config: TrainConfig) -> int:
@@ -103,10 +106,15 @@ def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
         return
     digests = [digest for _, digest in before["sources"]]
     if digests != [digest for _, digest in now["sources"]]:
-        names = ", ".join(name for name, digest in now["sources"] if digest not in digests) or "other files, or another order"
+        names = (
+            ", ".join(name for name, digest in now["sources"] if digest not in digests)
+            or "other files, or another order"
+        )
         raise UserError(
-            f"--resume: --eval-data has changed since the run began ({names}); its losses could not be compared with those "
-            "before: bring the files back as they were, or train into another folder"
+            f"--resume: --eval-data has changed since the run began ({names}); its losses could not be compared with "
+            "those before: bring the files back as they were, or train into another folder"
         )
     changed = next(name for name in now if before.get(name) != now[name])
-    raise UserError(f"--resume: the held-out records were read with {changed} = {before.get(changed)}, now it is {now[changed]}")
+    raise UserError(
+        f"--resume: the held-out records were read with {changed} = {before.get(changed)}, now it is {now[changed]}"
+    )

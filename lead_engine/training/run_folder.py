@@ -102,7 +102,7 @@ class RunFolder:
 def why_not_written(ranks: Ranks, path: Path, write: Callable[[], None]) -> str | None:
     """Write a file or folder together: None, or on all ranks alike the reason why one of them could not.
 
-    What was begun (PATH.writing, or of a folder that is renamed later, PATH) is then removed. Not while a checkpoint is being written.
+    PATH.writing is then removed. Not to be called while a checkpoint is being written.
     """
     reason = None
     try:

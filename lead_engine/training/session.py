@@ -43,7 +43,7 @@ class Session:
 
 
 def build(config: TrainConfig, ranks: Ranks, *, evaluates: bool = False) -> Session:
-    """Open the pool, load the model, and put the engine together. Raises UserError for everything that the user can mend.
+    """Open the pool, load the model, and put the engine together. UserError for everything that the user can mend.
 
     evaluates: open --eval-data, in the run folder.
     """
@@ -125,6 +125,8 @@ def _tokenizer(config: TrainConfig, base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_vocabulary(config: TrainConfig, base: Path, store: TokenStore, tokens: int | None = None, source: str = "") -> None:
+def _check_vocabulary(
+    config: TrainConfig, base: Path, store: TokenStore, tokens: int | None = None, source: str = ""
+) -> None:
     rows, source = rows_of(load_config(weights_folder(base))), source or f"--pool {config.pool}"
     check_vocabulary(store.max_token_id, rows, tokens=tokens, model=f"--model {config.model}", source=source)

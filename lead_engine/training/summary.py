@@ -17,7 +17,9 @@ from lead_engine.training.run_folder import COMPLETE
 from lead_engine.training.session import Session
 
 
-def write_summary(session: Session, ranks: Ranks, done: Progress, meter: Meter, skipped_steps: int, heldout: HeldOut) -> None:
+def write_summary(
+    session: Session, ranks: Ranks, done: Progress, meter: Meter, skipped_steps: int, heldout: HeldOut
+) -> None:
     """Utility, visits and the summary; the summary comes last and marks the run complete."""
     config, state, selector, store = session.config, session.state, session.engine.selector, session.engine.store
     counts = selector.samples.visits[:-1].cpu()

@@ -119,9 +119,7 @@ class Mlflow:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        # A task may have any name; MLflow takes letters, digits and these.
-        names = {name: re.sub(r"[^\w\-. :/]", "_", name) for name in values}
-        self._pending += [Metric(f"{group}/{names[name]}", value, now, place) for name, value in values.items()]
+        self._pending += [Metric(f"{group}/{_mlflow_name(name)}", value, now, place) for name, value in values.items()]
 
     def flush(self) -> None:
         for done in [future for future in self._sent if future.done()]:
@@ -137,6 +135,12 @@ class Mlflow:
         self._sent.append(self._thread.submit(self._client.set_terminated, self.id, status))
         self._thread.shutdown(wait=False)
         _wait(self._sent)
+
+
+def _mlflow_name(name: str) -> str:
+    """A task may have any name; MLflow takes letters, digits and a few signs, as parts of a path that goes nowhere."""
+    parts = [re.sub(r"[^\w\-. ]", "_", part) for part in name.split("/")]
+    return "/".join("_" if set(part) <= {"."} else part for part in parts)[:200]
 
 
 def _wait(futures: list[Future]) -> None:

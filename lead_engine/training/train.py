@@ -166,7 +166,7 @@ class _Run:
             few = budget < int(lengths.min())
             why = f"{budget:,} tokens, the shortest sample has {int(lengths.min()):,}" if few else "no sample is eligible that fits into it"
             warn(f"nothing was trained: --budget {config.budget:g} ({why}); the model written is the base")
-        elif not self.heldout.stops and budget - done.tokens > int(lengths.max()):  # else what is left is too little for the next sample
+        elif not self.heldout.stops and budget - done.tokens > int(lengths.max()):  # else too little for another
             visits = config.selection.max_visits
             say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {visits})")
 
@@ -177,7 +177,8 @@ def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSi
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
     skipped = SkippedSteps(config.max_skipped_steps, names, config.out, config.pool)
     meter = Meter.of(engine.store, ModelFlops.of(engine.model), find_peak(config.runtime.peak_tflops, ranks.device), ranks.size)
-    run = _Run(session, ranks, folder, signals, checkpoints, skipped, meter, names, HeldOut(session, ranks, folder, checkpoints))
+    heldout = HeldOut(session, ranks, folder, checkpoints)
+    run = _Run(session, ranks, folder, signals, checkpoints, skipped, meter, names, heldout)
     start = run.resume() if config.resume else Progress()
     announce(session, ranks, meter)
     ranks.barrier()

@@ -105,7 +105,8 @@ def folders(make_pool, make_model, tmp_path_factory) -> dict[str, Path]:
     shape = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1}
     torch.compile(torch.sin, backend="aot_eager")(torch.ones(1, requires_grad=True)).backward()  # imports what forked ranks then have
     heldout = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
-    heldout.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "word " * i}) + "\n" for i in range(1, 4)))
+    records = [{"prompt": f"say {i}", "completion": "word " * i} for i in range(1, 4)]
+    heldout.write_text("".join(json.dumps(record) + "\n" for record in records))
     models = {name: make_model(kind, **shape, **more) for name, (kind, more) in MODELS.items()}
     return {"pool": make_pool(samples=60), "heldout": heldout, **models}
 

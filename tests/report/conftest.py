@@ -132,12 +132,16 @@ def add_heldout(run: Path, tasks: tuple[str, ...] = TASKS, every: int = 4) -> li
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = []
     for step in range(0, len(metrics) + 1, every):
-        losses = {name: 2.6 + 0.2 * i - 0.8 * (1 - np.exp(-step / (6 + 4 * i))) + 2e-4 * step * i for i, name in enumerate(tasks)}
-        values = {name: {"loss": float(loss), "samples": 20, "tokens": 900 - 50 * i} for i, (name, loss) in enumerate(losses.items())}
+        losses = {name: 2.6 + 0.2 * i - 0.8 * (1 - np.exp(-step / (6 + 4 * i))) for i, name in enumerate(tasks)}
+        values = {
+            name: {"loss": float(losses[name]), "samples": 20, "tokens": 900 - 50 * i} for i, name in enumerate(tasks)
+        }
         tokens = [task["tokens"] for task in values.values()]
-        loss = {"overall": float(np.average(list(losses.values()), weights=tokens)), "macro": float(np.mean(list(losses.values())))}
-        lines.append({"step": step, "round": step // 4, "tokens": 1000 * step, "loss": {**loss, "tasks": values}, "lowest": True})
-    lines[2]["loss"] = {"overall": None, "macro": None, "tasks": {name: {**values[name], "loss": None} for name in values}}
+        each = list(losses.values())
+        loss = {"overall": float(np.average(each, weights=tokens)), "macro": float(np.mean(each)), "tasks": values}
+        lines.append({"step": step, "round": step // 4, "tokens": 1000 * step, "loss": loss, "lowest": True})
+    unknown = {name: {**task, "loss": None} for name, task in values.items()}
+    lines[2]["loss"] = {"overall": None, "macro": None, "tasks": unknown}
     (run / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
 

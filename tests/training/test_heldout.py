@@ -1,4 +1,5 @@
-"""Held-out loss while a run trains: it changes nothing of the run, says what `eval` says, keeps the best model and stops in time."""
+"""Held-out loss while a run trains: nothing of the run changes, it is what `eval` says, keeps the best, stops early."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,15 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lead_engine.config import BatchConfig, EvalConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
+from lead_engine.config import (
+    BatchConfig,
+    EvalConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+    SelectionConfig,
+    TrainConfig,
+)
 from lead_engine.console import Bar
 from lead_engine.errors import UserError
 from lead_engine.evaluation.evaluate import evaluate
@@ -33,7 +42,12 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 def write_records(path: Path, count: int = 9, tasks: int = 3) -> Path:
     """Questions whose answers are of many lengths, in tasks of different sizes."""
     records = [
-        {"id": f"h{i}", "dataset": f"task{min(i % 5, tasks - 1)}", "prompt": f"say {i}", "completion": " ".join(WORDS[: 1 + i % 7])}
+        {
+            "id": f"h{i}",
+            "dataset": f"task{min(i % 5, tasks - 1)}",
+            "prompt": f"say {i}",
+            "completion": " ".join(WORDS[: 1 + i % 7]),
+        }
         for i in range(count)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -89,7 +103,7 @@ def test_the_run_is_the_same_with_and_without_it(lora: int, config: TrainConfig,
 
 
 def test_the_numbers_are_those_of_eval(config: TrainConfig, heldout: Path) -> None:
-    """At the start of the base, at the end of the model written, of the best of RUN/best; and at each multiple of --eval-every."""
+    """The first of the base, the last of RUN/model, the lowest of RUN/best; and at each multiple of --eval-every."""
     config = watched(config, heldout)
     train(config)
     found, done = evaluations(config.out), summary(config.out)
@@ -97,7 +111,10 @@ def test_the_numbers_are_those_of_eval(config: TrainConfig, heldout: Path) -> No
     ends = [*(line["step"] for line in lines(config.out / "selection.jsonl")[1:]), done["steps"]]  # of the rounds
     due = [next(end for end in ends if end >= multiple) for multiple in range(3, done["steps"], 3)]
     assert steps == sorted({0, *due, done["steps"]})
-    assert [line["tokens"] for line in found] == [0, *(lines(config.out / "metrics.jsonl")[step - 1]["tokens"] for step in steps[1:])]
+    assert [line["tokens"] for line in found] == [
+        0,
+        *(lines(config.out / "metrics.jsonl")[step - 1]["tokens"] for step in steps[1:]),
+    ]
 
     best = min(found[1:], key=lambda line: line["loss"]["overall"])
     assert done["best_step"] == best["step"]
@@ -121,8 +138,10 @@ def test_the_numbers_are_those_of_eval(config: TrainConfig, heldout: Path) -> No
 
 
 def test_patience(config: TrainConfig, heldout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A learning rate that spoils the model: the lowest loss is before training, and the run ends at the second worse one."""
-    config = watched(config, heldout, eval_every=2, patience=2, optimizer=OptimizerConfig(lr=0.5, warmup=0.0, schedule="constant"))
+    """A learning rate that spoils the model: the lowest loss is before training, the run ends at the second worse."""
+    config = watched(
+        config, heldout, eval_every=2, patience=2, optimizer=OptimizerConfig(lr=0.5, warmup=0.0, schedule="constant")
+    )
     train(config)
     found, done = evaluations(config.out), summary(config.out)
     assert [line["step"] for line in found] == [0, 2, 4]
@@ -132,15 +151,26 @@ def test_patience(config: TrainConfig, heldout: Path, capsys: pytest.CaptureFixt
     assert not (config.out / "best").exists()
     assert (config.out / "model" / "config.json").exists()
     told = capsys.readouterr().out
-    assert "--patience 2: no lower held-out loss in a row of 2" in told
+    assert "--patience 2: 2 evaluations in a row without a lower held-out loss" in told
     assert "no eligible sample is left" not in told
     train(replace(config, resume=True))
     assert f"{config.out}: already complete (stopped early after step 4)" in capsys.readouterr().out
 
 
-def test_killed_and_resumed_on_two_ranks(make_pool, make_model, start_ranks, run_ranks, heldout: Path, tmp_path: Path) -> None:
-    """The same evaluations, best model and early end as of a run that was never killed; until then the steps of one without any."""
-    line = ["train", "--pool", make_pool(samples=260), "--model", make_model("llama"), *OPTIONS, "--checkpoint-every", "2"]
+def test_killed_and_resumed_on_two_ranks(
+    make_pool, make_model, start_ranks, run_ranks, heldout: Path, tmp_path: Path
+) -> None:
+    """Evaluations, best model and early end are those of a run never killed, its steps those of one without any."""
+    line = [
+        "train",
+        "--pool",
+        make_pool(samples=260),
+        "--model",
+        make_model("llama"),
+        *OPTIONS,
+        "--checkpoint-every",
+        "2",
+    ]
     watch = ["--eval-data", heldout, "--eval-every", "3", "--patience", "3"]
     plain, whole, parted = (tmp_path / name for name in ("plain", "whole", "parted"))
     run_ranks(*line, "--out", plain, ranks=2)
@@ -163,11 +193,27 @@ def test_killed_and_resumed_on_two_ranks(make_pool, make_model, start_ranks, run
 def test_a_rank_without_a_share(make_pool, make_model, run_ranks, tmp_path: Path) -> None:
     """One record is one micro-batch, on three ranks; the options that move parameters about see the same loss."""
     data, pool, model = write_records(tmp_path / "one.jsonl", 1), make_pool(samples=60), make_model("llama")
-    line = ["train", "--pool", pool, "--model", model, "--budget", "0.9", "--batch.capacity", "64", "--batch.micro-batches", "6"]
+    line = [
+        "train",
+        "--pool",
+        pool,
+        "--model",
+        model,
+        "--budget",
+        "0.9",
+        "--batch.capacity",
+        "64",
+        "--batch.micro-batches",
+        "6",
+    ]
     line += ["--selection.round-steps", "1"]
     line += ["--runtime.precision", "fp32", "--eval-data", data, "--eval-every", "1"]
     losses = {}
-    for ranks, more in ((1, []), (3, []), (2, ["--runtime.replicate", "2", "--runtime.offload", "--runtime.checkpointing", "full"])):
+    for ranks, more in (
+        (1, []),
+        (3, []),
+        (2, ["--runtime.replicate", "2", "--runtime.offload", "--runtime.checkpointing", "full"]),
+    ):
         run_ranks(*line, *more, "--out", tmp_path / f"{ranks}", ranks=ranks)
         losses[ranks] = [entry["loss"]["overall"] for entry in evaluations(tmp_path / f"{ranks}")]
     assert len(losses[1]) > 2
@@ -197,15 +243,23 @@ def test_records_that_are_in_the_pool_are_counted(tmp_path: Path, make_model) ->
     tokenizer = load_tokenizer(make_model("llama"))
     folder = tmp_path / "pool"
     write_heldout(folder, [str(write_records(tmp_path / "a.jsonl", 12))], tokenizer, max_length=64, skip_bad=False)
-    other = write_records(tmp_path / "b.jsonl", 15).read_text().splitlines(keepends=True)[10:]  # of which 10 and 11 are there
+    other = (
+        write_records(tmp_path / "b.jsonl", 15).read_text().splitlines(keepends=True)[10:]
+    )  # of which 10 and 11 are there
     (tmp_path / "b.jsonl").write_text("".join(other))
-    marker = write_heldout(tmp_path / "b", [str(tmp_path / "b.jsonl")], tokenizer, max_length=64, skip_bad=False, pool=folder)
+    marker = write_heldout(
+        tmp_path / "b", [str(tmp_path / "b.jsonl")], tokenizer, max_length=64, skip_bad=False, pool=folder
+    )
     assert (marker["samples"], marker["in_pool"]) == (5, 2)
 
 
-def test_mistakes_are_refused_before_anything_is_trained(config: TrainConfig, heldout: Path, tmp_path: Path, capsys) -> None:
+def test_mistakes_are_refused_before_anything_is_trained(
+    config: TrainConfig, heldout: Path, tmp_path: Path, capsys
+) -> None:
     for options, flag in (
-        ({"eval_every": 4}, "--eval-every 4"), ({"patience": 2}, "--patience 2"), ({"skip_bad": True}, "--skip-bad True"),
+        ({"eval_every": 4}, "--eval-every 4"),
+        ({"patience": 2}, "--patience 2"),
+        ({"skip_bad": True}, "--skip-bad True"),
         ({"eval_data": ("x.jsonl",), "patience": 2}, "--patience 2"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"{flag}: must be left out without --eval-"):
@@ -239,7 +293,9 @@ def test_a_best_model_that_cannot_be_written_leaves_the_one_before(config: Train
                 in_the_way.write_text("a file is in the way")
             with torch.no_grad():
                 for parameter in session.engine.model.parameters():
-                    parameter.mul_(0.8)  # towards the uniform distribution, which is better than a random model of large weights
+                    parameter.mul_(
+                        0.8
+                    )  # towards the uniform distribution, which is better than a random model of large weights
             watch.look(Progress(step, step, 10 * step), Bar())
             note = json.loads((config.out / "best" / "heldout.json").read_text())
             assert note["step"] == (3 if obstacle else step)
@@ -248,5 +304,10 @@ def test_a_best_model_that_cannot_be_written_leaves_the_one_before(config: Train
         folder.close()
     assert [line["lowest"] for line in evaluations(config.out)] == [True] * 4
     told = capsys.readouterr().err
-    assert told.count("the best model so far could not be written (File exists); the one of step 3 stays, and training goes on") == 1
+    assert (
+        told.count(
+            "the best model so far could not be written (File exists); the one of step 3 stays, and training goes on"
+        )
+        == 1
+    )
     assert sorted(path.name for path in config.out.glob("best*")) == ["best"]

@@ -19,6 +19,8 @@ from lead_engine.training.trackers import Trackers
 
 OPTIONS = ["--budget", "0.9", "--batch.capacity", "64", "--runtime.precision", "fp32", "--checkpoint-every", "3"]
 TRACKERS = ["--wandb", "proj", "--mlflow", "exp"]
+TASKS = ["plain", "100 % odd: (a/../b)"]
+"""Of held-out records; MLflow takes no such name as the second."""
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -65,7 +67,10 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
 def run(make_pool, make_model, start_ranks, run_ranks, tmp_path_factory) -> Path:
     """The folder of a run with all trackers, killed after its second checkpoint and resumed."""
     out = tmp_path_factory.mktemp("tracked") / "my run"
+    data = out.parent / "heldout.jsonl"
+    data.write_text("".join(json.dumps({"dataset": task, "prompt": "p", "completion": task}) + "\n" for task in TASKS))
     line = ["train", "--pool", make_pool(samples=200), "--model", make_model("llama"), "--out", out, *OPTIONS, *TRACKERS]
+    line += ["--eval-data", data, "--eval-every", "10"]
     first = start_ranks(*line, ranks=0, env=environment(out.parent))
     deadline = time.monotonic() + 60
     while len(list(out.glob("checkpoints/step-*/COMPLETE"))) < 2:
@@ -86,6 +91,11 @@ def test_tensorboard_has_every_line(run: Path) -> None:
     for name in ("loss", "lr", "tokens_per_second", "memory_bytes"):
         seen = {event.step: event.value for event in events.Scalars(f"train/{name}")}
         assert seen == pytest.approx({line["step"]: line[name] for line in metrics}, rel=1e-6)
+    evaluations = {line["step"]: line["loss"] for line in lines(run / "heldout.jsonl")}
+    assert len(evaluations) > 3
+    for name in TASKS:
+        seen = {event.step: event.value for event in events.Scalars(f"eval/task/{name}")}
+        assert seen == pytest.approx({step: loss["tasks"][name]["loss"] for step, loss in evaluations.items()}, rel=1e-6)
     assert "train/mfu" not in events.Tags()["scalars"]  # no peak is known of a CPU
 
 
@@ -109,6 +119,10 @@ def test_mlflow_goes_on_in_the_same_run(run: Path, monkeypatch: pytest.MonkeyPat
     expected = {(line["round"], line["reward"]) for line in lines(run / "selection.jsonl")}
     assert rewards <= expected
     assert len(rewards) >= len(expected) - 2
+    evaluations = lines(run / "heldout.jsonl")
+    for metric, name in (("eval/task/plain", TASKS[0]), ("eval/task/100 _ odd_ _a/_/b_", TASKS[1])):
+        seen = {(each.step, each.value) for each in client.get_metric_history(found.info.run_id, metric)}
+        assert seen == {(line["step"], line["loss"]["tasks"][name]["loss"]) for line in evaluations}
 
 
 def test_wandb_goes_on_in_the_same_run(run: Path) -> None:
@@ -124,6 +138,8 @@ def test_wandb_goes_on_in_the_same_run(run: Path) -> None:
     assert len(steps) >= len(expected) // 2
     assert max(steps) == max(expected)
     assert {"selection/round", "selection/reward"} <= {name for row in rows for name in row}
+    evaluations = {line["step"]: line["loss"]["overall"] for line in lines(run / "heldout.jsonl")}
+    assert {row["eval/step"]: row["eval/loss"] for row in rows if "eval/step" in row}.items() <= evaluations.items()
 
 
 def test_one_that_fails_is_dropped_with_one_warning(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
