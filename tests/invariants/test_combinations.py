@@ -116,7 +116,7 @@ def config_of(row: tuple[str, ...], folders: dict[str, Path], out: Path) -> Trai
     model = next(value for value in row if value in MODELS)
     capacity, slots = (512, 16) if options.get("method") == "full" else (64, 2)
     batch = BatchConfig(capacity=capacity, micro_batches=2, slots=slots)
-    options |= {"eval_data": (str(folders["heldout"]),), "eval_every": 1}  # goes with everything
+    options |= {"eval_data": (str(folders["heldout"]),)}  # goes with everything
     return TrainConfig(pool=folders["pool"], model=str(folders[model]), out=out, budget=0.2, batch=batch, **options)
 
 
