@@ -24,11 +24,12 @@ from lead_engine.config import (
 from lead_engine.console import Bar
 from lead_engine.errors import UserError
 from lead_engine.evaluation.evaluate import evaluate
+from lead_engine.files import publish
 from lead_engine.model.load import load_tokenizer
 from lead_engine.pool.heldout import write_heldout
 from lead_engine.training.checkpoint import Checkpoints, Progress
 from lead_engine.training.distributed import process_group
-from lead_engine.training.heldout import HeldOut
+from lead_engine.training.heldout import HeldOut, _tidy
 from lead_engine.training.heldout_data import open_heldout
 from lead_engine.training.run_folder import RunFolder
 from lead_engine.training.session import build
@@ -311,3 +312,17 @@ def test_a_best_model_that_cannot_be_written_leaves_the_one_before(config: Train
         == 1
     )
     assert sorted(path.name for path in config.out.glob("best*")) == ["best"]
+
+
+def test_what_a_killed_run_left_is_put_in_order(tmp_path: Path) -> None:
+    """A model that was being replaced comes back, one that was being written goes."""
+    for name in ("best.old", "best.new", "best.new.writing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    _tidy(tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "which").read_text() == "best.old"
+    (tmp_path / "next").mkdir()
+    publish(tmp_path / "next", tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert not list((tmp_path / "best").iterdir())
