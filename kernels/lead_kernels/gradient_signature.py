@@ -93,12 +93,18 @@ def _project(rows_TH: Tensor, matrix_Hq: Tensor) -> Tensor:
     return torch.mm(rows_TH, matrix_Hq).to(torch.promote_types(rows_TH.dtype, torch.float32))
 
 
-def signature_from_bounds(hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, bounds: Tensor, counts: Tensor) -> Tensor:
-    """`gradient_signature` of samples given by `bounds` [B+1]; divides by `counts` [B]. Rows not counted must be 0 in `hidden_grad`.
+def signature_from_bounds(
+    hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, bounds: Tensor, counts: Tensor,
+    weight_T: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`gradient_signature` of samples given by `bounds` [B+1]; divides by `counts` [B]. Rows not counted must be 0 in
+    `hidden_grad`, which holds the rows' gradients times `weight_T`, where given.
 
     bounds: integers, non-decreasing, within 0 to T; rows before the first and from the last on belong to nobody.
     """
     left_Tq, right_Tq = _project(hidden_grad, left), _project(hidden, right)
+    if weight_T is not None:
+        left_Tq = left_Tq / weight_T[:, None]
     form = _outer_products_on_gpu if uses_kernels(hidden) else _outer_products_on_host
     return form(left_Tq, right_Tq, bounds.contiguous()) / counts.clamp(min=1)[:, None, None]
 

@@ -13,8 +13,20 @@ import torch
 from torch import Tensor
 
 from lead_kernels.backend import uses_kernels
-from lead_kernels.products import add_product, apart, left_operand, product_into, thin_product, wide, wide_product
-from lead_kernels.row_pass import RowLoss, Rows, in_place_view, padded, row_pass, split
+from lead_kernels.products import (
+    HALVES,
+    add_product,
+    apart,
+    left_operand,
+    product_into,
+    row_blocks,
+    thin_product,
+    wide,
+    wide_product,
+)
+from lead_kernels.row_loss import Columns, RowLoss, Rows
+from lead_kernels.row_pass import in_place_view, padded, row_pass
+from lead_kernels.row_pass_host import split
 
 CHUNK_BYTES_CPU = 64 * 2**20
 CHUNK_BYTES_DEVICE = 2**30
@@ -67,17 +79,34 @@ class Wanted:
 
 
 class HeadRows(NamedTuple):
-    """Results per row and sums over the rows, in fp32 but for the gradients at the hidden states."""
+    """Results per row and sums over the rows, in fp32 but for the gradients at the hidden states.
+
+    Gradients hold the weights that went into the row pass, and no others.
+    """
 
     nll_T: Tensor
     objective_T: Tensor
     loss_grad_TH: Tensor | None
     nll_grad_TH: Tensor | None
-    """Gradients at the hidden states, of a row's loss and of its plain NLL, not multiplied by `row_scale`."""
+    """Gradients at the hidden states, of a row's loss and of its plain NLL; one tensor where these are the same."""
     dweight_VH: Tensor | None
     dbias_V: Tensor | None
     dlora_a_RH: Tensor | None
     dlora_b_VR: Tensor | None
+    lse_T: Tensor | None
+    entropy_T: Tensor | None
+    predicted_T: Tensor | None
+
+
+class RowStatistics(NamedTuple):
+    """Which of the optional results per row are asked for."""
+
+    lse: bool = False
+    entropy: bool = False
+    predicted: bool = False
+
+
+NO_STATISTICS = RowStatistics()
 
 
 def two_gradients(loss: RowLoss, wanted: Wanted) -> bool:
@@ -132,7 +161,9 @@ class _Pass:
     """One pass over the rows: holds the results and what is added up, and fills them chunk by chunk."""
 
     def __init__(self, hidden_TH: Tensor, head: HeadWeights, loss: RowLoss, wanted: Wanted, most_rows: int, logits_dtype: torch.dtype,
-                 ignore_index: int, full_rows: int | None) -> None:  # fmt: skip
+                 ignore_index: int, full_rows: int | None, class_weight: Tensor | None,
+                 statistics: RowStatistics) -> None:  # fmt: skip
+        self.columns = Columns(head.bias_V, class_weight)
         self.head, self.loss, self.wanted, self.ignore_index = head, loss, wanted, ignore_index
         rows, vocabulary = hidden_TH.shape[0], head.weight_VH.shape[0]
         self.wants_loss_gradient = wanted.any or (wanted.nll_hidden and loss.plain)
@@ -152,6 +183,9 @@ class _Pass:
 
         self.nll_T = hidden_TH.new_empty(rows, dtype=wide(hidden_TH.dtype))
         self.objective_T = self.nll_T if loss.plain else torch.empty_like(self.nll_T)
+        self.lse_T = torch.empty_like(self.nll_T) if statistics.lse else None
+        self.entropy_T = torch.empty_like(self.nll_T) if statistics.entropy else None
+        self.predicted_T = torch.empty_like(self.nll_T, dtype=torch.int64) if statistics.predicted else None
         needs_loss_grad = wanted.hidden or (wanted.nll_hidden and loss.plain)
         self.loss_grad_TH = torch.empty_like(hidden_TH) if needs_loss_grad else None
         self.nll_grad_TH = self.loss_grad_TH if loss.plain else torch.empty_like(hidden_TH) if wanted.nll_hidden else None
@@ -176,7 +210,7 @@ class _Pass:
 
         loss_g_CV = g_CV if self.wants_loss_gradient else None
         nll_g_CV = self.nll_g[:size] if self.nll_g is not None else None if self.loss.plain or not wanted.nll_hidden else g_CV
-        row_pass(z_CV, loss_g_CV, nll_g_CV, self.head.bias_V, rows, self.loss, self.ignore_index)
+        row_pass(z_CV, loss_g_CV, nll_g_CV, self.columns, rows, self.loss, self.ignore_index)
         if self.gaps:  # of old logits between its rows, harmless to a GPU's products
             g_CV = left_operand(g_CV)
             nll_g_CV = g_CV if self.nll_g is None and nll_g_CV is not None else nll_g_CV
@@ -209,12 +243,15 @@ class _Pass:
 
 
 def _weighted_column_sum(g_CV: Tensor, scale_C: Tensor | None) -> Tensor:
-    """sum_c scale_c g_cv as a product with two columns, the scale rounded to g's dtype and what that left over."""
+    """sum_c scale_c g_cv in fp32: a product, in which the scale, in bf16 and fp16 a power of two, loses nothing."""
     if scale_C is None:
         scale_C = torch.ones(g_CV.shape[0], dtype=wide(g_CV.dtype), device=g_CV.device)
-    high_C = scale_C.to(g_CV.dtype)
-    low_C = (scale_C - high_C.to(scale_C.dtype)).to(g_CV.dtype)
-    return wide_product(g_CV.t(), torch.stack([high_C, low_C], 1)).sum(1)
+    column_C1 = scale_C.to(g_CV.dtype)[:, None]
+    if g_CV.device.type != "cpu" or g_CV.dtype not in HALVES:
+        return wide_product(g_CV.t(), column_C1).squeeze(1)
+    blocks = row_blocks(g_CV)
+    parts = [torch.mv(g_CV[block].float().t(), scale_C[block].float()) for block in blocks]
+    return torch.stack(parts).sum(0)
 
 
 def head_rows(
@@ -231,18 +268,25 @@ def head_rows(
     objective_weight_T: Tensor | None = None,
     nll_weight_T: Tensor | None = None,
     full_rows: int | None = None,
+    class_weight: Tensor | None = None,
+    statistics: RowStatistics = NO_STATISTICS,
 ) -> HeadRows:
     """Loss of every row and the gradients asked for, a chunk of at most `most_rows` rows at a time.
 
     `row_scale_T` scales the rows in the parameters' gradients only; `objective_weight_T` and `nll_weight_T` weigh a row's loss and its NLL
-    in all gradients (a and b of `row_pass`). Rows with target `ignore_index` give 0; in host memory there must be none. `full_rows`:
-    rows before ignored ones were taken out, which alone decides about the dtype of sums.
+    in all gradients (a and b of `row_pass`). `class_weight`: [V + 1], see `row_loss.Columns`. Rows with target
+    `ignore_index` give 0; in host memory there must be none. `full_rows`: rows before ignored ones were taken out,
+    which alone decides about the dtype of sums.
     """
-    work = _Pass(hidden_TH, head, loss, wanted, most_rows, logits_dtype, ignore_index, full_rows)
+    work = _Pass(
+        hidden_TH, head, loss, wanted, most_rows, logits_dtype, ignore_index, full_rows, class_weight, statistics
+    )
+    optional = (work.lse_T, work.entropy_T, work.predicted_T)
     for at in work.chunks:
         objective_C = None if loss.plain else work.objective_T[at]
         weights = (None if x is None else x[at] for x in (objective_weight_T, nll_weight_T))
-        rows = Rows(targets_T[at], *weights, work.nll_T[at], objective_C)
+        outputs = (None if x is None else x[at] for x in optional)
+        rows = Rows(targets_T[at], *weights, work.nll_T[at], objective_C, *outputs)
         work.chunk(hidden_TH[at], rows, at, None if row_scale_T is None else row_scale_T[at])
     sums = (None if x is None else x.total() for x in (work.dweight, work.dbias, work.da, work.db))
-    return HeadRows(work.nll_T, work.objective_T, work.loss_grad_TH, work.nll_grad_TH, *sums)
+    return HeadRows(work.nll_T, work.objective_T, work.loss_grad_TH, work.nll_grad_TH, *sums, *optional)

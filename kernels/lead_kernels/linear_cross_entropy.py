@@ -1,99 +1,71 @@
 """The LM head and its cross-entropy as one operator that never holds a [T, V] tensor beyond one chunk of rows.
 
-Legend: T rows, H hidden size, V vocabulary, B samples, R rank, q sketch width; e_t the gradient of row t's NLL at its hidden state.
+Legend: T rows, H hidden size, V vocabulary, B samples, R rank, q sketch width; e_t the gradient of row t's NLL at its
+hidden state.
 """
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lead_kernels.checks import check_device, check_shape, without_autocast
+from lead_kernels import head_checks as checks
+from lead_kernels.checks import without_autocast
+from lead_kernels.head_call import HeadCall, HeadResult
 from lead_kernels.head_chunks import Lora
 from lead_kernels.head_op import head
-from lead_kernels.products import HALVES, wide
+from lead_kernels.products import wide
 
 Gradients = Literal["auto", "forward", "recompute"]
+Reduction = Literal["mean", "sum", "none"]
 
 
 class HeadLoss(NamedTuple):
-    """What the head returns."""
+    """What the head returns. T stands for the shape of targets, [...]."""
 
     loss: Tensor
-    """fp32, 0-d: sum of token_weight times the row's loss (NLL, with label smoothing and z-loss where asked for)."""
+    """fp32, 0-d: sum of token_weight times the row's loss (NLL, with smoothing, z-loss, class weights where asked for).
+    [T] with reduction "none": those products themselves, 0 where ignored. `float(out.loss)` is the number."""
     token_nll: Tensor
-    """fp32 [T]: the plain negative log-likelihood of every row (no smoothing, no z-loss); 0 where ignored."""
+    """fp32 [T]: the plain negative log-likelihood of every row, without any of these; 0 where ignored."""
     sample_nll: Tensor
     """fp32 [B]: mean of token_nll over the sample's counted rows; 0 where it has none."""
     sample_tokens: Tensor
-    """int64 [B]: counted rows of each sample."""
+    """int64 [B]: counted rows of each sample. Both are [0] where no samples were given."""
     signature: Tensor | None
     """fp32 [B, q, q] or None."""
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, lora: Lora | None) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias), *(() if lora is None else (("lora.a", lora.a), ("lora.b", lora.b)))):
-        if hasattr(tensor, "full_tensor"):  # importing DTensor, only to ask, would take as long as importing torch
-            raise ValueError(
-                f"{name} is a DTensor, a shard: call linear_cross_entropy in the forward of a module that fully_shard wraps, where "
-                "parameters are whole (lead_kernels.LinearCrossEntropy is such a module)"
-            )
-    if hidden.dim() != 2 or weight.dim() != 2:
-        raise ValueError(f"hidden and weight must be matrices, got shapes {list(hidden.shape)} and {list(weight.shape)}")
-    (rows, width), vocabulary = hidden.shape, weight.shape[0]
-    check_shape("weight", weight, (vocabulary, width), (hidden.dtype,))
-    check_shape("targets", targets, (rows,), (torch.int64,))
-    check_device(hidden.device, weight=weight, targets=targets, bias=bias)
-    if bias is not None:
-        check_shape("bias", bias, (vocabulary,))
-    if lora is not None:
-        rank = lora.a.shape[0]
-        check_shape("lora.a", lora.a, (rank, width), (hidden.dtype,))
-        check_shape("lora.b", lora.b, (vocabulary, rank), (hidden.dtype,))
-        check_device(hidden.device, **{"lora.a": lora.a, "lora.b": lora.b})
-
-
-def _check_samples(sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samples: int, targets: Tensor) -> None:
-    if (sample_ids is None) == (cu_seqlens is None):
-        raise ValueError("give exactly one of sample_ids and cu_seqlens")
-    check_device(targets.device, sample_ids=sample_ids, cu_seqlens=cu_seqlens)
-    if sample_ids is not None:
-        check_shape("sample_ids", sample_ids, tuple(targets.shape))
-    elif cu_seqlens is not None and cu_seqlens.shape[0] < num_samples + 1:
-        raise ValueError(f"cu_seqlens has {cu_seqlens.shape[0]} entries, expected at least num_samples + 1 = {num_samples + 1}")
-
-
-def _token_weight(token_weight: Tensor | float | None, targets: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if token_weight is None:
-        return None
-    if not isinstance(token_weight, Tensor):
-        return torch.full((), token_weight, dtype=dtype, device=targets.device)
-    if token_weight.requires_grad:
-        raise ValueError("token_weight requires a gradient, which linear_cross_entropy does not give: detach it")
-    check_device(targets.device, token_weight=token_weight)
-    if token_weight.dim() != 0:
-        check_shape("token_weight", token_weight, tuple(targets.shape))
-    return token_weight
-
-
-def _check_signature(signature: tuple[Tensor, Tensor] | None, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if signature is None:
-        return None, None
-    left, right = signature
-    for name, matrix in (("signature[0]", left), ("signature[1]", right)):
-        check_shape(name, matrix, (hidden.shape[1], left.shape[1]))
-        check_device(hidden.device, **{name: matrix})
-    return left, right
+    lse: Tensor | None = None
+    """fp32 [T], with return_lse: log sum exp of a row's logits; 0 where ignored."""
+    entropy: Tensor | None = None
+    """fp32 [T], with return_entropy: entropy of a row's prediction, in nats; 0 where ignored."""
+    predicted: Tensor | None = None
+    """int64 [T], with return_predicted: the first of the largest logits; -1 where ignored."""
+    token_accuracy: Tensor | None = None
+    """fp32, 0-d, with return_predicted: the share of counted rows whose target is predicted; 0 where none counts."""
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The operands as `torch.nn.Linear` would take them: inside `torch.autocast`, in its dtype. Gradients come back in their own."""
+    """The operands as `torch.nn.Linear` would take them: inside `torch.autocast`, in its dtype."""
     device = next(x for x in tensors if x is not None).device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    return [x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors]
+
+
+def _next_targets(targets: Tensor, sample_ids: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """Each row's target is the next one along the last dimension; `ignore_index` at its end and at a sample's."""
+    moved = torch.nn.functional.pad(targets[..., 1:], (0, 1), value=ignore_index)
+    if sample_ids is not None:
+        inner = sample_ids[..., 1:] == sample_ids[..., :-1]
+        moved = torch.where(torch.nn.functional.pad(inner, (0, 1), value=True), moved, ignore_index)
+    if cu_seqlens is not None:
+        rows = targets.numel()
+        first = torch.zeros(rows + 1, dtype=torch.bool, device=targets.device)
+        first = first.scatter(0, cu_seqlens.long().clamp(0, rows), True)
+        moved = torch.where(first[1:].view(targets.shape), ignore_index, moved)
+    return moved
 
 
 def linear_cross_entropy(
@@ -103,8 +75,9 @@ def linear_cross_entropy(
     *,
     sample_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    num_samples: int,
+    num_samples: int | None = None,
     token_weight: Tensor | float | None = None,
+    class_weight: Tensor | None = None,
     signature: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     lora: Lora | None = None,
@@ -113,73 +86,134 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    shift: bool = False,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predicted: bool = False,
     gradients: Gradients = "auto",
     max_rows: int | None = None,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> HeadLoss:
-    """Cross-entropy of `softcap(logit_scale * (hidden @ weight.T + bias))` with statistics per token and per sample.
+    """Cross-entropy of `softcap(logit_scale * (hidden @ weight.T + bias))`; `linear_cross_entropy(h, w, y).loss` is
+    the mean.
 
-    hidden: [T, H] and weight: [V, H], one dtype (bf16, fp16, fp32; float64 for tests); targets: int64 [T]; bias: [V]. Inside
-    `torch.autocast` they are taken in its dtype. lora: (a [R, H], b [V, R], scale), for a weight of W + scale * b a that is never built.
-    sample_ids: int64 [T], non-decreasing, in [0, num_samples); or cu_seqlens: integers [>= num_samples + 1], rows of each sample.
-    token_weight: float, 0-d or [T]; by default 1 / counted rows, the mean. softcap: c, for c tanh(x / c).
+    hidden: [..., H] and weight: [V, H], one dtype (bf16, fp16, fp32; float64 for tests); targets: integers [...];
+    bias: [V]. Inside `torch.autocast` they are taken in its dtype. lora: (a [R, H], b [V, R], scale), for a weight of
+    W + scale * b a, which is never built. shift: hidden and targets belong to the same positions, and each position
+    predicts the target after it (labels as in Hugging Face); the last of the last dimension, and of each sample,
+    predicts nothing.
 
-    loss = sum_t token_weight_t * ((1 - s) NLL_t + s (lse_t - mean_j z_tj) + z_loss * lse_t^2); `token_nll` and `sample_nll` are the plain
-    NLL. Differentiable, once, with respect to hidden, weight, bias and lora, each where it requires a gradient.
+    loss = sum_t token_weight_t * ((1 - s) NLL_t + s (lse_t - mean_j z_tj) + z_loss * lse_t^2), s the label_smoothing;
+    softcap: c, for c tanh(x / c). class_weight: floats [V], c_j: then (1 - s) c_y NLL_t + s/V sum_j c_j (lse_t -
+    z_tj), as in `torch.nn.functional.cross_entropy`. token_weight: float, 0-d or [...]; by default that of the
+    reduction: for "mean" 1 / counted rows (1 / the sum of their targets' class weights), for "sum" 1. With "none" the
+    loss is [...], every row's own product.
+
+    sample_ids: int64 or int32 [...], in the rows' order non-decreasing, in [0, num_samples); or cu_seqlens: integers
+    [>= num_samples + 1], rows of each sample, by default all of them. Without either nothing is computed for samples.
+    return_...: results per row that cost no product and through which no gradient passes; see `HeadLoss`.
+    Differentiable, once and backwards, with respect to hidden, weight, bias and lora, each where it requires a
+    gradient.
 
     gradients: when they are computed.
-      "forward": those of `loss` with the loss, chunk by chunk, and scaled by the upstream scalar in the backward pass: 3 products of
-      2 T V H FLOPs, 2 where the weight is frozen. token_nll and sample_nll carry none.
-      "recompute": in the backward pass, from the logits computed anew (4 products), for any upstream gradients at loss, token_nll and
-      sample_nll.
-      "auto": as "forward" while a gradient arrives at loss alone, else as "recompute"; it holds on to hidden for that. In a function
-      compiled by torch.compile, results that it returns are taken to have upstream gradients: give "forward" there, or detach them.
+      "forward": those of `loss` with the loss, chunk by chunk, and scaled by the upstream scalar in the backward pass:
+      3 products of 2 T V H FLOPs, 2 where the weight is frozen. token_nll and sample_nll carry none. Not with
+      reduction "none".
+      "recompute": in the backward pass, from the logits computed anew (4 products), for any upstream gradients at loss,
+      token_nll and sample_nll.
+      "auto": as "forward" while a gradient arrives at loss alone, else as "recompute"; it holds on to hidden for that.
+      In a function compiled by torch.compile, results that it returns are taken to have upstream gradients: give
+      "forward" there, or detach them.
 
-    signature: (P, Q), each [H, q]: phi_i = (1/n_i) sum_t (P^T e_t)(Q^T h_t)^T over sample i's counted rows, e_t the gradient of the plain
-    NLL of row t at its hidden state, whatever its token_weight. It costs two thin products; with smoothing or z-loss, where e_t differs
-    from the loss's gradient, one more V x H product and a second block of logits.
+    signature: (P, Q), each [H, q]: phi_i = (1/n_i) sum_t (P^T e_t)(Q^T h_t)^T over sample i's counted rows, e_t the
+    gradient of the plain NLL of row t at its hidden state, whatever its weights. It costs two thin products; where e_t
+    differs from the loss's gradient (smoothing, z-loss, class weights), one more V x H product and a second block of
+    logits.
 
-    Memory beside inputs and gradients: one chunk of logits of at most `chunk_bytes` (by default 64 MiB on a CPU; 1 GiB, and at least 2048
-    rows, on a GPU), and, with several chunks, the weight's gradient in fp32. logits_dtype: by default the inputs', as in unfused PyTorch;
-    torch.float32 keeps the products' accumulator, at twice the bytes.
+    Memory beside inputs and gradients: one chunk of logits of at most `chunk_bytes` (by default 64 MiB on a CPU; 1
+    GiB, and at least 2048 rows, on a GPU), and, with several chunks, the weight's gradient in fp32. logits_dtype: by
+    default the inputs', as in unfused PyTorch; torch.float32 keeps the products' accumulator, at twice the bytes.
 
-    Ignored rows are left out of the products. On a GPU their number is read from the device, unless max_rows, the most that can count, is
-    given: then nothing waits for the device, and that many rows are computed (more counted targets than that: a device-side assertion).
-    All rows ignored: loss 0, gradients 0. Logits' gradients are formed in fp32, the one-hot subtracted before rounding; the weight's are
-    added up in fp32. No atomics: two runs agree bit for bit.
+    Ignored rows are left out of the products. On a GPU their number is read from the device, unless max_rows, the most
+    that can count, is given: then nothing waits for the device, and that many rows are computed. All rows ignored:
+    loss 0, gradients 0. Logits' gradients are formed in fp32, weights of rows and one-hot before rounding; the
+    weight's are added up in fp32. In bf16 and fp16 an upstream scalar that is no power of two rounds the gradients
+    once more. No atomics: two runs agree bit for bit.
 
-    Raises ValueError on shapes, dtypes, devices, a DTensor, or a target outside [0, V) (on a GPU a device-side assertion).
+    Raises ValueError on shapes, dtypes, devices, a DTensor, numbers that give no loss (softcap <= 0, smoothing outside
+    [0, 1), z_loss below 0, NaN); on values: a target that is neither `ignore_index` nor in [0, V), sample_ids or
+    cu_seqlens that decrease or leave their range, more counted targets than max_rows. On a GPU values are checked by
+    device-side assertions, after which the CUDA context is lost. NotImplementedError inside torch.func's grad, vjp,
+    jvp and under forward-mode differentiation; RuntimeError at create_graph=True.
     """
-    hidden, weight, bias, *adapter = _autocast(hidden, weight, bias, *(() if lora is None else lora[:2]))  # type: ignore[assignment]
+    matrices = () if lora is None else lora[:2]
+    hidden, weight, bias, *adapter = _autocast(hidden, weight, bias, *matrices)  # type: ignore[assignment]
     lora = None if lora is None else Lora(*adapter, float(lora[2]))  # type: ignore[arg-type]
-    _check(hidden, weight, targets, bias, lora)
-    _check_samples(sample_ids, cu_seqlens, num_samples, targets)
-    left, right = _check_signature(signature, hidden)
-    token_weight = _token_weight(token_weight, targets, wide(hidden.dtype))
-    logits_dtype = _logits_dtype(logits_dtype, hidden.dtype)
-    if gradients not in ("auto", "forward", "recompute"):
-        raise ValueError(f'gradients is {gradients!r}, expected "auto", "forward" or "recompute"')
+    checks.check_transforms(hidden, weight, bias, *adapter)
+    checks.check_operands(hidden, weight, targets, bias, lora)
+    samples = checks.check_samples(sample_ids, cu_seqlens, num_samples, targets)
+    left, right = checks.check_signature(signature, hidden, samples)
+    checks.check_class_weight(class_weight, weight)
+    checks.check_numbers(softcap, logit_scale, label_smoothing, z_loss, max_rows, chunk_bytes)
+    checks.check_choice("gradients", gradients, get_args(Gradients))
+    checks.check_choice("reduction", reduction, get_args(Reduction))
+    if reduction == "none":
+        if gradients == "forward":
+            raise ValueError('reduction "none" has no gradients with the loss: give gradients "auto" or "recompute"')
+        gradients = "recompute"
+    shape = targets.shape
+    targets = targets.long()
+    if shift:
+        if not shape:
+            raise ValueError("shift moves targets along their last dimension, and they have none")
+        targets = _next_targets(targets, sample_ids, cu_seqlens, ignore_index)
+    token_weight = checks.check_token_weight(token_weight, targets, wide(hidden.dtype))
+    if token_weight is None and reduction == "sum":
+        token_weight = torch.ones((), dtype=wide(hidden.dtype), device=targets.device)
+    own = reduction == "none" and (label_smoothing != 0 or z_loss != 0 or class_weight is not None)
 
     tracks = torch.is_grad_enabled()
     now = tracks and gradients != "recompute"
     a, b = (None, None) if lora is None else (lora.a, lora.b)
-    wants = [now and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    want_lora = now and lora is not None and (lora.a.requires_grad or lora.b.requires_grad)
+    flat_targets = targets.reshape(-1)
+    call = HeadCall(
+        hidden=hidden.reshape(-1, hidden.shape[-1]), weight=weight, bias=bias, lora_a=a, lora_b=b, targets=flat_targets,
+        class_weight=class_weight, sample_ids=_by_row(sample_ids), cu_seqlens=cu_seqlens,
+        token_weight=_by_row(None if reduction == "none" else token_weight), left=left, right=right,
+        num_samples=samples, want_hidden=now and hidden.requires_grad, want_weight=now and weight.requires_grad,
+        want_bias=now and bias is not None and bias.requires_grad,
+        want_lora=now and lora is not None and (lora.a.requires_grad or lora.b.requires_grad),
+        want_rows=own, want_lse=return_lse, want_entropy=return_entropy, want_predicted=return_predicted,
+        rows_differentiable=tracks and gradients != "forward", lora_scale=1.0 if lora is None else lora.scale,
+        softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss,
+        ignore_index=ignore_index, max_rows=max_rows, chunk_bytes=chunk_bytes,
+        logits_dtype=checks.check_logits_dtype(logits_dtype, hidden.dtype),
+    )  # fmt: skip
     with without_autocast(hidden.device):
-        loss, token_nll, sample_nll, sample_tokens, _, phi, *_ = head(
-            hidden, weight, bias, a, b, targets, sample_ids, cu_seqlens, num_samples, token_weight, left, right, *wants, want_lora,
-            tracks and gradients != "forward", 1.0 if lora is None else lora.scale, softcap, logit_scale, label_smoothing, z_loss,
-            ignore_index, max_rows, chunk_bytes, logits_dtype,
-        )  # fmt: skip
+        found = HeadResult(*head(*call))
+    token_nll, sample_nll, loss = found.token_nll, found.sample_nll, found.loss
+    if reduction == "none":
+        loss = found.row_loss if own else token_nll
+        if token_weight is not None:
+            loss = torch.where(flat_targets != ignore_index, loss * _by_row(token_weight), 0.0)
+        loss = loss.reshape(shape)
     if gradients == "forward":
         token_nll, sample_nll = token_nll.detach(), sample_nll.detach()
-    return HeadLoss(loss, token_nll, sample_nll, sample_tokens.detach(), None if signature is None else phi.detach())
+    accuracy = None
+    if return_predicted:
+        counted = flat_targets != ignore_index
+        hits = (found.predicted == flat_targets) & counted
+        accuracy = hits.sum() / counted.sum().clamp(min=1)
+    return HeadLoss(
+        loss, token_nll.reshape(shape), sample_nll, found.sample_tokens.detach(),
+        None if signature is None else found.signature.detach(),
+        found.lse.detach().reshape(shape) if return_lse else None,
+        found.entropy.detach().reshape(shape) if return_entropy else None,
+        found.predicted.detach().reshape(shape) if return_predicted else None, accuracy,
+    )  # fmt: skip
 
 
-def _logits_dtype(asked: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
-    if asked in (None, dtype):
-        return dtype
-    if asked == torch.float32 and dtype in HALVES:
-        return torch.float32
-    raise ValueError(f"logits_dtype is {asked}, expected {dtype}{' or torch.float32' if dtype in HALVES else ''}")
+def _by_row(values: Tensor | None) -> Tensor | None:
+    return values if values is None or values.dim() == 0 else values.reshape(-1)

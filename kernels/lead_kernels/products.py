@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_kernels.row_pass import CPU_TILE_BYTES, split
+from lead_kernels.row_pass_host import CPU_TILE_BYTES, split
 
 HALVES = (torch.float16, torch.bfloat16)
 ROW_STEP = 32

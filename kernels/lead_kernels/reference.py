@@ -34,9 +34,10 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
-    sample_ids: Tensor,
-    num_samples: int,
+    sample_ids: Tensor | None = None,
+    num_samples: int = 0,
     token_weight: Tensor | float | None = None,
+    class_weight: Tensor | None = None,
     signature: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -44,38 +45,72 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    shift: bool = False,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predicted: bool = False,
 ) -> HeadLoss:
-    def row_nll(states: Tensor) -> tuple[Tensor, Tensor]:
+    if shift:
+        moved = torch.full_like(targets, ignore_index)
+        for place in torch.cartesian_prod(*map(torch.arange, targets.shape)).view(-1, targets.dim()).tolist():
+            after = (*place[:-1], place[-1] + 1)
+            if after[-1] < targets.shape[-1] and (sample_ids is None or sample_ids[after] == sample_ids[tuple(place)]):
+                moved[tuple(place)] = targets[after]
+        targets = moved
+    shape = targets.shape
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    kept = targets != ignore_index
+    y, size = targets[kept], weight.shape[0]
+    weights = hidden.new_ones(size) if class_weight is None else class_weight.to(hidden.dtype)
+
+    def logits_of(states: Tensor) -> Tensor:
         logits = states @ weight.t() if bias is None else states @ weight.t() + bias
         logits = logits * logit_scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        lse = torch.logsumexp(logits, -1)
-        return lse - logits.gather(1, targets[kept][:, None]).squeeze(1), torch.stack([lse, logits.mean(-1)])
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    kept = targets != ignore_index
-    nll, (lse, mean_logit) = row_nll(hidden[kept])
-    objective = nll
+    def row_nll(logits: Tensor) -> Tensor:
+        return torch.logsumexp(logits, -1) - logits.gather(1, y[:, None]).squeeze(1)
+
+    def spread(rows: Tensor, fill: float = 0) -> Tensor:
+        return torch.full_like(targets, fill, dtype=rows.dtype).masked_scatter(kept, rows)
+
+    logits = logits_of(hidden[kept])
+    nll, lse = row_nll(logits), torch.logsumexp(logits, -1)
+    objective = (1 - label_smoothing) * weights[y] * nll
     if label_smoothing:
-        objective = (1 - label_smoothing) * nll + label_smoothing * (lse - mean_logit)
+        objective = objective + label_smoothing / size * (weights.sum() * lse - (logits * weights).sum(-1))
     if z_loss:
         objective = objective + z_loss * lse**2
     if token_weight is None:
-        token_weight = 1.0 / max(int(kept.sum()), 1)
-    if isinstance(token_weight, Tensor) and token_weight.dim() == 1:
-        token_weight = token_weight[kept]
-    token_nll = torch.zeros_like(hidden[:, 0]).masked_scatter(kept, nll.detach())
+        counted = float(weights[y].sum()) if class_weight is not None else max(int(kept.sum()), 1)
+        token_weight = 1.0 / counted if reduction == "mean" else 1.0
+    if isinstance(token_weight, Tensor) and token_weight.dim() > 0:
+        token_weight = token_weight.reshape(-1)[kept]
+    rows = token_weight * objective
+    token_nll = spread(nll.detach())
 
-    samples = sample_ids[kept]
-    sample_tokens = torch.stack([(samples == sample).sum() for sample in range(num_samples)])
-    sample_nll = segment_reduce(token_nll, sample_ids, num_samples) / sample_tokens.clamp(min=1)
-    phi = None
-    if signature is not None:
-        states = hidden[kept].detach().requires_grad_()
-        with torch.enable_grad():
-            (errors,) = torch.autograd.grad(row_nll(states)[0].sum(), states)
-        phi = gradient_signature(states.detach(), errors, *signature, samples, num_samples)
-    return HeadLoss((token_weight * objective).sum(), token_nll, sample_nll, sample_tokens, phi)
+    sample_nll, sample_tokens, phi = nll.new_empty(0), y.new_empty(0), None
+    if sample_ids is not None:
+        sample_ids = sample_ids.reshape(-1)
+        samples = sample_ids[kept]
+        sample_tokens = torch.stack([(samples == sample).sum() for sample in range(num_samples)])
+        sample_nll = segment_reduce(token_nll, sample_ids, num_samples) / sample_tokens.clamp(min=1)
+        if signature is not None:
+            states = hidden[kept].detach().requires_grad_()
+            with torch.enable_grad():
+                (errors,) = torch.autograd.grad(row_nll(logits_of(states)).sum(), states)
+            phi = gradient_signature(states.detach(), errors, *signature, samples, num_samples)
+
+    p = torch.softmax(logits.detach(), -1)
+    predicted = logits.argmax(-1)
+    return HeadLoss(
+        spread(rows).reshape(shape) if reduction == "none" else rows.sum(), token_nll.reshape(shape), sample_nll,
+        sample_tokens, phi, spread(lse.detach()).reshape(shape) if return_lse else None,
+        spread(torch.special.entr(p).sum(-1)).reshape(shape) if return_entropy else None,
+        spread(predicted, -1).reshape(shape) if return_predicted else None,
+        (predicted == y).sum() / max(len(y), 1) if return_predicted else None,
+    )  # fmt: skip
 
 
 def grad_inner_product(

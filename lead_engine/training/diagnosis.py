@@ -32,7 +32,8 @@ class SkippedSteps:
             self.count += 1
             if len(self.first) < MOST_STEPS:
                 ids = values.plan.sample_ids[place]
-                own = ids[values.stats.barred[place] & (ids < finished.dummy)]
+                bad = values.stats.barred[place] & (ids < finished.dummy)  # [M, B]
+                own = ids[bad]
                 all_ids = ids[ids < finished.dummy]
                 chosen = own if len(own) else all_ids
                 self.first.append(
@@ -42,6 +43,7 @@ class SkippedSteps:
                         "loss": _number(stats.loss),
                         "grad_norm": _number(stats.grad_norm),
                         "own": len(own) > 0,
+                        "together": bool((bad.sum(-1) > 1).any()),
                         "samples": [self.names[i] for i in torch.unique(chosen).tolist()][:MOST_NAMES],
                         "of": len(chosen),
                     }
@@ -59,6 +61,8 @@ class SkippedSteps:
         for entry in sorted(self.first, key=lambda entry: not entry["own"]):  # those that name the culprits first
             what = "loss" if entry["own"] else "gradient"
             of = "whose own loss was not finite" if entry["own"] else "all of the step: each one's own loss was finite"
+            if entry.get("together"):  # a matrix product may carry one row's NaN into another's
+                of += "; several in one micro-batch: one of them may have spoilt the others' losses"
             shown = entry["samples"][:left]
             left -= len(shown)
             more = f" and {entry['of'] - len(shown)} more" if entry["of"] > len(shown) else ""

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lead_kernels import LinearCrossEntropy, linear_cross_entropy
+from lead_kernels.head_call import HeadCall
 from lead_kernels.head_op import head
 
 T, H, V, B = 40, 16, 97, 4
@@ -50,11 +51,16 @@ def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
 def test_operators_pass_opcheck() -> None:
     hidden, weight, targets = make_case()
     left, right = torch.randn(2, H, 3)
-    arguments = (
-        hidden.requires_grad_(), weight.requires_grad_(), torch.randn(V).requires_grad_(), None, None, targets, IDS, None, B, torch.rand(T),
-        left, right, True, True, True, False, True, 1.0, None, 1.0, 0.1, 0.0, -100, None, None, torch.float32,
+    call = HeadCall(
+        hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), bias=torch.randn(V).requires_grad_(),
+        lora_a=None, lora_b=None, targets=targets, class_weight=torch.rand(V), sample_ids=IDS, cu_seqlens=None,
+        token_weight=torch.rand(T), left=left, right=right, num_samples=B, want_hidden=True, want_weight=True,
+        want_bias=True, want_lora=False,
+        want_rows=True, want_lse=True, want_entropy=True, want_predicted=True, rows_differentiable=True, lora_scale=1.0,
+        softcap=None, logit_scale=1.0, label_smoothing=0.1, z_loss=0.0, ignore_index=-100, max_rows=None,
+        chunk_bytes=None, logits_dtype=torch.float32,
     )  # fmt: skip
-    torch.library.opcheck(head, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    torch.library.opcheck(head, tuple(call), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
 
 
 @pytest.mark.parametrize(

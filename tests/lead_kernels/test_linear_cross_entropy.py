@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lead_kernels import head_chunks, linear_cross_entropy, reference, row_pass
+from lead_kernels import head_chunks, linear_cross_entropy, reference, row_pass_host
 
 T, H, V, B, Q = 75, 24, 131, 7, 5
 CHUNK = 4 * V * 16  # 16 rows: five chunks, none of them full
@@ -52,8 +52,11 @@ def run(function: Any, case: dict[str, Tensor], upstream: float = 1.0, **options
 
 
 def assert_same(ours: tuple[Any, list[Tensor]], expected: tuple[Any, list[Tensor]], tolerance: float = 1e-12) -> None:
-    names = (*ours[0]._fields, "dhidden", "dweight", "dbias")[: 5 + len(ours[1])]
+    names = (*ours[0]._fields, "dhidden", "dweight", "dbias")[: len(ours[0]._fields) + len(ours[1])]
     for name, a, b in zip(names, (*ours[0], *ours[1]), (*expected[0], *expected[1]), strict=True):
+        assert (a is None) == (b is None), name
+        if b is None:
+            continue
         scale = float(b.detach().abs().max()) + 1
         torch.testing.assert_close(a, b.to(a.dtype), rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -71,7 +74,7 @@ def test_agrees_with_float64_reference(form: str, options: str, weight: str) -> 
 def test_tiles_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     case = make_case(dtype=dtype)
     whole = run(linear_cross_entropy, case, chunk_bytes=2**30, token_weight=WEIGHTS["rows"])
-    monkeypatch.setattr(row_pass, "CPU_TILE_BYTES", 4 * V * 3)
+    monkeypatch.setattr(row_pass_host, "CPU_TILE_BYTES", 4 * V * 3)
     monkeypatch.setattr(head_chunks, "CPU_CHUNK_ROWS", 20)
     tiled = run(linear_cross_entropy, case, chunk_bytes=2**30, token_weight=WEIGHTS["rows"])
     assert_same(tiled, whole, 1e-12 if dtype == torch.float64 else 2e-6)
@@ -111,7 +114,7 @@ def test_cu_seqlens_is_the_same_as_sample_ids(form: str) -> None:
     ids = linear_cross_entropy(*leading, sample_ids=case["sample_ids"], num_samples=B, signature=signature)
     cu = torch.tensor([0, 9, 9, 10, 40, 40, 65, 75], dtype=torch.int32)
     by_cu = linear_cross_entropy(*leading, cu_seqlens=cu, num_samples=B, signature=signature)
-    for a, b in zip(ids, by_cu, strict=True):
+    for a, b in zip(ids[:5], by_cu[:5], strict=True):
         assert torch.equal(a, b)
     fewer = linear_cross_entropy(*leading, cu_seqlens=cu, num_samples=B - 2, signature=signature)
     assert torch.equal(fewer.sample_nll, ids.sample_nll[: B - 2])
@@ -214,7 +217,7 @@ def test_no_grad_gives_values_and_no_graph() -> None:
         out = linear_cross_entropy(case["hidden"], case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B,
                                    bias=case["bias"], signature=(case["P"], case["Q"]), chunk_bytes=CHUNK)  # fmt: skip
     assert not out.loss.requires_grad
-    for a, b in zip(out, expected, strict=True):
+    for a, b in zip(out[:5], expected[:5], strict=True):
         assert torch.equal(a, b)
 
 
@@ -263,7 +266,7 @@ def test_two_runs_agree_bit_for_bit(form: str, dtype: torch.dtype) -> None:
         (first, first_grads), (second, second_grads) = (run(linear_cross_entropy, case, token_weight=WEIGHTS["rows"]) for _ in range(2))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip((*first, *first_grads), (*second, *second_grads), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((*first[:5], *first_grads), (*second[:5], *second_grads), strict=True))
 
 
 def refuse(message: str, **changes: Any) -> None:

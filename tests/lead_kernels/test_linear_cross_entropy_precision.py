@@ -1,4 +1,4 @@
-"""bf16 and fp16: the head's error against float64 is at most 1.2 times that of unfused PyTorch in the same precision."""
+"""bf16 and fp16: the head's error against float64 is at most 1.2 times that of unfused PyTorch in this precision."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lead_kernels import gradient_signature, linear_cross_entropy
+from lead_kernels import backend, gradient_signature, linear_cross_entropy
 from lead_kernels.head_chunks import chunk_rows
-from lead_kernels.row_pass import split
+from lead_kernels.row_pass_host import split
 
 T, H, V, B, Q = 301, 48, 777, 6, 8
 EPSILON = 2e-6  # relative; below it, both are exact for every purpose
@@ -35,31 +35,74 @@ def unfused(hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tenso
     return {"loss": loss.detach(), "token_nll": nll.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor, chunk_bytes: int) -> dict[str, Tensor]:
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = linear_cross_entropy(hidden, weight, targets, cu_seqlens=torch.tensor([0, T]), num_samples=1, token_weight=token_weight,
-                               chunk_bytes=chunk_bytes)  # fmt: skip
-    out.loss.backward()
-    return {"loss": out.loss.detach(), "token_nll": out.token_nll, "dhidden": hidden.grad, "dweight": weight.grad}
-
-
 def error(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("weights", ["scalar", "rows"])
-@pytest.mark.parametrize("chunk_rows", [10_000, 64])
-@pytest.mark.parametrize("dtype", LOW)
-def test_error_is_that_of_unfused_pytorch(form: str, dtype: torch.dtype, chunk_rows: int, weights: str) -> None:
-    hidden, weight, targets, _ = case(dtype)
-    token_weight = torch.tensor(1.0 / 300) if weights == "scalar" else torch.rand(T, generator=torch.Generator().manual_seed(5)) / T
-    exact = unfused(hidden.double(), weight.double(), targets, token_weight.double())
-    theirs = unfused(hidden, weight, targets, token_weight)
-    mine = ours(hidden, weight, targets, token_weight, 4 * V * chunk_rows)
-    assert mine["token_nll"].dtype == mine["loss"].dtype == torch.float32
-    assert mine["dhidden"].dtype == mine["dweight"].dtype == dtype
+def small(dtype: torch.dtype, signal: float, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states that say little, for a small `signal`: then rounding hardly changes the gradients at the logits,
+    and every other rounding shows."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = signal * torch.randn(rows, 32, generator=g), 0.5 * torch.randn(257, 32, generator=g)
+    return hidden.to(dtype), weight.to(dtype), torch.randint(0, 257, (rows,), generator=g)
+
+
+def check_errors(
+    dtype: torch.dtype, signal: float, counted: int, weights: str, upstream: str, chunk_rows: int,
+    gradients: str = "auto",
+) -> None:  # fmt: skip
+    """All errors are at most 1.2 times those of unfused PyTorch. `weights` are those of the rows; upstream gradients
+    come from a power of two, a loss scale, or from the rows' own losses.
+
+    The weight's gradient of several chunks, on a CPU, may have sqrt(2) times more: PyTorch's product of bf16 there is
+    rounded to bf16, once a chunk, as large an error as that of the sum.
+    """
+    hidden, weight, targets = small(dtype, signal, counted + 3)
+    targets[counted:] = -100
+    g = torch.Generator().manual_seed(5)
+    rows = {"mean": torch.full((counted + 3,), 1 / counted), "rows": torch.rand(counted + 3, generator=g) / counted}
+    factors = {"unit": 1.0, "loss scale": 2.0**12, "rows": torch.randn(counted + 3, generator=g)}[upstream]
+
+    def gradients_of(kind: torch.dtype, ours: bool) -> dict[str, Tensor]:
+        h, w = (x.to(kind, copy=True).requires_grad_() for x in (hidden, weight))
+        if ours:
+            out = linear_cross_entropy(h, w, targets, token_weight=None if weights == "mean" else rows[weights],
+                                       gradients=gradients, chunk_bytes=4 * 257 * chunk_rows)  # fmt: skip
+            nll = out.token_nll
+            loss = (nll * rows[weights] * factors).sum() if upstream == "rows" else out.loss * factors
+        else:
+            wide = torch.promote_types(kind, torch.float32)
+            nll = F.cross_entropy((h @ w.t()).to(wide), targets, reduction="none")
+            loss = (nll * (rows[weights] * factors).to(wide)).sum()
+        loss.backward()
+        return {"loss": loss.detach(), "token_nll": nll.detach(), "dhidden": h.grad, "dweight": w.grad}
+
+    exact, theirs, mine = gradients_of(torch.float64, False), gradients_of(dtype, False), gradients_of(dtype, True)
     for name in exact:
-        assert error(mine[name], exact[name]) <= 1.2 * error(theirs[name], exact[name]) + EPSILON, name
+        assert mine[name].dtype == (dtype if name.startswith("d") else torch.float32)
+        in_parts = name == "dweight" and chunk_rows < counted and not backend._kernels_on_cpu
+        bound = (1.2 * 2**0.5 if in_parts else 1.2) * error(theirs[name], exact[name]) + EPSILON
+        assert error(mine[name], exact[name]) <= bound, (name, counted, weights, upstream)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_error_is_that_of_unfused_pytorch(form: str, dtype: torch.dtype) -> None:
+    """A weight such as 1/50 rounds nothing that was rounded before it; whole batches and parts of them."""
+    for weights, upstream in (("mean", "unit"), ("rows", "unit"), ("mean", "rows")):
+        check_errors(dtype, 0.05, 50, weights, upstream, chunk_rows=30 if weights == "rows" else 10_000)
+    check_errors(dtype, 1.0, 32, "mean", "loss scale", chunk_rows=16)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    dtype=st.sampled_from(LOW), signal=st.sampled_from([0.02, 0.3, 2.0]), counted=st.integers(100, 400),
+    weights=st.sampled_from(["mean", "rows"]), upstream=st.sampled_from(["unit", "loss scale", "rows"]),
+    chunk_rows=st.sampled_from([10_000, 64]), gradients=st.sampled_from(["auto", "recompute"]),
+)  # fmt: skip
+def test_error_for_any_number_of_rows(
+    dtype: torch.dtype, signal: float, counted: int, weights: str, upstream: str, chunk_rows: int, gradients: str
+) -> None:
+    check_errors(dtype, signal, counted, weights, upstream, chunk_rows, gradients)
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -1,0 +1,130 @@
+"""The row pass in host memory: plain PyTorch, tile by tile. See `row_loss` for what it computes.
+
+Legend: C rows of a chunk or tile, V vocabulary.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lead_kernels.row_loss import Columns, RowLoss, Rows
+
+CPU_TILE_BYTES = 4 * 2**20
+"""fp32 logits of a tile: the host's passes over a chunk run tile by tile, so that they stay in a CPU's cache. Smaller
+ones gain a few per cent on one thread, but each costs some six barriers between threads, which hurt where the cores
+are shared."""
+
+
+def split(rows: int, most: int, multiple: int = 1) -> list[slice]:
+    """Equal parts of at most `most` rows: a short last one would make a thin product. With a `multiple`, all but the
+    last are multiples of it where `most` is not below it."""
+    count = -(-rows // most) if rows else 0
+    if multiple == 1 or most < multiple:
+        return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+    size = min(-(-rows // (max(count, 1) * multiple)) * multiple, most // multiple * multiple)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)] if rows else []
+
+
+def _host_transform(z_CV: Tensor, bias_V: Tensor | None, loss: RowLoss) -> Tensor:
+    if bias_V is not None:
+        z_CV.add_(bias_V)
+    if loss.logit_scale != 1.0:
+        z_CV.mul_(loss.logit_scale)
+    if loss.softcap is not None:
+        z_CV.div_(loss.softcap).tanh_().mul_(loss.softcap)
+    return z_CV
+
+
+def _host_gradient(
+    p_CV: Tensor, z_CV: Tensor, rows: Rows, lse_C: Tensor, loss: RowLoss, class_weight: Tensor | None = None
+) -> Tensor:
+    """Turn p, in place, into g."""
+    a_C, b_C = rows.objective_weight_C, rows.nll_weight_C
+    p_factor: Tensor | float = 1.0
+    y_factor: Tensor | float = 1.0 - loss.label_smoothing
+    if class_weight is not None:
+        y_factor = y_factor * class_weight[rows.target_C]
+        p_factor = y_factor + loss.label_smoothing / p_CV.shape[1] * class_weight[-1]
+    if loss.z_loss:
+        p_factor = p_factor + 2.0 * loss.z_loss * lse_C
+    if a_C is not None:
+        p_factor, y_factor = a_C * p_factor, a_C * y_factor
+    if b_C is not None:
+        p_factor, y_factor = p_factor + b_C, y_factor + b_C
+    if isinstance(p_factor, Tensor):
+        p_CV.mul_(p_factor[:, None])
+    if loss.label_smoothing:
+        uniform = loss.label_smoothing / p_CV.shape[1]
+        if class_weight is None:
+            p_CV.sub_(uniform if a_C is None else (a_C * uniform)[:, None])
+        else:
+            rows_C1 = torch.full_like(lse_C, uniform)[:, None] if a_C is None else (a_C * uniform)[:, None]
+            p_CV.addcmul_(rows_C1, class_weight[:-1], value=-1)
+    index = (torch.arange(p_CV.shape[0]), rows.target_C)
+    p_CV.index_put_(index, p_CV[index] - y_factor)
+    if loss.softcap is not None:
+        p_CV.mul_(1.0 - (z_CV / loss.softcap).square_())  # d cap tanh(x / cap) / dx = 1 - tanh^2
+    if loss.logit_scale != 1.0:
+        p_CV.mul_(loss.logit_scale)
+    return p_CV
+
+
+def _host_objective(
+    z_CV: Tensor, nll_C: Tensor, lse_C: Tensor, rows: Rows, loss: RowLoss, class_weight: Tensor | None
+) -> Tensor:
+    """The rows' losses."""
+    s = loss.label_smoothing
+    own_C = nll_C if class_weight is None else class_weight[rows.target_C] * nll_C
+    objective_C = (1.0 - s) * own_C + loss.z_loss * lse_C.square()
+    if s and class_weight is None:
+        objective_C += s * (lse_C - z_CV.mean(-1))
+    elif s and class_weight is not None:
+        objective_C += s / z_CV.shape[1] * (class_weight[-1] * lse_C - torch.mv(z_CV, class_weight[:-1]))
+    return objective_C
+
+
+def _host_tile(
+    z_CV: Tensor, p_CV: Tensor, gradient_CV: Tensor | None, nll_gradient_CV: Tensor | None, columns: Columns,
+    rows: Rows, loss: RowLoss,
+) -> None:  # fmt: skip
+    """One tile: z_CV its logits in fp32, p_CV scratch of that size."""
+    class_weight = columns.class_weight
+    _host_transform(z_CV, columns.bias_V, loss)
+    torch.softmax(z_CV, -1, out=p_CV)
+    # lse = max z - log(max p): one fused softmax instead of a slow logsumexp. The largest p is at least 1/V, so that the
+    # log is safe, and the differences are taken one by one, so that logits of 1e4 cost no digits.
+    top_C, log_top_C = z_CV.amax(-1), p_CV.amax(-1).log_()
+    target_C = z_CV.gather(1, rows.target_C[:, None]).squeeze(1)
+    nll_C = torch.sub(top_C, target_C, out=rows.nll_C).sub_(log_top_C)
+    lse_C = top_C - log_top_C
+    if rows.objective_C is not None:
+        rows.objective_C.copy_(_host_objective(z_CV, nll_C, lse_C, rows, loss, class_weight))
+    if rows.lse_C is not None:
+        rows.lse_C.copy_(lse_C)
+    if rows.entropy_C is not None:
+        torch.sum(torch.special.entr(p_CV), -1, out=rows.entropy_C)
+    if rows.predicted_C is not None:
+        torch.argmax(z_CV, -1, out=rows.predicted_C)
+    if nll_gradient_CV is not None:
+        plain = RowLoss(loss.softcap, loss.logit_scale)
+        unweighted = rows._replace(objective_weight_C=None, nll_weight_C=None)
+        nll_gradient_CV.copy_(_host_gradient(p_CV.clone(), z_CV, unweighted, lse_C, plain))
+    if gradient_CV is not None:
+        gradient_CV.copy_(_host_gradient(p_CV, z_CV, rows, lse_C, loss, class_weight))
+
+
+def row_pass_by_tiles(
+    z_CV: Tensor, gradient_CV: Tensor | None, nll_gradient_CV: Tensor | None, columns: Columns, rows: Rows,
+    loss: RowLoss,
+) -> None:  # fmt: skip
+    count, vocabulary = z_CV.shape
+    wide = torch.promote_types(z_CV.dtype, torch.float32)
+    tiles = split(count, max(1, CPU_TILE_BYTES // (4 * vocabulary)))
+    most = max((tile.stop - tile.start for tile in tiles), default=0)
+    p = z_CV.new_empty(most, vocabulary, dtype=wide)
+    widened = None if z_CV.dtype == wide else torch.empty_like(p)
+    for tile in tiles:
+        size = tile.stop - tile.start
+        z = z_CV[tile] if widened is None else widened[:size].copy_(z_CV[tile])
+        gradient, nll_gradient = (None if x is None else x[tile] for x in (gradient_CV, nll_gradient_CV))
+        _host_tile(z, p[:size], gradient, nll_gradient, columns, rows.part(tile), loss)
