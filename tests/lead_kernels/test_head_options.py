@@ -250,7 +250,7 @@ def test_module_takes_leading_dimensions() -> None:
 
 
 NAN, INF = float("nan"), float("inf")
-WHOLE = torch.ones(T, dtype=torch.int64)
+WHOLE, ROWS = torch.ones(T, dtype=torch.int64), torch.tensor([0, T])
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     *[(f"softcap is {x}", {"softcap": x}) for x in (0.0, -1.0, NAN, INF)],
     *[(f"label_smoothing is {x}", {"label_smoothing": x}) for x in (-0.1, 1.0, NAN)],
@@ -262,6 +262,14 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("token_weight has shape", {"token_weight": torch.ones(T, 1)}),
     ("hidden is torch.int64", {"hidden": torch.ones(T, H, dtype=torch.int64)}),
     ("hidden is torch.complex64", {"hidden": torch.ones(T, H, dtype=torch.complex64)}),
+    ("weight has shape", {"weight": torch.ones(V, H - 1)}),
+    ("targets has shape", {"targets": WHOLE[1:]}),
+    ("targets hold 0 to 37", {"targets": torch.tensor([0, V]).repeat(T // 2)}),
+    ("cu_seqlens has 3 entries", {"cu_seqlens": torch.tensor([0, 1, 2]), "num_samples": 3}),
+    ("within 0 to 24", {"cu_seqlens": torch.tensor([0, T + 1])}),
+    ("token_weight requires a gradient", {"token_weight": torch.ones(T, requires_grad=True)}),
+    (r"signature\[1\] has shape", {"signature": (torch.ones(H, 2), torch.ones(H, 3)), "cu_seqlens": ROWS}),
+    ("bias has shape", {"bias": torch.ones(V - 1)}),
     ("weight is torch.bfloat16", {"weight": torch.ones(V, H, dtype=torch.bfloat16)}),
     ("bias is torch.float64", {"bias": torch.ones(V, dtype=torch.float64)}),
     ("targets is torch.float32", {"targets": torch.ones(T)}),

@@ -267,27 +267,3 @@ def test_two_runs_agree_bit_for_bit(form: str, dtype: torch.dtype) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip((*first[:5], *first_grads), (*second[:5], *second_grads), strict=True))
-
-
-def refuse(message: str, **changes: Any) -> None:
-    case = make_case()
-    arguments = {name: case[name] for name in ("hidden", "weight", "targets", "sample_ids")} | {"num_samples": B} | changes
-    with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(**arguments)
-
-
-def test_refusals() -> None:
-    case = make_case()
-    refuse("weight is torch.float32", weight=case["weight"].float())
-    refuse("weight has shape", weight=case["weight"][:, 1:])
-    refuse("targets has shape", targets=case["targets"][1:])
-    refuse("targets hold 0 to 131", targets=torch.tensor([0, V]).repeat(T)[:T])
-    refuse("targets hold -1 to", targets=case["targets"].clamp(max=-1, min=-1))
-    refuse("non-decreasing", sample_ids=case["sample_ids"].flip(0))
-    refuse("exactly one", sample_ids=None)
-    refuse("cu_seqlens has 3 entries", sample_ids=None, cu_seqlens=torch.tensor([0, 1, 2]))
-    refuse("within 0 to 75", sample_ids=None, cu_seqlens=torch.arange(B + 1) * 20)
-    refuse("detach", token_weight=torch.ones(T, requires_grad=True))
-    refuse("token_weight has shape", token_weight=torch.ones(3))
-    refuse(r"signature\[1\] has shape", signature=(case["P"], case["Q"][:, 1:]))
-    refuse("bias has shape", bias=torch.zeros(V - 1))
