@@ -161,7 +161,7 @@ class Session:
         parts = self._built
         folder = argument(Path, folder, "Session.save(folder)")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_model(parts.engine.model, parts.tokenizer, folder, base=parts.base, rank=self._ranks.rank)
+        save_model(parts.engine.model, parts.tokenizer, folder, base=parts.base, parts=parts.parts["model"], rank=self._ranks.rank)
 
     @property
     def _built(self) -> Parts:

@@ -15,6 +15,7 @@ from lead_engine.errors import UserError
 from lead_engine.evaluation.comparison_table import markdown, show
 from lead_engine.evaluation.jobs import Task, run_tasks
 from lead_engine.evaluation.launch import Child, start, threads_of
+from lead_engine.evaluation.origin import why_again
 from lead_engine.evaluation.outputs import read_result
 from lead_engine.evaluation.results import read_base, read_outcome, summarise_study
 from lead_engine.evaluation.study import (
@@ -23,7 +24,6 @@ from lead_engine.evaluation.study import (
     check_unchanged,
     config_text,
     eval_command,
-    is_evaluated,
     plan_runs,
     train_command,
 )
@@ -40,8 +40,7 @@ def run(config: CompareConfig) -> None:
     """
     study = read_study(config.config)
     runs = plan_runs(study, config.out)
-    for each in runs:
-        check_unchanged(each)
+    check_unchanged(runs)
     base = base_config(study.options, config.out)
     _make_all(study, runs, base, config.out / "runs")
     untrained = None if base is None else read_base(base.out)
@@ -69,8 +68,9 @@ def _make_all(study: Study, runs: list[StudyRun], base: EvalConfig | None, folde
 
 
 def _evaluate_base(base: EvalConfig, log: Path, threads: int | None) -> Iterator[Child]:
-    if not is_evaluated(base):
-        console.say("base: evaluating the untrained model")
+    why = why_again(base)
+    if why != []:
+        console.say(f"base: evaluating the untrained model{_again(why)}")
         yield start(eval_command(base), log, "evaluating the base", threads)
 
 
@@ -82,6 +82,12 @@ def _make(run: StudyRun, jobs: int, ranks: int) -> Iterator[Child]:
         yield start(train_command(run, ranks), run.log, f"training {run.name}", threads_of(jobs, ranks))
         if not run.trained:
             raise UserError(f"training {run.name} ended without {run.folder / 'summary.json'}; see {run.log}")
-    if not run.evaluated:
-        console.say(f"{run.name}: evaluating")
+    why = why_again(run.evaluate)
+    if why != []:
+        console.say(f"{run.name}: evaluating{_again(why)}")
         yield start(eval_command(run.evaluate), run.log, f"evaluating {run.name}", threads_of(jobs, 1))
+
+
+def _again(why: list[str] | None) -> str:
+    """" again: ..." where a result is there that does not hold any more."""
+    return f" again: {'; '.join(why)}" if why else ""

@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lead_engine import console
+from lead_engine import console, fingerprint
 from lead_engine.config import EvalConfig
 from lead_engine.errors import UserError
 from lead_engine.evaluation.exact_match import compare, summarise
 from lead_engine.evaluation.generate import Question, choose_questions, generate_answers
+from lead_engine.evaluation.origin import evaluation_parts
 from lead_engine.evaluation.outputs import ANSWERS, RESULT, SAMPLES, comparable_options
 from lead_engine.files import write_text
 from lead_engine.model.find import find_model
@@ -70,11 +71,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     Returns what stands in eval.json: {"loss": {"overall", "macro", "tasks": {name: {"loss", "samples", "tokens"}}},
     "exact_match": None or `exact_match.summarise`'s result with "prompts_too_long", "problems": counts by kind,
-    "options": the options}. Where `output_folder` names one, eval.json, samples.parquet (id, dataset, nll, tokens) and,
-    with generation, answers.jsonl are written there; eval.json last, so that its presence says that all is there.
+    "options": the options, "fingerprint": what it was made from (`evaluation/origin.py`)}. Where `output_folder` names
+    one, eval.json, samples.parquet (id, dataset, nll, tokens) and, with generation, answers.jsonl are written there;
+    eval.json last, so that its presence says that all is there.
     Raises UserError for models and files that cannot be read, and where the loss is not finite.
     """
     folder = find_model(config.model)
+    parts = evaluation_parts(config, folder)  # before anything is read: if it changes meanwhile, it shows the next time
     records, problems = read_records(config.data, skip_bad=config.skip_bad, flag="--data")
     model, tokenizer = load_for_inference(folder, config.runtime, config.max_length)
     if config.fold_system:
@@ -90,6 +93,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "exact_match": None if answers is None else answers.summary(),
         "problems": problems.counts(),
         "options": comparable_options(config),
+        fingerprint.KEY: parts,
     }
     out = output_folder(config)
     if out is not None:

@@ -19,6 +19,7 @@ from lead_engine.config import HarnessConfig
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
 from lead_engine.model.find import find_model
+from lead_engine.model.identity import check_base
 from lead_engine.model.load import load_hf, load_tokenizer
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def evaluate(config: HarnessConfig) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("lm-eval: runs in one process; start it without torchrun")
     folder = find_model(config.model)
+    check_base(folder)
     tokenizer = load_tokenizer(folder)
     if config.chat and tokenizer.chat_template is None:
         raise UserError(f"--chat: the tokenizer of {folder} has no chat template")

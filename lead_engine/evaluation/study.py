@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lead_engine import fingerprint
 from lead_engine.config import EvalConfig, Method, StudyConfig, TrainConfig, to_dict
 from lead_engine.errors import UserError
-from lead_engine.evaluation.outputs import RESULT, comparable_options
 from lead_engine.evaluation.variants import Study, Variant
 from lead_engine.files import read_json
-from lead_engine.yaml_file import read_yaml
+from lead_engine.fingerprint import Parts
+from lead_engine.pool.identity import own_model
+from lead_engine.training.origin import base_folder, base_tokenizer, check_same, match_parts, run_parts
+from lead_engine.training.run_folder import changed_options
 
 COMPLETE = "summary.json"
 """What `train` writes last."""
@@ -60,9 +64,6 @@ class StudyRun:
     def started(self) -> bool:
         return (self.folder / "config.yaml").exists()
 
-    @property
-    def evaluated(self) -> bool:
-        return is_evaluated(self.evaluate)
 
 
 def plan_runs(study: Study, out: Path) -> list[StudyRun]:
@@ -138,7 +139,7 @@ def base_config(study: StudyConfig, out: Path) -> EvalConfig | None:
     """Evaluation of the untrained base; None for a scratch model that only the runs themselves make."""
     model = study.model
     if model.startswith("scratch:"):
-        if not (study.pool / "model").is_dir():
+        if not own_model(study.pool, model):
             return None
         model = str(study.pool / "model")
     return eval_config(study, model, out / "base")
@@ -158,37 +159,23 @@ def pool_max_length(pool: Path) -> int:
 # --- what is there already ---
 
 
-def check_unchanged(run: StudyRun) -> None:
-    """UserError if the run's folder holds a run of other options: the comparison would mix two studies.
-
-    A run of an older version has no value for options that came later; it did what their defaults do.
-    """
-    if not run.started:
-        return
-    path = run.folder / "config.yaml"
-    now = _flat(to_dict(run.train))
-    before = _flat(to_dict(TrainConfig(run.train.pool, run.train.model, run.train.out))) | _flat(read_yaml(path))
-    for key in now:
-        if key.partition(".")[0] not in WHERE_IT_RUNS and before[key] != now[key]:
-            raise UserError(
-                f"{path}: this run was made with {key} = {before[key]}, the study now says {now[key]}; "
-                "give another --out, or delete the run's folder"
-            )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"batch": {"capacity": 1}} -> {"batch.capacity": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def is_evaluated(config: EvalConfig) -> bool:
-    """Whether the result is there and was made with the same held-out files and options."""
-    assert config.out is not None
-    path = config.out / RESULT
-    return path.exists() and read_json(path).get("options") == comparable_options(config)
+def check_unchanged(runs: Sequence[StudyRun]) -> None:
+    """UserError if a run's folder holds a run of other options, or from another pool or base: the comparison would mix two studies."""
+    known: dict[tuple[Path, Path], Parts] = {}
+    for run in runs:
+        if not run.started:
+            continue
+        path, way_out = run.folder / "config.yaml", "give another --out, or delete the run's folder"
+        for key, before, now in changed_options(path, run.train, WHERE_IT_RUNS):
+            raise UserError(f"{path}: this run was made with {key} = {before}, the study now says {now}; {way_out}")
+        base = base_folder(run.train)
+        if not base.is_dir():  # a scratch model of the run's own, deleted since
+            continue
+        if (run.train.pool, base) not in known:
+            known[run.train.pool, base] = run_parts(run.train, base, base_tokenizer(run.train, base))
+        parts = {**known[run.train.pool, base], **match_parts(run.train, known[run.train.pool, base]["pool"])}
+        what = f"{run.folder}: this run was made from something else"
+        check_same(fingerprint.read(run.folder), parts, run.train.pool, what, way_out[:1].upper() + way_out[1:])
 
 
 # --- command lines ---

@@ -14,6 +14,7 @@ from lead_engine.integrations.head import base_of
 from lead_engine.integrations.measure import check_against_pool, check_learnable, complaints, measure, measure_store
 from lead_engine.integrations.rows import check_batch, locate
 from lead_engine.integrations.selection import Selection
+from lead_engine.integrations.tokens import check_tokenizer
 from lead_engine.model.vocabulary import check_vocabulary
 
 ID = "_lead_row"
@@ -49,6 +50,7 @@ class WithRows(Trainer):
                 self._lead_row_of = _places(order, self._lead_given)
                 measured = measured.of(self._lead_row_of)
             check_against_pool(measured, measure_store(store))
+            check_tokenizer(self.lead_selection.pool, tokenizer, self.model)
         check_learnable(measured.counts)
         rows_of_model = self.model.get_input_embeddings().weight.shape[0]
         size = None if tokenizer is None else len(tokenizer)

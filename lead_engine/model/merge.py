@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import shutil
 
+from lead_engine import fingerprint
 from lead_engine.config import MergeConfig
 from lead_engine.console import say
 from lead_engine.errors import UserError
 from lead_engine.files import publish
 from lead_engine.model import adapter, nf4
 from lead_engine.model.find import find_model
+from lead_engine.model.identity import model_parts
 from lead_engine.model.load import load_config, load_hf, load_tokenizer
 from lead_engine.pool.end_of_turn import write_stop_tokens
 
@@ -24,7 +26,7 @@ def run(config: MergeConfig) -> None:
         raise UserError(f"{folder}: holds no adapter ({adapter.CONFIG}); a fully fine-tuned model needs no merging")
     if config.out.exists():
         raise UserError(f"--out {config.out}: exists already; name a new folder")
-    base = adapter.find_base(folder)
+    base, parts = adapter.find_base(folder), model_parts(folder)
     model = load_hf(folder).to(load_config(base).dtype)
     building = config.out.with_name(config.out.name + ".writing")
     shutil.rmtree(building, ignore_errors=True)
@@ -32,6 +34,7 @@ def run(config: MergeConfig) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.save_pretrained(building)
     write_stop_tokens(building, tokenizer, base)
+    fingerprint.write(building, {"merged from": parts})
     publish(building, config.out)
     rounded = ", its weights rounded to NF4 as in training (not the checkpoint's own)" if nf4.was_trained_on(folder) else ""
     say(f"merged {folder} into {base}{rounded}: {config.out}")

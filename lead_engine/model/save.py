@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lead_engine import fingerprint
 from lead_engine.errors import UserError
 from lead_engine.files import publish
+from lead_engine.fingerprint import Parts
 from lead_engine.model import adapter, nf4, weights
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.stored import Checkpoint, Layout
@@ -23,13 +25,16 @@ BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_confi
 """Files that training does not change, copied where the base has them."""
 
 
-def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: Path, rank: int) -> None:
+def save_model(
+    model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: Path, rank: int, parts: Parts | None = None
+) -> None:
     """Write `folder` (model or adapter, config, tokenizer); a collective over all ranks, files by rank 0.
 
     The folder appears whole: it is written beside its place and renamed. A whole model has the files, names and dtypes of the checkpoint
     that it was loaded from; tensors there that the model does not use (a vision tower, say) are copied. generation_config.json stops at
     the end of turn that the tokenizer's chat template writes, too; in an adapter's folder it is for those who read it: transformers and
     peft take the base's.
+    parts: what the model was loaded from (`identity.model_parts`), noted beside an adapter: without its base it is worth nothing.
     """
     lora = any(adapter.is_adapter(name) for name, _ in model.named_parameters())
     building = folder.with_name(folder.name + ".writing")
@@ -41,6 +46,8 @@ def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path
         return
     tokenizer.save_pretrained(building)
     write_stop_tokens(building, tokenizer, model.stored.folder)
+    if lora and parts is not None:
+        fingerprint.write(building, {"base": parts.get("base", parts)})
     publish(building, folder)
 
 

@@ -1,4 +1,5 @@
 """Whether a model has an embedding for every token that it is about to be given."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,8 +15,10 @@ def rows_of(config: Any) -> int:
 def check_vocabulary(largest: int, rows: int, *, model: str, source: str, tokens: int | None = None) -> None:
     """UserError if `source` holds a token that the model has no embedding for: on a GPU it would end the process.
 
-    largest: the largest token id in the source. rows: embeddings that the model has. tokens: those of the model's own tokenizer, where
-    it is known. model, source: what the message calls them, with their flag. Rows without a token are padding, and fine; so is a token
+    largest: the largest token id in the source. rows: embeddings that the model has. tokens: those of the model's
+    own tokenizer, where
+    it is known. model, source: what the message calls them, with their flag. Rows without a token are padding, and
+    fine; so is a token
     without a row as long as it never occurs.
     """
     if largest < rows:

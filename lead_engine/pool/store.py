@@ -13,6 +13,7 @@ that buffer. All three give equal batches.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -163,7 +164,7 @@ class _ArrayFile:
     """
 
     def __init__(self, path: Path, dtype: Any) -> None:
-        self.dtype, self.length = np.dtype(dtype), 0
+        self.dtype, self.length, self.sha = np.dtype(dtype), 0, hashlib.sha256()
         self.file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by `close`)
         self._header()
         self.start = self.file.tell()
@@ -173,7 +174,9 @@ class _ArrayFile:
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def append(self, values: np.ndarray) -> None:
-        self.file.write(values.astype(self.dtype, copy=False).tobytes())
+        data = values.astype(self.dtype, copy=False).tobytes()
+        self.file.write(data)
+        self.sha.update(data)
         self.length += len(values)
 
     def close(self) -> None:
@@ -210,10 +213,22 @@ def _write_arrays(folder: Path, samples: Iterable[Sequence[Any]]) -> dict[str, A
         "num_response_rows": rows_total,
         "max_token_id": largest,
         "dtypes": {name: np.dtype(dtype).name for name, dtype in ARRAYS.items()},
+        "digests": {name: file.sha.hexdigest() for name, file in files.items()},
     }
 
 
 # --- opening ---
+
+
+def store_digest(folder: Path) -> tuple[int, str]:
+    """(samples, digest of tokens, masks and bounds) of a written store, as noted when it was written; one of an older version is read
+    for it. UserError as `open` raises.
+    """
+    meta = _read_meta(folder)
+    noted = meta.get("digests")
+    if noted is None:
+        noted = {name: hashlib.sha256(_map(folder / f"{name}.npy", dtype)).hexdigest() for name, dtype in ARRAYS.items()}
+    return meta["num_samples"], hashlib.sha256("".join(noted[name] for name in ARRAYS).encode()).hexdigest()[:32]
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

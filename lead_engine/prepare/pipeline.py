@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from lead_engine.config import BatchConfig, PrepareConfig, TrainConfig, to_dict
+from lead_engine.config import BatchConfig, PrepareConfig, TrainConfig
 from lead_engine.console import say, table
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
@@ -22,10 +22,10 @@ from lead_engine.model.scratch import is_scratch
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.pool.tokenizer import generation_prompt_ids
-from lead_engine.prepare import stages
+from lead_engine.prepare import origin, stages
 from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name, tasks_by_topic
 from lead_engine.prepare.ngram import ngram_scores
-from lead_engine.prepare.tokenise import tokenise, write_answers
+from lead_engine.prepare.tokenise import write_answers
 from lead_engine.training.combinations import check_combination
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.train import train
@@ -39,32 +39,10 @@ def run(config: PrepareConfig) -> None:
     with process_group(config.runtime.timeout) as ranks:
         if config.scoring == "model" and config.warmup_share:  # what the warm-up's training would refuse after a pass over the pool
             check_combination(replace(config, batch=_warm_up_batch(config, ranks)), ranks.size, ranks.device)
-        if not _begin(config, ranks):
-            say(f"{config.out}: already prepared with these options")
+        if ranks.first_says(lambda: origin.begin(config)):
+            say(f"{config.out}: already prepared with these options, from the same sources and model")
             return
-        if ranks.first and not (config.out / "problems.jsonl").exists():
-            tokenise(config)
-            write_text(config.out / "prepare.json", _fingerprint(config))
-        ranks.barrier()
         _score(config, ranks)
-
-
-def _begin(config: PrepareConfig, ranks: Ranks) -> bool:
-    """Whether there is anything to do. Raises UserError if OUT was prepared with other options."""
-    marker = config.out / "prepare.json"
-    same = not marker.exists() or json.loads(marker.read_text()) == json.loads(_fingerprint(config))
-    done = (config.out / "summary.json").exists()
-    ranks.barrier()  # every rank has looked before the first writes
-    if not same:
-        raise UserError(f"--out {config.out}: was prepared with other options (see {marker}); name another folder, or delete it")
-    if config.out.exists() and not marker.exists() and any(config.out.iterdir()) and not (config.out / "store").exists():
-        raise UserError(f"--out {config.out}: exists and is no prepared pool; name another folder")
-    return not done
-
-
-def _fingerprint(config: PrepareConfig) -> str:
-    options = to_dict(config)
-    return json.dumps({name: options[name] for name in options if name not in ("out", "runtime")}, indent=1)
 
 
 def _score(config: PrepareConfig, ranks: Ranks) -> None:

@@ -56,8 +56,6 @@ def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> 
         tokenizer = train_tokenizer(texts, config.vocab_size)
         if config.fold_system:
             fold_system(tokenizer)
-        out.mkdir(parents=True, exist_ok=True)
-        make_scratch(config.model, tokenizer, out / "model", config.seed)
     else:
         tokenizer = load_tokenizer(find_model(config.model))
         check_tokenizer(tokenizer)
@@ -71,7 +69,9 @@ def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> 
     TokenStore.write(out / "store", _samples(records, tokenizer, config, problems, rows))
     if not rows["id"]:
         raise UserError(f"--max-length {config.max_length}: no sample has an answer within it; raise it")
-    if not is_scratch(config.model):
+    if is_scratch(config.model):  # only now: a folder that has no store yet may be somebody else's
+        make_scratch(config.model, tokenizer, out / "model", config.seed)
+    else:
         largest = TokenStore.open(out / "store", "mmap").max_token_id
         names = {"model": f"--model {config.model}", "source": f"--pool {' '.join(config.pool)}", "tokens": len(tokenizer)}
         check_vocabulary(largest, rows_of(base), **names)

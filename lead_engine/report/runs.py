@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lead_engine import fingerprint
+from lead_engine.console import warn
 from lead_engine.errors import UserError
 from lead_engine.evaluation.outputs import RESULT, read_result, read_samples
 from lead_engine.evaluation.results import mean_over_samples
@@ -156,7 +158,23 @@ def read_collection(folders: Sequence[Path]) -> Collection:
         if places.count(place) > 1:
             raise UserError(f"{place}: given more than once")
     _name(found.runs)
+    for mixed in _mixed(found.runs):
+        warn(mixed)
+        found.warnings.append(mixed)
     return found
+
+
+def _mixed(runs: list[Run]) -> list[str]:
+    """Sentences on runs whose held-out losses are of other records than the first one's, as far as their evaluations say."""
+    known = [(run, run.evaluation[fingerprint.KEY]) for run in runs if run.evaluation and fingerprint.KEY in run.evaluation]
+    sentences = []
+    for run, parts in known[1:]:
+        first, before = known[0]
+        found = fingerprint.differences({"sources": before["sources"]}, {"sources": parts["sources"]}, f"for {first.name}", "here")
+        if found:
+            why = "; ".join(found)
+            sentences.append(f"{run.name}: evaluated on other held-out records than {first.name} ({why}); losses do not compare")
+    return sentences
 
 
 def read_run(folder: Path) -> Run:

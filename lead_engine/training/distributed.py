@@ -4,11 +4,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from lead_engine.training.watchdog import Watchdog, at, here, lost_connection
 
 BEHIND_WATCHDOG = timedelta(seconds=60)
 """How much later than the watchdog, which knows who is missing, a collective gives up by itself."""
+Result = TypeVar("Result")
 PATIENT = timedelta(days=7)
 """For host collectives in which ranks wait while rank 0 works, for how long nobody knows. The watchdog looks after them."""
 
@@ -55,6 +56,22 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
+
+    def first_says(self, compute: Callable[[], Result]) -> Result:
+        """What rank 0 computes while the others wait; UserError on all of them if that raises one. Not while a checkpoint is being written.
+
+        For what would be the same work on every rank: reading and digesting whole files, say.
+        """
+        value = reason = None
+        if self.first:
+            try:
+                value = compute()
+            except UserError as error:
+                reason = str(error)
+        value, reason = self.everyone((value, reason))[0]
+        if reason is not None:
+            raise UserError(reason)
+        return value
 
 
 @contextmanager

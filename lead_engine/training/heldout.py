@@ -191,7 +191,8 @@ class HeldOut:
 
     def _save(self, building: Path) -> None:
         session = self.session
-        save_model(session.engine.model, session.tokenizer, building, base=session.base, rank=self.ranks.rank)
+        saving = {"base": session.base, "parts": session.parts["model"], "rank": self.ranks.rank}
+        save_model(session.engine.model, session.tokenizer, building, **saving)
 
 
 def loss_of(

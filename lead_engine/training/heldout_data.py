@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,10 @@ from lead_engine.config import TrainConfig
 from lead_engine.console import say, warn
 from lead_engine.errors import UserError
 from lead_engine.files import read_json
+from lead_engine.fingerprint import differences
 from lead_engine.pool.heldout import MARKER, HeldOutData, write_heldout
-from lead_engine.pool.sources import content_path, expand
+from lead_engine.pool.identity import source_parts
+from lead_engine.pool.sources import expand
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.watchdog import at
 
@@ -71,7 +72,7 @@ def _make(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase)
             raise
         say(f"--eval-data: not all of it is there any more; the run goes on with what it read at its start ({folder})")
         return
-    made_from = {**options, "sources": [_contents(source) for source in sources]}
+    made_from = {**options, "sources": source_parts(sources, "--eval-data")}
     if begun:
         _check_same(read_json(folder / MARKER)["made_from"], made_from)
         return
@@ -92,29 +93,15 @@ def _longest(config: TrainConfig) -> int:
     return min(length, config.batch.capacity) if isinstance(length, int) else config.batch.capacity
 
 
-def _contents(source: str) -> list[Any]:
-    """[name, digest]; of a hub data set, only its name."""
-    path = Path(content_path(source))
-    if not path.is_file():
-        return [source, None]
-    with path.open("rb") as file:
-        return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    if before == now:
-        return
-    digests = [digest for _, digest in before["sources"]]
-    if digests != [digest for _, digest in now["sources"]]:
-        names = (
-            ", ".join(name for name, digest in now["sources"] if digest not in digests)
-            or "other files, or another order"
-        )
+    found = differences({"sources": before["sources"]}, {"sources": now["sources"]}, "when it began")
+    if found:
         raise UserError(
-            f"--resume: --eval-data has changed since the run began ({names}); its losses could not be compared with "
-            "those before: bring the files back as they were, or train into another folder"
+            f"--resume: --eval-data has changed since the run began ({'; '.join(found)}); its losses could not be "
+            "compared with those before: bring the files back as they were, or train into another folder"
         )
-    changed = next(name for name in now if before.get(name) != now[name])
-    raise UserError(
-        f"--resume: the held-out records were read with {changed} = {before.get(changed)}, now it is {now[changed]}"
-    )
+    for name in now:
+        if name != "sources" and before.get(name) != now[name]:
+            raise UserError(
+                f"--resume: the held-out records were read with {name} = {before.get(name)}, now it is {now[name]}"
+            )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.config import PretrainConfig, SelectionConfig, TrainConfig
-from lead_engine.console import progress, say
+from lead_engine.console import progress, say, warn
 from lead_engine.errors import UserError
-from lead_engine.files import write_text
+from lead_engine.files import read_json, write_text
+from lead_engine.fingerprint import Parts, differences, digest_file, refuse
 from lead_engine.model.find import find_model
 from lead_engine.model.load import load_tokenizer
 from lead_engine.model.scratch import is_scratch, make_scratch
+from lead_engine.pool.identity import tokenizer_parts
 from lead_engine.pool.store import TokenStore
 from lead_engine.pool.tokenizer import TEXT_END, train_tokenizer
 from lead_engine.training.distributed import process_group
@@ -30,9 +32,7 @@ def run(config: PretrainConfig) -> None:
     """Write OUT/corpus (tokens), OUT/model and the run's records. Raises UserError for text that cannot be read."""
     with process_group(config.runtime.timeout) as ranks:
         corpus = config.out / "corpus"
-        if ranks.first:
-            _make_corpus(config, corpus)
-        ranks.barrier()
+        ranks.first_says(lambda: _make_corpus(config, corpus))
         train(_training(config, corpus), ranks)
 
 
@@ -55,19 +55,16 @@ def _training(config: PretrainConfig, corpus: Path) -> TrainConfig:
 
 def _make_corpus(config: PretrainConfig, corpus: Path) -> None:
     """Tokenizer, initial model and token store of the text; kept if they are there and of the same text and options."""
-    source = {
-        "text": [[str(path.resolve()), _size(path)] for path in config.text],
-        "model": config.model,
-        "vocab_size": config.vocab_size,
-        "block": config.block,
-        "seed": config.seed,
-    }
+    source: Parts = {"vocab_size": config.vocab_size, "block": config.block, "seed": config.seed, "sources": _sources(config.text)}
+    if is_scratch(config.model):
+        source["model"] = config.model
+    else:
+        source["tokenizer"] = tokenizer_parts(load_tokenizer(find_model(config.model)))
     marker = corpus / "source.json"
     if marker.exists():
-        if json.loads(marker.read_text()) == source:
-            say(f"{corpus}: already made from the same text")
-            return
-        raise UserError(f"--out {config.out}: holds a corpus of other text or options; name another folder")
+        _check_same(config, read_json(marker), source)
+        say(f"{corpus}: already made from the same text")
+        return
     corpus.mkdir(parents=True, exist_ok=True)
     paragraphs = [(path, _paragraphs(path)) for path in config.text]
     if is_scratch(config.model):
@@ -83,11 +80,22 @@ def _make_corpus(config: PretrainConfig, corpus: Path) -> None:
     write_text(marker, json.dumps(source))
 
 
-def _size(path: Path) -> int:
+def _sources(text: Sequence[Path]) -> list[Parts]:
+    """As `source_parts`, of files of any kind."""
     try:
-        return path.stat().st_size
+        return [{"name": path.name, "bytes": path.stat().st_size, "digest": digest_file(path)} for path in text]
     except OSError as error:
-        raise UserError(f"--text {path}: {error.strerror}; give text files that exist") from None
+        raise UserError(f"--text {error.filename}: {error.strerror}; give text files that exist") from None
+
+
+def _check_same(config: PretrainConfig, before: Parts, now: Parts) -> None:
+    """UserError if the corpus is of other text or options. One of an older version noted no contents."""
+    options = [name for name in now if name not in ("sources", "tokenizer")]
+    found = [f"{name} was {before.get(name)}, now {now[name]}" for name in options if before.get(name) != now[name]]
+    found += differences({name: value for name, value in before.items() if name not in options}, now, "when it was made")
+    refuse(f"--out {config.out}: holds a corpus of other text or options", found, "Name another folder")
+    if "sources" not in before:
+        warn(f"{config.out}: its corpus was made by an older version, which noted no contents: whether the text changed cannot be told")
 
 
 def _paragraphs(path: Path) -> list[str]:

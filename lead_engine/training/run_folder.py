@@ -3,17 +3,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 from safetensors import SafetensorError
 
+from lead_engine import fingerprint
 from lead_engine.config import TrainConfig, to_dict
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
+from lead_engine.fingerprint import Parts
 from lead_engine.training.distributed import Ranks
+from lead_engine.training.origin import BY_CONTENTS, check_same, written
 from lead_engine.training.trackers import Trackers, check_packages
 from lead_engine.yaml_file import read_yaml
 
@@ -33,6 +36,8 @@ class RunFolder:
     def __init__(self, config: TrainConfig, *, writes: bool):
         self.path, self.writes, self.config = config.out, writes, config
         self._metrics = self._selection = self._heldout = self._trackers = None
+        self.parts: Parts = {}
+        """What the run is made from, once `check` was told."""
         self.skipped_steps = 0
         """Of the whole run, also before it was resumed."""
         check_packages(config)
@@ -51,6 +56,7 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._trackers = Trackers(self.config, steps)  # first: where one cannot start, nothing looks like a run that was begun
+        fingerprint.write(self.path, written(self.parts, self.config.pool))  # before config.yaml, which says that a run was begun
         write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
         self._metrics, kept = _reopen(self.path / "metrics.jsonl", "step", steps)
         self._selection, _ = _reopen(self.path / "selection.jsonl", "round", rounds)
@@ -60,6 +66,14 @@ class RunFolder:
             self._heldout, kept = _reopen(self.path / "heldout.jsonl", "step", steps + 1 if steps else 0)
             for line in kept[-1:]:
                 self._track(line)  # TensorBoard has just dropped what it had of this step
+
+    def check(self, parts: Parts) -> None:
+        """UserError if the run was begun from other contents than `parts`; these are written when it begins."""
+        self.parts = parts
+        if (self.path / "config.yaml").exists():
+            way_out = "Bring back what it was begun with, or begin a new run in another --out"
+            before = fingerprint.read(self.path)
+            check_same(before, parts, self.config.pool, f"--resume: {self.path}", way_out)
 
     def step(self, line: dict[str, Any]) -> None:
         if not self.writes:
@@ -132,14 +146,35 @@ def _reopen(path: Path, counter: str, done: int) -> tuple[TextIO, list[dict[str,
 
 
 def _same_configuration(path: Path, config: TrainConfig) -> None:
-    """Refuse to resume under other options: the result would be neither run. Where it runs may change."""
-    now = to_dict(config)
-    before = {**_defaults(config), **read_yaml(path)}  # options that are newer than the run have their defaults
-    free = {"resume", "out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "wandb", "mlflow", "runtime"}
-    for name in now:
-        if name not in free and before.get(name) != now[name]:
-            raise UserError(f"--resume: {path} was started with {name} = {before.get(name)}, now it is {now[name]}; use the same options")
+    """Refuse to resume under other options: the result would be neither run. Where it runs may change, and what is compared by contents
+    may have moved.
+    """
+    free = ("resume", "out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "wandb", "mlflow", "runtime")
+    for name, before, now in changed_options(path, config, free):
+        raise UserError(f"--resume: {path} was started with {name} = {before}, now it is {now}; use the same options")
 
 
-def _defaults(config: TrainConfig) -> dict[str, Any]:
-    return to_dict(TrainConfig(pool=config.pool, model=config.model, out=config.out))
+def changed_options(path: Path, config: TrainConfig, free: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """(name, before, now) of the options in which a run's config.yaml differs from `config`, but for those that are `free`.
+
+    A run of an older version has no value for options that came later; it did what their defaults do. What is compared by contents is
+    free where the run has a fingerprint.
+    """
+    now, plain = _flat(to_dict(config)), _flat(to_dict(TrainConfig(config.pool, config.model, config.out)))
+    before = plain | _flat(read_yaml(path))
+    moved = BY_CONTENTS if (path.parent / fingerprint.FILE).exists() else ()
+    return [
+        (name, before[name], now[name])
+        for name in now
+        if name.partition(".")[0] not in free
+        and before[name] != now[name]
+        and not (name in moved and bool(before[name]) == bool(now[name]))
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"batch": {"capacity": 1}} -> {"batch.capacity": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -3,16 +3,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.config import TrainConfig
-from lead_engine.files import read_json
-from lead_engine.model.find import find_model
-from lead_engine.model.load import build_model, load_config, load_tokenizer, weights_folder
-from lead_engine.model.scratch import is_scratch, make_scratch
+from lead_engine.fingerprint import Parts
+from lead_engine.model.load import build_model, load_config, weights_folder
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
-from lead_engine.pool.chat_template import fold_system
 from lead_engine.pool.heldout import HeldOutData
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import ANSWERS, TokenStore
@@ -24,6 +22,7 @@ from lead_engine.training.distributed import Ranks, data_mesh
 from lead_engine.training.heldout_data import open_heldout
 from lead_engine.training.loop import Engine
 from lead_engine.training.optimizer import check_available, make_optimizer
+from lead_engine.training.origin import base_folder, base_tokenizer, run_parts
 from lead_engine.training.scorer import PoolScorer
 
 
@@ -36,13 +35,31 @@ class Session:
     state: PoolState
     tokenizer: PreTrainedTokenizerBase
     base: Path
+    parts: Parts
+    """What the run is made from; see `origin.run_parts`."""
     budget: int
     """Tokens to train."""
     heldout: HeldOutData | None = None
     """What it is evaluated on while it trains."""
 
 
-def build(config: TrainConfig, ranks: Ranks, *, evaluates: bool = False) -> Session:
+class Inputs(NamedTuple):
+    """What a run starts from, found and compared, before anything large is loaded."""
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    parts: Parts
+    """Its fingerprint; see `origin.run_parts`."""
+
+
+def find_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
+    """The base model's folder and tokenizer, and what the run is made from. UserError where pool and model do not fit."""
+    base = base_folder(config, ranks)
+    tokenizer = base_tokenizer(config, base)
+    return Inputs(base, tokenizer, ranks.first_says(lambda: run_parts(config, base, tokenizer)))
+
+
+def build(config: TrainConfig, ranks: Ranks, inputs: Inputs | None = None, *, evaluates: bool = False) -> Session:
     """Open the pool, load the model, and put the engine together. UserError for everything that the user can mend.
 
     evaluates: open --eval-data, in the run folder.
@@ -51,8 +68,8 @@ def build(config: TrainConfig, ranks: Ranks, *, evaluates: bool = False) -> Sess
     check_available(config.optimizer)  # before the weights are read
     store = TokenStore.open(config.pool / "store", config.runtime.placement, ranks.device)
     state = _pool_state(config, store)
-    base = _base(config, ranks)
-    tokenizer = _tokenizer(config, base)
+    given = inputs or find_inputs(config, ranks)
+    base, tokenizer = given.base, given.tokenizer
     _check_vocabulary(config, base, store, len(tokenizer))
     heldout = open_heldout(config, ranks, tokenizer) if evaluates else None
     longest = int(store.lengths.max())
@@ -87,7 +104,7 @@ def build(config: TrainConfig, ranks: Ranks, *, evaluates: bool = False) -> Sess
     scorer = PoolScorer(model, store, lambda: _answers(config, base, ranks), config.batch, ranks.rank, ranks.size)
     engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size, scorer=scorer)
     budget = config.epochs * store.num_tokens if METHODS[config.method].whole_pool else round(config.budget * store.num_tokens)
-    return Session(config, engine, state, tokenizer, base, budget, heldout)
+    return Session(config, engine, state, tokenizer, base, given.parts, budget, heldout)
 
 
 def _pool_state(config: TrainConfig, store: TokenStore) -> PoolState:
@@ -102,27 +119,6 @@ def _answers(config: TrainConfig, base: Path, ranks: Ranks) -> TokenStore:
     store = TokenStore.open(config.pool / ANSWERS, config.runtime.placement, ranks.device)
     _check_vocabulary(config, base, store)
     return store
-
-
-def _base(config: TrainConfig, ranks: Ranks) -> Path:
-    """The folder of the base model; a scratch model is the pool's own, or made here."""
-    if not is_scratch(config.model):
-        return find_model(config.model)
-    folder = config.pool / "model"
-    if not folder.exists():
-        folder = config.out / "init"
-        if ranks.first and not (folder / "config.json").exists():
-            make_scratch(config.model, load_tokenizer(config.pool / "tokenizer"), folder, config.seed)
-        ranks.barrier()
-    return folder
-
-
-def _tokenizer(config: TrainConfig, base: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, which is saved with the model; its template folds system messages if the pool's did."""
-    tokenizer, prepared = load_tokenizer(base), config.pool / "prepare.json"
-    if prepared.exists() and read_json(prepared).get("fold_system"):
-        fold_system(tokenizer)
-    return tokenizer
 
 
 def _check_vocabulary(

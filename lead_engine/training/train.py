@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lead_engine import fingerprint
 from lead_engine.config import TrainConfig
 from lead_engine.console import Bar, say, warn
 from lead_engine.console import progress as progress_bar
@@ -23,9 +24,10 @@ from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.flops import ModelFlops, find_peak
 from lead_engine.training.heldout import HeldOut
 from lead_engine.training.loop import Round
+from lead_engine.training.origin import check_same, written
 from lead_engine.training.records import Meter, bar_info, round_line, step_lines
 from lead_engine.training.run_folder import COMPLETE, RunFolder, why_not_written
-from lead_engine.training.session import Session, build
+from lead_engine.training.session import Inputs, Session, build, find_inputs
 from lead_engine.training.signals import Stopped, StopSignals
 from lead_engine.training.summary import write_summary
 from lead_engine.training.watchdog import at
@@ -41,6 +43,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     """The same inside a process group that exists already."""
     _check(config, ranks)
     folder = RunFolder(config, writes=ranks.first)
+    inputs = find_inputs(config, ranks)
+    folder.check(inputs.parts)
     if (config.out / COMPLETE).exists():  # then --resume was given, with the same options
         summary = read_json(config.out / COMPLETE)
         early = f" (stopped early after step {summary['steps']})" if summary.get("stopped_early") else ""
@@ -48,7 +52,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         return
     try:
         with StopSignals(ranks) as signals:
-            _train(config, ranks, folder, signals)
+            _train(config, ranks, folder, signals, inputs)
         ranks.barrier()  # nobody goes on before rank 0's files are there
         at("after training", limited=False)
     finally:
@@ -75,11 +79,18 @@ class _Run:
         """What a checkpoint holds beside model and optimizer."""
         return {"selector": self.session.engine.selector, "loss_change": self.session.engine.change}
 
+    def _notes(self) -> dict[str, Any]:
+        made_from = written(self.session.parts, self.session.config.pool)
+        return {"skipped": self.skipped.state(), "heldout": self.heldout.state(), fingerprint.KEY: made_from}
+
     def resume(self) -> Progress:
         """Go on from the newest whole checkpoint; from the start, and saying so, if the run has none."""
         engine, out = self.session.engine, self.session.config.out
         start, notes = self.checkpoints.load(engine.model, engine.optimizer, self.parts)
         if notes:
+            way_out = "Bring back what it was written over, or delete the checkpoints to train from the start"
+            before, what = notes.get(fingerprint.KEY), f"--resume: {self.checkpoints.folder}"
+            check_same(before, self.session.parts, self.session.config.pool, what, way_out)
             self.skipped.load(notes["skipped"])
             self.heldout.load(notes.get("heldout", {}))
         elif (out / "metrics.jsonl").exists():
@@ -122,8 +133,8 @@ class _Run:
         self._tell_what_is_left(done)
         self.heldout.last_look(done)
         at("writing the model", done.round, done.step, limited=False)
-        path = config.out / "model"
-        _write(ranks, path, lambda: save_model(engine.model, self.session.tokenizer, path, base=self.session.base, rank=ranks.rank))
+        path, saving = config.out / "model", {"base": self.session.base, "parts": self.session.parts["model"], "rank": ranks.rank}
+        _write(ranks, path, lambda: save_model(engine.model, self.session.tokenizer, path, **saving))
         self.heldout.keep_last(done, path)
         summary = (self.session, ranks, done, self.meter, self.folder.skipped_steps, self.heldout)
         _write(ranks, config.out, lambda: write_summary(*summary) if ranks.first else None)
@@ -151,9 +162,6 @@ class _Run:
         check_replicas(engine.selector, self.ranks.size, done.step)
         return self.checkpoints.save(engine.model, engine.optimizer, self.parts, done, self._notes())
 
-    def _notes(self) -> dict[str, Any]:
-        return {"skipped": self.skipped.state(), "heldout": self.heldout.state()}
-
     def _stop(self, number: int, done: Progress, what: str) -> None:
         name = signal.Signals(number).name
         say(f"{self.session.config.out}: stopped by {name} after step {done.step} (round {done.round}): {what}; go on with --resume")
@@ -171,8 +179,8 @@ class _Run:
             say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {visits})")
 
 
-def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSignals) -> None:
-    session, names = build(config, ranks, evaluates=True), SampleNames(config.pool)
+def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSignals, inputs: Inputs) -> None:
+    session, names = build(config, ranks, inputs, evaluates=True), SampleNames(config.pool)
     engine = session.engine
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
     skipped = SkippedSteps(config.max_skipped_steps, names, config.out, config.pool)

@@ -136,15 +136,37 @@ def test_a_study_from_yaml_to_verdict_and_once_more(
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {run["name"]: run["overall"] for run in again["runs"]} == pytest.approx(losses, rel=1e-6)
 
-    # Other held-out files: every model is evaluated again, none is trained again. Other training options: refused.
+    # Held-out records under another name are the same. Others under the same name: every model is evaluated again, none is trained again.
     in_process.clear()
-    other = shutil.copy(pool / "heldout.jsonl", tmp_path / "other.jsonl")
+    other = Path(shutil.copy(pool / "heldout.jsonl", tmp_path / "other.jsonl"))
     write_study(tmp_path / "study.yaml", pool, heldout=[str(other)])
     compare.run(config)
+    assert in_process == ["report report"]
+    in_process.clear()
+    capsys.readouterr()
+    lines = other.read_text().splitlines(keepends=True)
+    other.write_text("".join([*lines[1:], lines[0].replace("a", "b", 1)]))
+    compare.run(config)
     assert [call.partition(" ")[0] for call in in_process] == ["evaluating"] * 5 + ["report"]
+    assert "evaluating again: other.jsonl (then: heldout.jsonl) has other contents" in capsys.readouterr().out.replace("\n", " ")
+    _refuses_another_pool_or_base(config, pool)
+    # Other training options are refused.
     write_study(tmp_path / "study.yaml", pool, optimizer={"lr": 5e-4})
     with pytest.raises(UserError, match=r"lead-20pct-s0/config\.yaml.*optimizer\.lr = 0\.001.*0\.0005"):
         compare.run(config)
+
+
+def _refuses_another_pool_or_base(config: CompareConfig, pool: Path) -> None:
+    """A study's pool or base with other contents under the same name: the runs that are there were not made from it."""
+    for changed in (pool / "prepared/state.safetensors", pool / "prepared/model/model.safetensors"):
+        kept = changed.read_bytes()
+        changed.write_bytes(kept[:-4] + bytes(byte ^ 1 for byte in kept[-4:]))
+        try:
+            what = "scores of the pool" if "state" in changed.name else "weights of the model differ"
+            with pytest.raises(UserError, match=f"lead-20pct-s0: this run was made from something else: {what}.*delete the run's folder"):
+                compare.run(config)
+        finally:
+            changed.write_bytes(kept)
 
 
 def test_command_lines_are_understood_and_mean_what_was_planned(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,17 +283,17 @@ def test_differences_that_are_no_difference_in_the_result_do_not_matter(pool: Pa
     run.folder.mkdir(parents=True)
     values = yaml.safe_load(compare.config_text(run.train))
     (run.folder / "config.yaml").write_text(yaml.safe_dump(values | {"checkpoint_every": 5, "out": "elsewhere"}))
-    check_unchanged(run)
+    check_unchanged([run])
     (run.folder / "config.yaml").write_text(yaml.safe_dump(values | {"seed": 5}))
     with pytest.raises(UserError, match="seed = 5"):
-        check_unchanged(run)
+        check_unchanged([run])
     del values["recipe"], values["selection"]["round_steps"]  # as if written by a version that did not know them
     (run.folder / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"selection\.round_steps = 4, the study now says 2"):
-        check_unchanged(run)
+        check_unchanged([run])
     values["selection"]["round_steps"] = 2
     (run.folder / "config.yaml").write_text(yaml.safe_dump(values))
-    check_unchanged(run)
+    check_unchanged([run])
 
 
 # --- tables ---

@@ -1,4 +1,7 @@
-"""A tokenizer with more tokens than the model has rows: refused wherever tokens and model meet, with the two sizes and the way out."""
+"""A tokenizer with more tokens than the model has rows: refused wherever tokens and model meet, with the two sizes
+and the way out.
+"""
+
 from __future__ import annotations
 
 import json
@@ -22,12 +25,14 @@ ROWS, TOKENS = 301, 303
 
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tokens were added to its tokenizer, and the embeddings were not resized; without them there are fewer tokens than rows."""
+    """Two tokens were added to its tokenizer, and the embeddings were not resized; without them there are fewer
+    tokens than rows.
+    """
     folder = tmp_path_factory.mktemp("added") / "model"
     small = AutoTokenizer.from_pretrained(make_model())
     shutil.copytree(make_model("llama", vocab_size=ROWS), folder)
     small.add_tokens([f"<pad-{i}>" for i in range(ROWS - len(small))])
-    small.add_tokens(["<tool>", "<call>"], special_tokens=True)
+    small.add_tokens(["<tool>", "<call>"])  # plain ones: a special token spelled in a text stays text
     assert len(small) == TOKENS
     small.save_pretrained(folder)
     return folder
@@ -35,21 +40,29 @@ def model(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 def write(path: Path, last: str) -> str:
     """Records of one file; the last one's answer is `last`."""
-    records = [{"instruction": f"say {i}", "output": f"{i} words"} for i in range(9)] + [{"instruction": "say", "output": last}]
+    records = [{"instruction": f"say {i}", "output": f"{i} words"} for i in range(9)] + [
+        {"instruction": "say", "output": last}
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
 @pytest.mark.parametrize("scoring", ["model", "ngram"])
 def test_prepare(scoring: str, model: Path, tmp_path: Path) -> None:
-    config = PrepareConfig((write(tmp_path / "p.jsonl", "<call>now"),), str(model), tmp_path / "P", 64, 2, scoring=scoring, batch=BATCH)
-    with pytest.raises(UserError, match=f"embeddings for {ROWS} tokens.*p.jsonl holds token {TOKENS - 1}.*{TOKENS}.*resize_token_embed"):
+    config = PrepareConfig(
+        (write(tmp_path / "p.jsonl", "<call>now"),), str(model), tmp_path / "P", 64, 2, scoring=scoring, batch=BATCH
+    )
+    with pytest.raises(
+        UserError, match=f"embeddings for {ROWS} tokens.*p.jsonl holds token {TOKENS - 1}.*{TOKENS}.*resize_token_embed"
+    ):
         prepare(config)
     assert not config.out.exists()
 
 
 def test_eval(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{model}: has embeddings for {ROWS} tokens.*d.jsonl holds token.*resize_token_embeddings"):
+    with pytest.raises(
+        UserError, match=f"{model}: has embeddings for {ROWS} tokens.*d.jsonl holds token.*resize_token_embeddings"
+    ):
         evaluate(EvalConfig(str(model), (write(tmp_path / "d.jsonl", "a <tool>"),), max_length=64, batch=BATCH))
 
 
@@ -62,8 +75,11 @@ def test_train(model: Path, make_model, make_pool, tmp_path: Path) -> None:
     from lead_engine.pool.store import TokenStore
 
     pool = make_pool(samples=20)
+    AutoTokenizer.from_pretrained(model).save_pretrained(pool / "tokenizer")
     TokenStore.write(pool / "store", [([5, 6, TOKENS - 1], [False, True, True])] * 20)
-    with pytest.raises(UserError, match=f"--model .*: has embeddings for {ROWS} tokens, but --pool .* holds token {TOKENS - 1}"):
+    with pytest.raises(
+        UserError, match=f"--model .*: has embeddings for {ROWS} tokens, but --pool .* holds token {TOKENS - 1}"
+    ):
         train(TrainConfig(pool, str(model), tmp_path / "run", batch=BATCH))
     assert not (tmp_path / "run").exists()
 

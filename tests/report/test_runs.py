@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -105,3 +106,13 @@ def test_evaluation_alone_is_no_run(synthetic: ModuleType, tmp_path: Path) -> No
     synthetic.make_evaluation(tmp_path / "run" / "eval", 0.1)
     with pytest.raises(UserError, match="neither a run folder"):
         read_collection([tmp_path / "run"])
+
+
+def test_evaluations_on_other_held_out_records_are_told(synthetic: ModuleType, tmp_path: Path) -> None:
+    runs = [synthetic.make_run(tmp_path / name) for name in "abc"]
+    for run, digest in zip(runs, "xyx", strict=True):
+        path = run / "eval" / "eval.json"
+        sources = [{"name": "heldout.jsonl", "bytes": 9, "digest": digest}]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": {"sources": sources}}))
+    (told,) = read_collection(runs).warnings
+    assert told.startswith("b: evaluated on other held-out records than a (heldout.jsonl has other contents (9 bytes for a, 9 here)")

@@ -1,0 +1,100 @@
+"""What a prepared pool was made from: noted in prepare.json with the options, and compared when the same folder is
+prepared again.
+
+prepare.json is written once tokens, masks and tokenizer are there, and before any score: what is in the folder
+beside it was made from
+what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+from lead_engine import fingerprint
+from lead_engine.config import PrepareConfig, to_dict
+from lead_engine.console import say, warn
+from lead_engine.errors import UserError
+from lead_engine.files import read_json, write_text
+from lead_engine.fingerprint import Parts
+from lead_engine.model.find import find_model
+from lead_engine.model.identity import model_parts
+from lead_engine.model.load import load_tokenizer
+from lead_engine.model.scratch import is_scratch
+from lead_engine.pool.chat_template import fold_system
+from lead_engine.pool.identity import MARKER, same_tokenizer, source_parts, tokenizer_parts
+from lead_engine.pool.store import ANSWERS
+from lead_engine.prepare.tokenise import tokenise
+
+ELSEWHERE = ("out", "runtime", "pool", "model")
+"""Options that are not compared: where things lie and run, and what is compared by its contents."""
+WAY_OUT = "Name another folder for --out, or delete this one to prepare it anew"
+
+
+def begin(config: PrepareConfig) -> bool:
+    """Tokenise the pool, unless an earlier call has; whether nothing is left to do at all.
+
+    Raises UserError if OUT was prepared with other options, or from sources, a tokenizer or a model with other
+    contents, and for what
+    cannot be read.
+    """
+    out, marker = config.out, config.out / MARKER
+    if marker.exists():
+        _check(config, read_json(marker))
+        return (out / "summary.json").exists()
+    if (out / "summary.json").exists():
+        raise UserError(
+            f"--out {out}: holds a prepared pool without {MARKER}, so what it was made from is not known. {WAY_OUT}"
+        )
+    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in ("store", "store.partial")):
+        raise UserError(f"--out {out}: exists and is no prepared pool; name another folder")
+    sources = source_parts(
+        config.pool, "--pool"
+    )  # before they are read: if they change meanwhile, it shows the next time
+    tokenise(config)
+    for stale in ("stages", ANSWERS):  # of other tokens, if they are there
+        shutil.rmtree(out / stale, ignore_errors=True)
+    options = {name: value for name, value in to_dict(config).items() if name not in ("out", "runtime")}
+    written = options | {fingerprint.KEY: {"sources": sources} | _model_parts(config)}
+    write_text(marker, json.dumps(written, indent=1))
+    return False
+
+
+def _model_parts(config: PrepareConfig) -> Parts:
+    """`tokenizer`, and `model` where its weights decide the result. A scratch model is the one in OUT/model, if it
+    is there yet.
+    """
+    folder = config.out / "model" if is_scratch(config.model) else find_model(config.model)
+    tokenizer = load_tokenizer(folder)
+    if config.fold_system:
+        fold_system(tokenizer)
+    reads = config.scoring == "model" or config.tasks
+    return {"tokenizer": tokenizer_parts(tokenizer)} | ({"model": model_parts(folder)} if reads else {})
+
+
+def _check(config: PrepareConfig, before: dict[str, Any]) -> None:
+    now, plain = to_dict(config), to_dict(PrepareConfig(config.pool, config.model, config.out))
+    known = fingerprint.KEY in before
+    compared = [name for name in now if name not in (ELSEWHERE if known else ELSEWHERE[:2])]
+    found = [
+        f"{name} was {before.get(name, plain[name])}, now {now[name]}"
+        for name in compared
+        if before.get(name, plain[name]) != now[name]
+    ]
+    if before["model"] != config.model and (is_scratch(before["model"]) or is_scratch(config.model)):
+        found.append(f"model was {before['model']}, now {config.model}")
+    fingerprint.refuse(f"--out {config.out}: was prepared with other options", found, WAY_OUT)
+    if not known:
+        warn(
+            f"{config.out}: prepared by an older version, which noted no contents: whether sources or model changed "
+            "cannot be told"
+        )
+        return
+    then, today = before[fingerprint.KEY], {"sources": source_parts(config.pool, "--pool")} | _model_parts(config)
+    if same_tokenizer(config.out, then["tokenizer"], today["tokenizer"]):
+        today["tokenizer"] = then["tokenizer"]
+    found = fingerprint.differences(then, today, "when it was prepared")
+    fingerprint.refuse(f"--out {config.out}: was prepared from something else", found, WAY_OUT)
+    if "model" not in then:
+        say(f"{config.out}: weights of the model play no part in --scoring {config.scoring}, and are not compared")
