@@ -181,7 +181,7 @@ def find_texts(text: str, frames: Frames, texts: Sequence[Text]) -> list[list[tu
 
 
 def walk(text: str, frames: Frames, texts: Sequence[Text]) -> list[list[tuple[int, int]]] | Step:
-    """The places of every text if `text` is `frames` but for white space at the texts' ends; else the step that fails."""
+    """The places of every text if `text` is `frames` but for white space at its texts' ends; else the step that fails."""
     where: list[list[tuple[int, int]]] = [[] for _ in texts]
     first, steps = frames
     place = len(first or "")
@@ -204,7 +204,7 @@ def walk(text: str, frames: Frames, texts: Sequence[Text]) -> list[list[tuple[in
 
 
 def _places(text: str, place: int, spelling: str, gap: bool) -> Iterator[tuple[int, int]]:
-    """Where a text may stand: at `place`, or with `gap` anywhere behind it; whole, or without white space at its ends."""
+    """Where a text may stand: at `place`, with `gap` anywhere behind it; whole, or without white space at its ends."""
     core = spelling.strip()
     lead = len(spelling) - len(spelling.lstrip())
     trail = spelling[lead + len(core) :]

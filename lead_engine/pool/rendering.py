@@ -196,7 +196,7 @@ class Renderer:
 
     @functools.cached_property
     def _opening(self) -> str:
-        """What stands before the first turn's text. A control token in it opens turns; all of them may, where unknown."""
+        """What stands before the first turn's text. A control token in it opens turns; all may, where it is unknown."""
         try:
             _, where, text = self._compare(PROBES[0], None, prompt=False)
         except Misfit:
@@ -204,7 +204,7 @@ class Renderer:
         return text[: where[0][0][0]].removeprefix(self.tokenizer.bos_token or "")
 
     def _always_asks(self) -> bool:
-        """Whether an empty conversation has a text, or is refused: then what a conversation ends in may be a request."""
+        """Whether an empty conversation has a text or is refused: then what a conversation ends in may be a request."""
         try:
             text = self._render([], None, prompt=False)
         except Misfit:

@@ -22,8 +22,9 @@ THINKING: Turns = [QUESTION[0], ("assistant", "<think>\nTwo and two.</think>It i
 SYSTEM: Turns = [("system", "Answer in French only."), *QUESTION]
 
 words = st.sampled_from(
-    ["a", "e", "|", "user", "assistant", "model", "system", "[INST]", "<|im_end|>", "<|user|>", "</s>", "User:", "\n", " x\n",
-     "It is four.", "  indented", "trailing \n\n", "Grüße 東京 \N{ROCKET}", "{{ bos_token }}", "\\n", '"quoted"', "\U000f0000"]
+    ["a", "e", "|", "user", "assistant", "model", "system", "[INST]", "<|im_end|>", "<|user|>", "</s>", "User:", "\n",
+     " x\n", "It is four.", "  indented", "trailing \n\n", "Grüße 東京 \N{ROCKET}", "{{ bos_token }}", "\\n", '"quoted"',
+     "\U000f0000"]
 )  # fmt: skip
 texts = st.lists(words | st.text(max_size=8), min_size=1, max_size=3).map("".join)
 answers = texts.filter(lambda text: text.strip())
@@ -99,7 +100,7 @@ def test_reasoning_is_learned_whole_or_refused(renderers: dict[str, Renderer], n
 
 EATERS = {
     "drops system": ("{% for message in messages", "{% for message in messages if message['role'] != 'system'"),
-    "drops the first user": ("{% for message in messages", "{% for message in messages if not loop.first or message['role'] != 'user'"),
+    "drops users": ("{% for message in messages", "{% for message in messages if message['role'] != 'user'"),
     "upper": ("message['content']", "message['content'] | upper"),
     "escape": ("message['content']", "message['content'] | escape"),
     "tojson": ("message['content']", "(message['content'] | tojson)[1:-1]"),
@@ -213,14 +214,15 @@ def test_always_asking_in_plain_text_is_refused_for_one_turn_and_for_more(chatml
 
 
 def test_turns_that_are_not_trained_are_no_answers(renderers: dict[str, Renderer]) -> None:
-    messages = (Message("user", "q"), Message("assistant", "wrong", train=False), Message("user", "r"), Message("assistant", "right"))
+    wrong = Message("assistant", "wrong", train=False)
+    messages = (Message("user", "q"), wrong, Message("user", "r"), Message("assistant", "right"))
     rendered = renderers["chatml"].record(Record("", "", messages, "pool.jsonl", 1))
     assert learned(rendered) == ["right<|im_end|>"]
     assert "wrong" in rendered.text
 
 
 CALL = {"function": {"name": "get_weather", "arguments": {"city": 'Li"lle', "days": 2}}}
-TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": {"type": "object"}}}
+TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": {}}}
 
 
 def tool_record(**more: Any) -> Record:
