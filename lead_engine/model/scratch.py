@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lead_engine.errors import UserError
 from lead_engine.files import publish
+from lead_engine.pool.tokenizer import TEXT_END
 
 PREFIX = "scratch:"
 SHAPES = {
@@ -51,6 +52,9 @@ def make_scratch(model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, s
     building = folder.with_name(folder.name + ".writing")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(building)
+        model = LlamaForCausalLM(config)
+    ends = [tokenizer.eos_token_id, tokenizer.get_vocab().get(TEXT_END)]  # of a turn, of a document of `pretrain`
+    model.generation_config.eos_token_id = sorted({end for end in ends if end is not None}) or None
+    model.save_pretrained(building)
     tokenizer.save_pretrained(building)
     publish(building, folder)

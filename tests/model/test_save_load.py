@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
 from lead_engine.errors import UserError
@@ -52,9 +52,19 @@ def their_loss(model, store: TokenStore) -> torch.Tensor:
     return torch.stack(losses)
 
 
+def with_other_eos(model: Path, folder: Path) -> Path:
+    """A copy of the model whose eos is <|endoftext|> (3), while its template ends turns with <|im_end|> (2)."""
+    shutil.copytree(model, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3, "pad_token_id": 0}')
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    return folder
+
+
 @pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("qwen3", {"tie_word_embeddings": True})])
 def test_model_is_read_by_transformers(kind: str, options: dict, make_model, make_pool, tmp_path: Path) -> None:
-    base, store = make_model(kind, **options), TokenStore.open(make_pool(samples=20) / "store")
+    base = with_other_eos(make_model(kind, **options), tmp_path / "base")
+    store = TokenStore.open(make_pool(samples=20) / "store")
     model = build(base)
     shake(model)
     save_model(model, load_tokenizer(base), tmp_path / "model", base=base, rank=0)
@@ -62,13 +72,15 @@ def test_model_is_read_by_transformers(kind: str, options: dict, make_model, mak
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(our_loss(model, store), their_loss(theirs, store), rtol=1e-5, atol=1e-5)
     assert load_tokenizer(tmp_path / "model").chat_template
+    assert (theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id) == ([3, 2], 0)
     again = build(tmp_path / "model")
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_adapter_is_read_by_peft_and_merged(make_model, make_pool, tmp_path: Path) -> None:
-    base, store = make_model("llama"), TokenStore.open(make_pool(samples=20) / "store")
+    base = with_other_eos(make_model("llama"), tmp_path / "base")
+    store = TokenStore.open(make_pool(samples=20) / "store")
     model = build(base, lora=LoraConfig(rank=4, alpha=8.0))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained
@@ -85,6 +97,8 @@ def test_adapter_is_read_by_peft_and_merged(make_model, make_pool, tmp_path: Pat
     torch.testing.assert_close(our_loss(model, store), their_loss(load_hf(folder), store), rtol=1e-5, atol=1e-5)
     merge.run(MergeConfig(run=tmp_path / "run", out=tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generation_config.eos_token_id == [3, 2]
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [3, 2]
     torch.testing.assert_close(our_loss(model, store), their_loss(merged, store), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="exists already"):
         merge.run(MergeConfig(run=tmp_path / "run", out=tmp_path / "merged"))
