@@ -37,7 +37,7 @@ def selector(**changed: Any) -> Selector:
         (lambda: TokenStore.open("none/store"), r"none/store"),
         (lambda: PoolState.load(None), r"PoolState.load\(folder\) None: must be a path"),
         (lambda: read_records(3, skip_bad=False), r"read_records\(sources\)\[?0?\]? ?3: must be text"),
-        (lambda: read_records("none.jsonl", skip_bad=False), "none.jsonl"),
+        (lambda: read_records("none.jsonl", skip_bad=False), "--pool none.jsonl"),
         (lambda: lead(budget="much"), r"lead\(budget=...\) 'much': must be a number"),
         (lambda: lead(budget=math.nan), r"lead\(budget=...\) nan: must be above 0 and at most 1000"),
         (lambda: lead(method=None), r"lead\(method=None\): no such method"),

@@ -88,9 +88,10 @@ def write_heldout(
 ) -> dict[str, Any]:
     """Read and tokenise held-out records into `folder`, which is made once all of them are accepted.
 
-    pool: the prepared pool in which to look for the same samples. made_from: kept in heldout.json, which is what is
-    returned: {"made_from", "samples", "tokens", "problems": counts by kind, "in_pool"}. Raises UserError for sources
-    that cannot be read and, without `skip_bad`, for records that cannot be used.
+    flag: what the user named the sources with. pool: the prepared pool in which to look for the same samples.
+    made_from: kept in heldout.json, which is what is returned: {"made_from", "samples", "tokens", "problems": counts by
+    kind, "in_pool"}. Raises UserError for sources that cannot be read and, without `skip_bad`, for records that cannot
+    be used.
     """
     records, problems = read_records(sources, skip_bad=skip_bad, flag=flag)
     samples = encode_records(records, tokenizer, max_length, problems, skip_bad=skip_bad, source=" ".join(sources))

@@ -54,8 +54,8 @@ def open_temporary(
 ) -> Iterator[HeldOutData]:
     """Held-out records that are not kept: every rank reads them into a folder of its own. Raises as `open_heldout`."""
     with tempfile.TemporaryDirectory(prefix="lead-heldout-") as folder:
-        paths = expand(sources, "data")
-        write_heldout(Path(folder), paths, tokenizer, max_length=_longest(config), skip_bad=skip_bad, flag="data")
+        longest = _longest(config)
+        write_heldout(Path(folder), sources, tokenizer, max_length=longest, skip_bad=skip_bad, flag="evaluate(data)")
         data = HeldOutData.open(Path(folder), config.runtime.placement, ranks.device)
         with data.store:
             yield data
