@@ -34,18 +34,9 @@ def open_heldout(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
     if not config.eval_data:
         return None
     at("reading --eval-data", limited=False)
-    reason = None
-    if ranks.first:
-        try:
-            _make(config, config.out / FOLDER, tokenizer)
-        except UserError as error:
-            reason = str(error)
-        except OSError as error:
-            reason = f"{error.filename or config.out / FOLDER}: {error.strerror}"
-    reason = ranks.everyone(reason)[0]
-    if reason is not None:
-        raise UserError(reason)
-    return HeldOutData.open(config.out / FOLDER, config.runtime.placement, ranks.device)
+    folder = config.out / FOLDER
+    ranks.first_says(lambda: _make(config, folder, tokenizer))
+    return HeldOutData.open(folder, config.runtime.placement, ranks.device)
 
 
 @contextmanager
@@ -78,7 +69,10 @@ def _make(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase)
         return
     say(f"reading {', '.join(sources)}")
     options |= {"pool": config.pool, "made_from": made_from}
-    marker = write_heldout(folder, sources, tokenizer, **options)
+    try:
+        marker = write_heldout(folder, sources, tokenizer, **options)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror}") from None
     for kind, count in marker["problems"].items():
         say(f"{count} held-out records: {kind}, named in {folder / 'problems.jsonl'}")
     if marker["in_pool"]:
