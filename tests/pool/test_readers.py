@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,8 @@ class TestCompressed:
 
 class TestStandardInput:
     @pytest.fixture(autouse=True)
-    def _fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _fresh(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         sources._standard_input.cache_clear()
         text = "\n".join([json.dumps(GOOD), "", json.dumps({"prompt": "p"}), json.dumps(GOOD)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
