@@ -37,7 +37,7 @@ from lead_engine.model.scoring import score_store, summarise_loss
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.chat_template import fold_system, notes
 from lead_engine.pool.heldout import encode_records, task_of
-from lead_engine.pool.problems import Problems, place
+from lead_engine.pool.problems import UNREAD, Problems, place
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore
 
@@ -123,7 +123,7 @@ def show(result: dict[str, Any]) -> None:
     rows.append(["macro", None, None, loss["macro"], *((None, None) if match else ())])
     console.table("Held-out loss (nats per response token)" + (" and exact match" if match else ""), columns, rows)
     for kind, count in result["problems"].items():
-        console.say(f"{count} held-out records: {kind}")
+        console.say(f"{count} held-out {'fields' if kind == UNREAD else 'records'}: {kind}")
     if match and match["prompts_too_long"]:
         console.say(f"{match['prompts_too_long']} held-out records were not answered: their prompt is too long")
 

@@ -11,6 +11,8 @@ from lead_engine.errors import UserError
 from lead_engine.files import write_text
 from lead_engine.pool.sources import STDIN, has_lines
 
+UNREAD = "unread_field"
+"""The one kind that counts fields and not records."""
 COUNTED_ONLY = (
     "truncated",
     "response_truncated_away",
@@ -18,7 +20,7 @@ COUNTED_ONLY = (
     "spelled_control_token",
     "asked_otherwise",
     "no_end_of_turn",
-    "unread_field",
+    UNREAD,
 )
 """Kinds that refuse nothing: they depend on --max-length, say what became of a record, or name what was not read."""
 SHOWN = 5

@@ -19,7 +19,7 @@ from lead_engine.options import argument
 from lead_engine.pool.fields import Bad, identifier, present, text, type_name
 from lead_engine.pool.forms import read_conversation
 from lead_engine.pool.message import Message, Record
-from lead_engine.pool.problems import Problems, place
+from lead_engine.pool.problems import UNREAD, Problems, place
 from lead_engine.pool.readers import read_values
 from lead_engine.pool.sources import STDIN, expand, some
 
@@ -68,7 +68,7 @@ def iter_records(
         found = f" ({problems})" if problems else "; the input is empty"
         raise UserError(f"{flag} {', '.join(map(str, sources))}: no usable record{found}")
     for name, (count, source, line) in unread.items():
-        problems.add("unread_field", source, line, f"{name!r} of {count:,} record(s) is not read; this is the first")
+        problems.add(UNREAD, source, line, f"{name!r} of {count:,} record(s) is not read; this is the first")
     if unread:
         names = [f"{name!r} ({count:,})" for name, (count, *_) in sorted(unread.items(), key=lambda item: -item[1][0])]
         warn(f"{flag}: fields that are not read, with the number of records that have them: {some(names)}")

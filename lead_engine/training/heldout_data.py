@@ -17,6 +17,7 @@ from lead_engine.files import read_json
 from lead_engine.fingerprint import differences
 from lead_engine.pool.heldout import MARKER, HeldOutData, write_heldout
 from lead_engine.pool.identity import source_parts
+from lead_engine.pool.problems import UNREAD
 from lead_engine.pool.sources import expand
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.watchdog import at
@@ -74,7 +75,8 @@ def _make(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}") from None
     for kind, count in marker["problems"].items():
-        say(f"{count} held-out records: {kind}, named in {folder / 'problems.jsonl'}")
+        what = "fields" if kind == UNREAD else "records"
+        say(f"{count} held-out {what}: {kind}, named in {folder / 'problems.jsonl'}")
     if marker["in_pool"]:
         share = f"{marker['in_pool']} of {marker['samples']}"
         warn(f"--eval-data: {share} held-out records are in the pool, too, token for token")

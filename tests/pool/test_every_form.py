@@ -102,3 +102,27 @@ def test_one_conversation_in_every_form_and_file(
 
 def parts_in(record: dict[str, Any]) -> bool:
     return any(isinstance(turn.get("content"), list) for turn in record.get("messages", []))
+
+
+NAMES = ["messages", "conversations", "prompt", "completion", "instruction", "output", "input", "context", "system"]
+NAMES += ["history", "tools", "functions", "weight", "train", "images", "id", "dataset", "reasoning", "topic"]
+TURN_NAMES = ["role", "from", "content", "value", "weight", "masked", "tool_calls", "function_call", "name", "thinking"]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "user", "gpt", "[1]", "{}"])
+CALLS = st.fixed_dictionaries({}, optional={"function": SCALARS, "name": SCALARS, "arguments": SCALARS, "type": SCALARS})
+VALUES = st.recursive(SCALARS | CALLS, lambda inner: st.lists(inner, max_size=2), max_leaves=4)
+TURNS = st.dictionaries(st.sampled_from(TURN_NAMES), VALUES, max_size=5)
+RECORDS = st.dictionaries(st.sampled_from(NAMES), VALUES | st.lists(TURNS, max_size=3), max_size=6)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=st.lists(RECORDS | VALUES, min_size=10, max_size=10))
+def test_whatever_stands_in_a_record_it_is_read_or_named(tmp_path: Path, records: list[Any]) -> None:
+    good = {"prompt": "a", "completion": "b", "id": "good"}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*records, good]))
+    read, problems = read_records([str(tmp_path / "x.jsonl")], skip_bad=True)
+    named = [p.line for p in problems.entries if p.kind != "unread_field"]
+    assert sorted([r.line for r in read] + named) == list(range(1, 12))
+    for record in read:
+        assert all(isinstance(m.content, str) for m in record.messages)
+        assert record.messages[-1].role == "assistant"
+        assert record.messages[-1].train
