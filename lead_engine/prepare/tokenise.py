@@ -19,7 +19,7 @@ from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.chat_template import check_tokenizer, fold_system, notes
 from lead_engine.pool.end_of_turn import ending_notes
-from lead_engine.pool.problems import Problems
+from lead_engine.pool.problems import UNREAD, Problems
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore
 from lead_engine.pool.template import encode
@@ -45,7 +45,7 @@ def tokenise(config: PrepareConfig) -> None:
         if new:
             shutil.rmtree(config.out, ignore_errors=True)
         raise
-    if problems.counts():
+    if set(problems.counts()) - {UNREAD}:  # the reader has warned of those
         warn(f"{problems}; each is named in {config.out / 'problems.jsonl'}")
 
 

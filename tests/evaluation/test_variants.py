@@ -39,6 +39,11 @@ def test_a_variant_is_the_study_with_changes(pool: Path) -> None:
     assert (plain.method, plain.selection.max_visits, plain.optimizer.lr) == ("lead", 3, 2e-4)
 
 
+def test_standard_input_cannot_be_the_held_out_records(pool: Path) -> None:
+    with pytest.raises(UserError, match=r"study\.yaml: heldout: every run reads"):
+        plan(pool, heldout=["x.jsonl", "-"])
+
+
 def test_a_recipe_comes_under_what_the_study_and_the_variant_say(pool: Path) -> None:
     variants = {"paper": {"recipe": "paper"}, "mine": {"recipe": "paper", "selection": {"smoothing": 0.3}}}
     runs = plan(pool, variants=variants, selection={"gamma": 0.5, "bandit": "uniform"})
