@@ -37,6 +37,8 @@ class HeadCall:
     token_weight: Tensor | float | None = None
     signature: tuple[Tensor, Tensor] | None = None
     keep_gradient: bool = False
+    with_metrics: bool = False
+    """Also every row's entropy and prediction, at no further product."""
     kept: list[Tensor] = field(default_factory=list)
     """With keep_gradient: the hidden rows and, after the backward pass, the loss gradient there, each [R, H]."""
 
@@ -113,6 +115,8 @@ def _loss(base: nn.Module, hidden: Tensor, call: HeadCall) -> HeadLoss:
         logit_scale=scale,
         gradients="forward",
         max_rows=len(call.targets),
+        return_entropy=call.with_metrics,
+        return_predicted=call.with_metrics,
     )
 
 

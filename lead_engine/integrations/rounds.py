@@ -71,7 +71,7 @@ class Rounds:
     def observe(self, losses: Sequence[Tensor], lr: float, first_order: Tensor | None, norm: Tensor) -> None:
         """The step that is next was trained: losses fp32 [B] of this rank's micro-batches, in order; the rest as LossChange.estimate."""
         assert self.plan is not None
-        change = self.change.estimate(self.cluster, lr, self._all_reduce, first_order, norm)
+        change = self.change.estimate(self.cluster, lr, self.sum_over_ranks, first_order, norm)
         loss, change = gather_statistics(torch.stack([torch.stack(list(losses)), change]), self.world)
         change = torch.maximum(change, -loss)  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
         self.selector.observe(self.plan.sample_ids[self.step], loss, change)
@@ -176,7 +176,8 @@ class Rounds:
         self._ids, self._tokens, self._rows = plan.sample_ids.tolist(), plan.tokens.tolist(), plan.rows.tolist()
         self._steps = sum(any(step) for step in self._tokens)  # empty steps are the last ones
 
-    def _all_reduce(self, value: Tensor) -> Tensor:
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """A collective; sums into `value` itself."""
         if self.world > 1:
             dist.all_reduce(value)
         return value

@@ -29,7 +29,7 @@ from lead_engine.config import to_dict
 from lead_engine.errors import UserError
 from lead_engine.integrations.data import ID, WithRows, is_arrow
 from lead_engine.integrations.head import HeadCall, base_of, check, install
-from lead_engine.integrations.loop import AroundTheStep, PlannedBatches, announce
+from lead_engine.integrations.loop import AroundTheStep, PlannedBatches, along_gradient, announce
 from lead_engine.integrations.refuse import refuse_arguments, refuse_class, refuse_dataset, refuse_trainer
 from lead_engine.integrations.rounds import LOG, Rounds, checkpoint_folder
 from lead_engine.integrations.rows import one_sample
@@ -152,7 +152,7 @@ class _WithLead(WithRows):
             short = budget is not None and budget < int(self._lead_lengths.min())
             why = f"the budget is {budget:,} tokens, the shortest row has more" if short else "no row can be chosen"
             raise UserError(f"lead(budget={selection.budget}): there is nothing to train: {why}")
-        self._lead_checked, self._lead_pending, self._lead_losses = False, None, []
+        self._lead_checked, self._lead_pending, self._lead_losses, self._lead_metrics = False, None, [], []
         self._lead_count_tokens()
         announce(self, budget)
 
@@ -202,7 +202,10 @@ class _WithLead(WithRows):
         change, slots = self.lead_rounds.change, self.args.per_device_train_batch_size
         # DDP averages gradients over the ranks; the denominator counts all of them.
         weight = self.args.world_size / self.lead_rounds.rows
-        call = HeadCall(where["rows"], where["targets"], where["row_slots"], slots, weight, change.signature, change.wants_hidden)
+        call = HeadCall(
+            where["rows"], where["targets"], where["row_slots"], slots, weight, change.signature, change.wants_hidden,
+            with_metrics=hasattr(self, "_metrics"),
+        )  # fmt: skip
         if not self._lead_checked:
             check(self.model, inputs, call, where["flattened"])
             self._lead_checked = True
@@ -221,6 +224,10 @@ class _WithLead(WithRows):
             shares = head.sample_tokens / self.lead_rounds.rows
             self.lead_rounds.change.collect(head, shares, hidden, gradient, call.row_slots)
             self._lead_losses.append(head.sample_nll.detach())
+            if call.with_metrics:
+                right = (head.predicted == call.targets).sum()
+                found = (head.entropy.sum(), right, head.sample_tokens.sum())
+                self._lead_metrics.append(torch.stack([value.double() for value in found]))
             if len(self._lead_losses) == self.lead_rounds.accumulation:  # of the whole step, and not yet clipped
                 self._lead_norm = get_total_norm([p.grad for p in self._lead_trained() if p.grad is not None]).float()
         return loss
@@ -232,7 +239,7 @@ class _WithLead(WithRows):
         self._lead_check_finite()
         self._lead_rate = float(self.optimizer.param_groups[0]["lr"])
         measured = self.lead_rounds.change.wants_first_order(self.lead_rounds.steps_done)
-        self._lead_before = _along_gradient(self._lead_trained()) if measured else None
+        self._lead_before = along_gradient(self._lead_trained()) if measured else None
 
     def _lead_check_finite(self) -> None:
         """UserError before an optimizer step on a gradient that is not finite, which would ruin every weight. Reads the device, as the
@@ -255,11 +262,21 @@ class _WithLead(WithRows):
         if self._lead_before is not None:
             factor = (longest / (norm + 1e-6)).clamp(max=1.0) if longest and longest > 0 else 1.0
             # Gradients were scaled by `factor`; every rank has all parameters, so nothing is summed over the ranks.
-            first_order = ((_along_gradient(self._lead_trained()) - self._lead_before) / factor).float()
+            first_order = ((along_gradient(self._lead_trained()) - self._lead_before) / factor).float()
         losses, self._lead_losses = self._lead_losses, []
         self.lead_rounds.observe(losses, self._lead_rate, first_order, norm)
         self.lead_rounds.end_step()
         self._lead_count_tokens()
+        if self._lead_metrics:
+            self._lead_note_metrics()
+
+    def _lead_note_metrics(self) -> None:
+        """SFTTrainer's entropy and token accuracy, which its own loss notes: means over a micro-batch, on all ranks."""
+        found, self._lead_metrics = torch.stack(self._lead_metrics), []
+        for entropy, right, tokens in self.lead_rounds.sum_over_ranks(found).tolist():
+            if tokens:
+                self._metrics["train"]["entropy"].append(entropy / tokens)
+                self._metrics["train"]["mean_token_accuracy"].append(right / tokens)
 
     def _lead_count_tokens(self) -> None:
         """SFTTrainer's num_tokens, which its own loss counts: all ranks' tokens so far, also before a resumption."""
@@ -280,14 +297,3 @@ class _WithLead(WithRows):
         if "loss" in logs and hasattr(self, "lead_rounds"):
             logs = {**logs, **self.lead_rounds.last, "lead_tokens": self.lead_rounds.tokens}
         super().log(logs, *args, **kwargs)
-
-
-@torch.no_grad()
-def _along_gradient(parameters: list[torch.nn.Parameter], chunk: int = 1 << 22) -> Tensor:
-    """<gradient, parameters>: 0-d float64. As the engine's own, but models in bf16 come here too, whose products need fp32."""
-    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            for g, v in zip(parameter.grad.flatten().split(chunk), parameter.flatten().split(chunk), strict=True):
-                total += torch.sum(g.float() * v.float(), dtype=torch.float64)
-    return total

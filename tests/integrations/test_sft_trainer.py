@@ -71,6 +71,12 @@ def test_completion_only_losses_are_trls_own(make_trainer, records, options) -> 
     torch.testing.assert_close(head.sample_nll, torch.stack(expected), rtol=0, atol=5e-6)
     assert head.sample_tokens.tolist() == trainer._lead_counts[ids].tolist()
     torch.testing.assert_close(head.loss, loss, rtol=0, atol=5e-6)
+    torch.testing.assert_close(head.entropy.sum(), theirs.entropy.sum(), rtol=1e-5, atol=0)
+    assert int((head.predicted == batch["lead"]["targets"]).sum()) == int(theirs.is_top1.sum())
+    trainer.train()
+    (first, *_) = trainer.state.log_history
+    assert 0 <= first["mean_token_accuracy"] < 0.5
+    assert first["entropy"] == pytest.approx(float(theirs.entropy.sum() / head.sample_tokens.sum()), rel=0.1)
 
 
 def test_losses_are_the_engines(make_trainer, make_pool, make_model, engine_rounds) -> None:
