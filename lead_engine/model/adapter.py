@@ -1,111 +1,140 @@
-"""LoRA adapters in peft's format: put into a model, initialised, named."""
+"""LoRA adapters in peft's format: put into a model, initialised, named, merged.
+
+An adapter is what is trained beside a frozen base: low-rank layers (`lora_A`, `lora_B`, DoRA's magnitudes), and modules
+that are trained whole (`modules_to_save`). These are the base's own parameters here, not a copy beside them: what the
+base's file says is replaced by what the adapter's says, and the adapter's file is where they are written.
+"""
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lead_engine.config import LoraConfig
 from lead_engine.errors import UserError
-from lead_engine.files import read_json
-from lead_engine.model.find import ADAPTER_CONFIG, find_model, hub_name
+from lead_engine.model import adapter_config, dora
+from lead_engine.model.adapter_checks import at, check_head, check_layers, check_saved
+from lead_engine.model.find import ADAPTER_CONFIG
 from lead_engine.model.shards import local_part
+from lead_engine.model.stored import Checkpoint
 from lead_kernels import Lora
 
-CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
+CONFIG, WEIGHTS, NAME = ADAPTER_CONFIG, "adapter_model.safetensors", dora.NAME
+ALL_LINEAR = "all-linear"
 
 
 def is_adapter(name: str) -> bool:
+    """Whether a parameter is a low-rank layer's or a magnitude; those of modules that are trained whole are not."""
     return "lora_" in name
 
 
 def stored_name(name: str) -> str:
-    """Name of an adapter tensor in peft's file, from its Hugging Face parameter name."""
-    return "base_model.model." + name.replace(".default.", ".")
+    """Name of an adapter's tensor in peft's file, from its Hugging Face parameter name."""
+    name = name.replace(f".{NAME}.", ".")
+    return "base_model.model." + (name.removesuffix(".weight") if _is_magnitude(name) else name)
 
 
-def new_config(lora: LoraConfig, base: Path) -> PeftLoraConfig:
-    """Adapters on every linear layer of the blocks; `inject` adds the LM head where it is asked to."""
+def _is_magnitude(name: str) -> bool:
+    return "lora_magnitude_vector" in name
+
+
+def new_config(lora: LoraConfig) -> PeftLoraConfig:
+    """What peft calls these options. `inject` resolves "all-linear", and adds the LM head where it is asked to."""
+    names = list(lora.target_modules)
     return PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=str(base)
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        target_modules=names[0] if names == [ALL_LINEAR] or lora.targets_by_pattern else names,
+        modules_to_save=list(lora.modules_to_save) or None,
+        task_type="CAUSAL_LM",
     )
 
 
-def read_config(folder: Path) -> PeftLoraConfig:
-    """The adapter's config. Raises UserError for adapters other than plain LoRA."""
-    config = PeftLoraConfig.from_pretrained(folder)
-    if config.peft_type != "LORA" or config.use_dora or config.modules_to_save:
-        raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are read (no DoRA, no modules_to_save)")
-    return config
-
-
-def find_base(folder: Path) -> Path:
-    """The folder of an adapter's base model, by the name and revision in its config.
-
-    Raises UserError if its config does not name one, or if there is no such model.
-    """
-    config = _read(folder)
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not base or not isinstance(base, str):
-        raise UserError(f"{folder / CONFIG}: names no base_model_name_or_path; write the base model's folder or hub name there")
-    named = f"{base}@{revision}" if revision and not Path(base).exists() and hub_name(Path(base)) is None else base
-    return find_model(named, f"{folder / CONFIG}: base_model_name_or_path")
-
-
-def name_base(config: PeftLoraConfig, base: Path) -> None:
-    """Write into an adapter's config where its base is: name and commit of a model from the hub, else the folder's absolute path."""
-    named = hub_name(base)
-    name, commit = named.split("@") if named else (str(base.resolve()), None)
-    config.base_model_name_or_path, config.revision = name, commit
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return read_json(folder / CONFIG)
-
-
 def check_options(model: PreTrainedModel, folder: Path, lora: LoraConfig) -> None:
-    """Raise UserError where options for a new adapter are given, other than those of the adapter in `folder` that is trained on."""
-    config, head = model.peft_config["default"], isinstance(model.get_output_embeddings(), LoraLayer)
-    if lora.rank and (lora.rank, lora.alpha, lora.head) != (config.r, config.lora_alpha, head):
-        raise UserError(
-            f"--lora.rank {lora.rank}: --model {folder} is an adapter already (rank {config.r}, alpha {config.lora_alpha:g}, "
-            f"{'with' if head else 'without'} the LM head), and it is trained on as it is. Give the same options or leave them out; to "
-            "train a new adapter on top of it, merge it first (lead-engine merge)"
-        )
+    """Raise UserError where options are given for a new adapter, other than those of the one in `folder`."""
+    if not lora.rank:
+        return
+    config = model.peft_config[NAME]
+    has = {
+        "--lora.rank": (lora.rank, config.r),
+        "--lora.alpha": (lora.alpha, config.lora_alpha),
+        "--lora.head": (lora.head, isinstance(model.get_output_embeddings(), LoraLayer)),
+        "--lora.dropout": (lora.dropout, config.lora_dropout),
+        "--lora.rslora": (lora.rslora, config.use_rslora),
+        "--lora.dora": (lora.dora, config.use_dora),
+        "--lora.modules-to-save": (sorted(lora.modules_to_save), sorted(config.modules_to_save or [])),
+    }
+    if lora.target_modules != (ALL_LINEAR,):
+        there = config.target_modules
+        given = lora.target_modules[0] if lora.targets_by_pattern else set(lora.target_modules)
+        has["--lora.target-modules"] = (given, there if isinstance(there, str) else set(there))
+    for flag, (given, there) in has.items():
+        if given != there:
+            raise UserError(
+                f"{flag} {_text(given)}: --model {folder} is an adapter already ({describe(config)}; here: {_text(there)}), "
+                "and it is trained on as it is. Give the same options or leave all of --lora out; to train a new adapter on "
+                "top of it, merge it first (lead-engine merge)"
+            )
 
 
-def inject(model: PreTrainedModel, config: PeftLoraConfig, *, head: bool = False) -> None:
-    """Put adapters into `model` in place; all other parameters are frozen. `model.peft_config` keeps the config.
+def _text(value: object) -> str:
+    if isinstance(value, list | set):
+        return " ".join(sorted(value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
-    head: on the LM head too, where the config's target is all linear layers (peft means the blocks' by that).
-    Raises UserError for adapters on an LM head that cannot have one.
+
+def inject(model: PreTrainedModel, config: PeftLoraConfig, file: Path | None = None, *, head: bool = False) -> None:
+    """Put adapters into `model` in place; all other parameters but those of modules to save are frozen.
+
+    `model.peft_config` keeps the config. file: where the config is from; None: the flags --lora. head: on the LM head
+    too, where the config's target is all linear layers (peft means the blocks' by that), or beside its other targets.
+    Raises UserError for targets that are not there or no linear layers, or where the model's LM head cannot follow.
     """
-    if config.target_modules == "all-linear":
-        last = model.get_output_embeddings()
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        config.target_modules = {name.rsplit(".", 1)[-1] for name, module in linear.items() if head or module is not last}
+    last = model.get_output_embeddings()
+    last_name = next(name for name, module in model.named_modules() if module is last)
+    ends = tuple(config.modules_to_save or ())
+    saved = {name for name, _ in model.named_modules() if name and name.endswith(ends)}  # as peft does
+    check_saved(model, config, saved, file)
+    if config.target_modules == ALL_LINEAR:
+        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in saved}
+        config.target_modules = {name.rsplit(".", 1)[-1] for name in linear if name != last_name}
+    if head:
+        if last_name in saved:
+            raise UserError(f"--lora.head: --lora.modules-to-save {last_name} trains the head whole already; give one")
+        if isinstance(config.target_modules, str):
+            raise UserError("--lora.head: beside a pattern of targets, let the pattern name the head too, and leave this off")
+        config.target_modules = set(config.target_modules) | {last_name}
     config.inference_mode = False  # as it is saved; peft would freeze the adapters, too
-    inject_adapter_in_model(config, model)
-    model.peft_config = {"default": config}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, model)
+    except Exception as error:  # of any type: peft reads names and patterns as it goes along
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        kind = model.config.model_type
+        raise UserError(f"{at(file, 'target_modules')}: this {kind} model cannot have that adapter ({reason})") from None
+    check_layers(model, file)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and NAME in layer.lora_magnitude_vector:
+            dora.install(layer)
+    for name, wrapper in list(model.named_modules()):
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, wrapper.original_module.requires_grad_(True))
+    model.peft_config = {NAME: config}
     if isinstance(model.get_output_embeddings(), LoraLayer):
-        _check_head(model, config)
-
-
-def _check_head(model: PreTrainedModel, config: PeftLoraConfig) -> None:
-    if model.config.get_text_config().tie_word_embeddings or model.config.tie_word_embeddings:
-        raise UserError(
-            "--lora.head: this model's LM head and embedding are one matrix (tie_word_embeddings). An adapter on the head alone would part "
-            "them, and no model of this kind could hold the merged result; leave --lora.head off"
-        )
-    if config.lora_dropout or config.lora_bias:
-        raise UserError(f"{CONFIG}: an adapter on the LM head is read without lora_dropout and lora_bias only: 0 and false")
+        check_head(model, config, file)
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -117,20 +146,22 @@ def lora_of(module: nn.Module) -> Lora | None:
     """A linear layer's adapter as `linear_cross_entropy` takes it; None where it has none."""
     if not isinstance(module, LoraLayer):
         return None
-    return Lora(module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"])
+    return Lora(module.lora_A[NAME].weight, module.lora_B[NAME].weight, module.scaling[NAME])
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, *, skip: bool) -> None:
-    """New adapters: A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685), so that training starts at the base model.
+    """New adapters: A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685), magnitudes the base's: starts at the base model.
 
-    Every rank draws the whole A from a generator of its own and keeps its shard: the same weights on any number of ranks.
+    Every rank draws the whole A from a generator of its own and keeps its shard: the same on any number of ranks.
     skip: the adapter's weights were loaded; draw nothing.
     """
     if skip:
         return
     adapters = [(name, parameter) for name, parameter in model.named_parameters() if is_adapter(name)]
-    for number, (name, parameter) in enumerate(adapters):
+    for _, magnitude in (pair for pair in adapters if _is_magnitude(pair[0])):
+        magnitude.zero_()
+    for number, (name, parameter) in enumerate(pair for pair in adapters if not _is_magnitude(pair[0])):
         if "lora_B" in name:
             parameter.zero_()
             continue
@@ -139,3 +170,90 @@ def initialise(model: nn.Module, seed: int, *, skip: bool) -> None:
         whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
         local, place = local_part(parameter)
         local.copy_(whole[place])
+
+
+@torch.no_grad()
+def load(model: nn.Module, names: dict[str, str], folder: Path) -> None:
+    """Fill an adapter's parameters from its folder. names: of all of them, by the model's and by Hugging Face's.
+
+    Raises UserError naming the file that cannot be read, or whose tensor is missing, of another shape, or has no place.
+    """
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise UserError(
+            f"{folder / 'adapter_model.bin'}: only {WEIGHTS} is read, which runs no code; load the adapter with peft and "
+            "save it again"
+        )
+    file, checkpoint = folder / WEIGHTS, Checkpoint(folder, WEIGHTS)
+    parameters = dict(model.named_parameters())
+    wanted = {stored_name(theirs): ours for ours, theirs in names.items()}
+    strange = sorted(checkpoint.file_of.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - checkpoint.file_of.keys())
+    if missing or strange:
+        what = f"no tensor {missing[0]}" if missing else f"{strange[0]} has no place in the model"
+        more = len(missing or strange) - 1
+        raise UserError(
+            f"{file}: {what}{f' (and {more} more)' if more else ''}; the file does not fit the base model and {CONFIG}: is "
+            "it the base that the adapter was trained on?"
+        )
+    for stored, ours in sorted(wanted.items()):
+        parameter = parameters[ours]
+        if checkpoint.shape(stored) != tuple(parameter.shape):
+            shapes = f"{list(checkpoint.shape(stored))}, the model wants {list(parameter.shape)}"
+            raise UserError(f"{file}: {stored} has shape {shapes}: is it the base that the adapter was trained on?")
+        checkpoint.dtype(stored)  # floats alone
+        local, place = local_part(parameter)
+        if local.numel():
+            value = checkpoint.tensor(stored)[place]
+            local.copy_(value.float().to(local.device) - _base_of(model, ours)[place] if _is_magnitude(ours) else value)
+
+
+def as_stored(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """A whole tensor of an adapter as peft's file has it."""
+    return value + _base_of(model, name).to(value.dtype) if _is_magnitude(name) else value
+
+
+def _base_of(model: nn.Module, magnitude: str) -> Tensor:
+    return model.get_submodule(magnitude.rpartition(".")[0]).base
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Read the adapter in `folder` into a plain model, in place, and leave plain layers with adapted weights; returns it.
+
+    Raises UserError for everything that is wrong with the adapter.
+    """
+    inject(model, adapter_config.read_config(folder), folder / CONFIG)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):  # sums of the adapter are made in fp32 whatever the base's dtype
+            for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                part.float()
+    dora.measure(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    load(model, {name: name.replace(".base_layer.", ".") for name in trained}, folder)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        weight = base.weight.float() + layer.get_delta_weight(NAME)
+        if NAME in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[NAME]
+            norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).clamp(min=1e-12)
+            weight = weight * ((magnitude.base + magnitude.weight) / norms)[:, None]
+        base.weight.copy_(weight)
+        if layer.lora_bias[NAME]:
+            base.bias.add_(layer.lora_B[NAME].bias * layer.scaling[NAME])
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, base)
+    del model.peft_config
+    return model
+
+
+def describe(config: PeftLoraConfig | None) -> str:
+    """For a run's first screen: kind, rank, alpha, and what is not as usual."""
+    if config is None:
+        return ""
+    kind = ("DoRA" if config.use_dora else "LoRA") + (", rank-stabilised" if config.use_rslora else "")
+    ranks = f"rank {config.r}" + (" (others by pattern)" if config.rank_pattern else "")
+    extra = f", dropout {config.lora_dropout:g}" if config.lora_dropout else ""
+    extra += f", trained whole: {' '.join(sorted(config.modules_to_save))}" if config.modules_to_save else ""
+    return f"{kind} {ranks}, alpha {config.lora_alpha:g}{extra}"

@@ -14,6 +14,7 @@ from lead_engine.config import LoraConfig, RuntimeConfig
 from lead_engine.console import say
 from lead_engine.errors import UserError
 from lead_engine.model import adapter, architectures, nf4, weights
+from lead_engine.model.adapter_config import find_base, read_config
 from lead_engine.model.attention import NAME, choose_attention
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.parallelize import move_buffers, parallelize, parameter_device
@@ -24,7 +25,7 @@ from lead_engine.pool.chat_template import mend_bos
 
 def weights_folder(folder: Path) -> Path:
     """Where the whole model's weights and config.json are: a model folder itself, or an adapter's base."""
-    return adapter.find_base(folder) if (folder / adapter.CONFIG).exists() else folder
+    return find_base(folder) if (folder / adapter.CONFIG).exists() else folder
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -69,10 +70,10 @@ def build_model(
     with init_empty_weights(include_buffers=False):  # parameters on the meta device, rotary tables real
         hf = AutoModelForCausalLM.from_config(architectures.as_trained(config), **options)
         if adapter_folder:
-            adapter.inject(hf, adapter.read_config(adapter_folder))
+            adapter.inject(hf, read_config(adapter_folder), adapter_folder / adapter.CONFIG)
             adapter.check_options(hf, adapter_folder, lora or LoraConfig())
         elif lora is not None and lora.rank:
-            adapter.inject(hf, adapter.new_config(lora, base), head=lora.head)
+            adapter.inject(hf, adapter.new_config(lora), head=lora.head)
     if nf4.was_trained_on(adapter_folder) or (lora is not None and lora.quantize == "nf4"):
         nf4.quantize_blocks(hf, sharded=mesh is not None)
     hf.tie_weights()  # the move to the meta device parted shared parameters
@@ -105,12 +106,10 @@ def load_hf(folder: Path) -> PreTrainedModel:
     dtype = choose_precision("auto", device) if device.type == "cuda" else torch.float32
     if not (folder / adapter.CONFIG).exists():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(adapter.find_base(folder), dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(find_base(folder), dtype=dtype)
     if nf4.was_trained_on(folder):
         nf4.round_blocks(base)
-    return PeftModel.from_pretrained(base, folder).merge_and_unload().to(device).eval()
+    return adapter.merge(base, folder).to(device).eval()
 
 
 def load_config(folder: Path):

@@ -9,6 +9,7 @@ from lead_engine.console import say
 from lead_engine.errors import UserError
 from lead_engine.files import publish
 from lead_engine.model import adapter, nf4
+from lead_engine.model.adapter_config import find_base
 from lead_engine.model.find import find_model
 from lead_engine.model.identity import model_parts
 from lead_engine.model.load import load_config, load_hf, load_tokenizer
@@ -26,7 +27,7 @@ def run(config: MergeConfig) -> None:
         raise UserError(f"{folder}: holds no adapter ({adapter.CONFIG}); a fully fine-tuned model needs no merging")
     if config.out.exists():
         raise UserError(f"--out {config.out}: exists already; name a new folder")
-    base, parts = adapter.find_base(folder), model_parts(folder)
+    base, parts = find_base(folder), model_parts(folder)
     model = load_hf(folder).to(load_config(base).dtype)
     building = config.out.with_name(config.out.name + ".writing")
     shutil.rmtree(building, ignore_errors=True)

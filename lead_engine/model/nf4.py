@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lead_engine.errors import UserError
 from lead_engine.model.bnb import bitsandbytes_functional
-from lead_engine.model.shards import local_part
+from lead_engine.model.shards import local_part, whole
 
 FLAG = "--lora.quantize nf4"
 CONFIG = "quantization_config.json"
@@ -63,6 +63,11 @@ class NF4Linear(nn.Linear):
     def shape(self) -> tuple[int, int]:
         """Of W, as it stands in a checkpoint."""
         return self.out_features, self.in_features
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W, dequantised: [out, in]; a collective where the layer is sharded (and not gathered by FSDP)."""
+        codes, scale_codes = whole(self.weight), whole(self.scale_codes)
+        return dequantize(codes, scale_codes, self.scale_scales, self.scale_offset, self.levels, dtype)
 
     @torch.no_grad()
     def fill(self, read: Rows) -> None:
@@ -135,7 +140,7 @@ def _levels() -> Tensor:
 
 
 def quantize_blocks(model: PreTrainedModel, *, sharded: bool) -> None:
-    """Put an NF4Linear, not yet filled, in the place of every frozen linear layer of the decoder's blocks; adapters stay as they are.
+    """Put an NF4Linear, not yet filled, in the place of every frozen linear layer of the decoder's blocks; what is trained stays as it is.
 
     Raises UserError where bitsandbytes is missing, where torch's FSDP cannot shard integers, and for blocks whose weights cannot all be
     quantised.
@@ -158,7 +163,10 @@ def round_blocks(model: PreTrainedModel) -> None:
 
 
 def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and layer of the blocks' linear layers but adapters. Raises UserError for those that NF4 cannot hold."""
+    """Name and layer of the blocks' linear layers but adapters and those that are trained whole (modules to save).
+
+    Raises UserError for those that NF4 cannot hold.
+    """
     blocks = model.get_decoder().layers
     prefix = next(name for name, module in model.named_modules() if module is blocks)
     names = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
@@ -170,6 +178,8 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
             )
     for name in names:
         layer = blocks.get_submodule(name)
+        if hasattr(model, "peft_config") and layer.weight.requires_grad:
+            continue
         if layer.in_features % _BLOCK:
             raise UserError(
                 f"{FLAG}: {prefix}.{name.removesuffix('.base_layer')} has {layer.in_features} inputs, no multiple of {_BLOCK}, the weights "

@@ -100,6 +100,9 @@ class PackedLM(nn.Module):
             logit_scale=getattr(text, "logit_scale", None) or 1.0 / getattr(text, "logits_scaling", 1.0),
             chunk_bytes=chunk_bytes,
         )
+        trained = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        self.adapter_parameters = frozenset(trained if self.peft_config else ())
+        """Names of what an adapter's file holds: everything that is trained beside a frozen base."""
 
     @property
     def hidden_size(self) -> int:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lead_engine.config import Checkpointing
+from lead_engine.model.dropout import draws_random_numbers
 
 _aten = torch.ops.aten
 KEPT = {
@@ -44,7 +45,8 @@ def recompute(block: nn.Module, mode: Checkpointing) -> None:
     """Make `block` recompute in its backward pass, in place; `none` leaves it alone. Forward passes without gradients run as they are."""
     if mode == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": _draws_random_numbers(block)}
+    # The second forward pass must be given the first one's random numbers, if there are any: it costs a copy of the generator's state.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(block)}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
     block.forward = _checkpointed(block.forward, options)
@@ -63,8 +65,3 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
         return checkpoint(forward, *args, **options, **kwargs)
 
     return call
-
-
-def _draws_random_numbers(block: nn.Module) -> bool:
-    """Whether the second forward pass must be given the first one's random numbers. Asking costs a copy of the generator's state."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())

@@ -17,6 +17,7 @@ from lead_engine.errors import UserError
 from lead_engine.files import publish
 from lead_engine.fingerprint import Parts
 from lead_engine.model import adapter, nf4, weights
+from lead_engine.model.adapter_config import name_base
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.stored import Checkpoint, Layout
 from lead_engine.pool.end_of_turn import write_stop_tokens
@@ -36,9 +37,8 @@ def save_model(
     peft take the base's.
     parts: what the model was loaded from (`identity.model_parts`), noted beside an adapter: without its base it is worth nothing.
     """
-    lora = any(adapter.is_adapter(name) for name, _ in model.named_parameters())
     building = folder.with_name(folder.name + ".writing")
-    if lora:
+    if model.peft_config is not None:
         _save_adapter(model, building, base, rank)
     else:
         _save_whole(model, building, rank)
@@ -46,7 +46,7 @@ def save_model(
         return
     tokenizer.save_pretrained(building)
     write_stop_tokens(building, tokenizer, model.stored.folder)
-    if lora and parts is not None:
+    if model.peft_config is not None and parts is not None:
         fingerprint.write(building, {"base": parts.get("base", parts)})
     publish(building, folder)
 
@@ -60,9 +60,9 @@ def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> Non
     tensors = weights.gather_adapter(model, rank)
     if rank == 0:
         _begin(building)
-        save_file({adapter.stored_name(name): value for name, value in tensors.items()}, building / adapter.WEIGHTS, {"format": "pt"})
+        save_file(tensors, building / adapter.WEIGHTS, {"format": "pt"})
         config = model.peft_config
-        adapter.name_base(config, model.stored.folder)
+        name_base(config, model.stored.folder)
         config.inference_mode = True
         config.save_pretrained(building)
         if any(nf4.layers(model)):

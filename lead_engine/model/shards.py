@@ -1,4 +1,4 @@
-"""Which part of a parameter this rank holds."""
+"""Which part of a parameter this rank holds, and the whole of it."""
 from __future__ import annotations
 
 from torch import Tensor
@@ -12,3 +12,9 @@ def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
         return parameter, tuple(slice(0, n) for n in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A (possibly sharded) tensor, whole; a collective."""
+    value = tensor.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lead_engine.console import warn
 from lead_engine.errors import UserError
-from lead_engine.model import adapter, nf4
+from lead_engine.model import adapter, dora, nf4
 from lead_engine.model.packed import PackedLM
-from lead_engine.model.shards import local_part
+from lead_engine.model.shards import local_part, whole
 from lead_engine.model.stored import Checkpoint, find_layout, read
 
 SINGLE = "model.safetensors"
@@ -51,8 +50,10 @@ def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
     _name_strangers(model)
     for name, tensor in tensors.items():
         _fill(quantised.get(name, tensor), checkpoint, aliases[name], model)
+    dora.measure(model)
     if adapter_folder is not None:
-        _load_adapter(model, adapter_folder)
+        names = model.checkpoint_names()
+        adapter.load(model, {name: names[name] for name in model.adapter_parameters}, adapter_folder)
 
 
 def _name_strangers(model: PackedLM) -> None:
@@ -103,35 +104,12 @@ def _fill(tensor: Tensor | nf4.NF4Linear, checkpoint: Checkpoint, aliases: list[
             )
 
 
-@torch.no_grad()
-def _load_adapter(model: PackedLM, folder: Path) -> None:
-    checkpoint, names = Checkpoint(folder, adapter.WEIGHTS), model.checkpoint_names()
-    for name, parameter in model.named_parameters():
-        if not adapter.is_adapter(name):
-            continue
-        stored = adapter.stored_name(names[name])
-        if stored not in checkpoint.file_of:
-            raise UserError(f"{folder / adapter.WEIGHTS}: no tensor {stored}; the file does not fit the model and adapter_config.json")
-        if checkpoint.shape(stored) != tuple(parameter.shape):
-            shapes = f"{list(checkpoint.shape(stored))}, the model wants {list(parameter.shape)}"
-            raise UserError(f"{folder / adapter.WEIGHTS}: {stored} has shape {shapes}")
-        local, place = local_part(parameter)
-        if local.numel():
-            local.copy_(checkpoint.tensor(stored)[place])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A (possibly sharded) tensor, whole; a collective."""
-    value = tensor.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def gather_adapter(model: PackedLM, rank: int) -> dict[str, Tensor]:
-    """Whole adapter tensors by transformers' name, on the CPU, on rank 0 ({} elsewhere); a collective over all ranks."""
+    """Whole adapter tensors by their names in peft's file, on the CPU, on rank 0 ({} elsewhere); a collective over all ranks."""
     names, tensors = model.checkpoint_names(), {}
     for name, parameter in model.named_parameters():
-        if adapter.is_adapter(name):
+        if name in model.adapter_parameters:
             value = whole(parameter)
             if rank == 0:
-                tensors[names[name]] = value.cpu().contiguous()
+                tensors[adapter.stored_name(names[name])] = adapter.as_stored(model, name, value).cpu().contiguous()
     return tensors

@@ -7,8 +7,11 @@ import torch
 
 from lead_engine.config import TrainConfig
 from lead_engine.console import table
+from lead_engine.model import nf4
+from lead_engine.model.adapter import describe, lora_of
 from lead_engine.model.find import hub_name
 from lead_engine.model.load import count_parameters
+from lead_engine.model.packed import PackedLM
 from lead_engine.model.precision import choose_precision
 from lead_engine.selection.methods import METHODS
 from lead_engine.training.distributed import Ranks
@@ -36,7 +39,7 @@ def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]
     step = config.batch.capacity * config.batch.micro_batches
     name, (whole, trained) = hub_name(session.base) or session.base, count_parameters(model)
     return [
-        ("model", f"{name}: {model.config.model_type}, {whole:,} parameters, {trained:,} trained{_adapters(config)}"),
+        ("model", f"{name}: {model.config.model_type}, {whole:,} parameters, {trained:,} trained{_adapters(model)}"),
         (
             "pool",
             f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {state.num_clusters} clusters, {len(state.task_names)} tasks",
@@ -62,13 +65,12 @@ def _why(requested: str, reason: str, flag: str) -> str:
     return reason if requested == "auto" else f"asked for by {flag}"
 
 
-def _adapters(config: TrainConfig) -> str:
-    lora = config.lora
-    if not lora.rank:
+def _adapters(model: PackedLM) -> str:
+    if model.peft_config is None:
         return ""
-    base = ", base in 4 bits (NF4, double quantised)" if lora.quantize == "nf4" else ""
-    head = ", head included" if lora.head else ""
-    return f" (LoRA rank {lora.rank}, alpha {lora.alpha:g}{head}{base})"
+    head = ", head included" if lora_of(model.head.projection) is not None else ""
+    base = ", base in 4 bits (NF4, double quantised)" if any(nf4.layers(model)) else ""
+    return f" ({describe(model.peft_config)}{head}{base})"
 
 
 def _ranks(config: TrainConfig, ranks: Ranks) -> str:

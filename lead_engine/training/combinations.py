@@ -68,6 +68,7 @@ AXES: dict[str, dict[str, Options]] = {
         "LoRA": {"lora": {"rank": 4}},
         "LoRA + head": {"lora": {"rank": 4, "head": True}},
         "QLoRA": {"lora": {"rank": 4, "quantize": "nf4"}},
+        "DoRA + modules": {"lora": {"rank": 4, "dora": True, "dropout": 0.1, "modules_to_save": ("lm_head", "norm")}},
     },
     "model": {"dense": {}, "tied embedding": {}, "mixture of experts": {}},
     "optimizer": {"adamw": {}, "adamw8bit": {"optimizer": {"kind": "adamw8bit"}}},
@@ -111,6 +112,12 @@ REFUSED = [
         "tied embedding",
         "this model's LM head and embedding are one matrix",
         "an adapter on the head alone would part them; leave --lora.head off",
+    ),
+    Refused(
+        "DoRA + modules",
+        "tied embedding",
+        "this model's LM head and embedding are one matrix",
+        "lm_head among the modules to save would part them; name others",
     ),
     Refused(
         "QLoRA",

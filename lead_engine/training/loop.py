@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lead_engine.config import OptimizerConfig
+from lead_engine.model.dropout import draws_random_numbers, seed_dropout
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.loss_change import LossChange
@@ -98,12 +99,15 @@ class Engine:
     distributed: bool = True
     scorer: PoolScorer | None = None
     """For methods that measure the pool again; others never ask it."""
+    seed: int = 0
+    """Of what layers draw (adapters' dropout)."""
 
     def __post_init__(self) -> None:
         check_can_skip(self.optimizer)
         self.accumulation = self.layout.micro_batches // self.world
         self.device = self.selector.samples.device
         self.watch = Stopwatch(self.device)
+        self.draws = draws_random_numbers(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def rounds(self, progress: Progress, budget_tokens: int) -> Iterator[Round]:
@@ -161,6 +165,8 @@ class Engine:
         for place in range(self.accumulation):
             batch = self._batch(plan, header, step, place)
             self._reduce_gradients(place == self.accumulation - 1)
+            if self.draws:
+                seed_dropout(self.seed, global_step, self.rank * self.accumulation + place)
             head = self.model(batch, token_weight=token_weight, signature=self.change.signature)
             head.loss.backward(loss_gradient(head.sample_nll))
             rows = self.model.head

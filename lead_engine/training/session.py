@@ -102,7 +102,8 @@ def build(config: TrainConfig, ranks: Ranks, inputs: Inputs | None = None, *, ev
     model.head.keep_gradient = change.wants_hidden
     optimizer = make_optimizer(model, config.optimizer)
     scorer = PoolScorer(model, store, lambda: _answers(config, base, ranks), config.batch, ranks.rank, ranks.size)
-    engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size, scorer=scorer)
+    engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size, scorer=scorer,
+                    seed=config.seed)
     budget = config.epochs * store.num_tokens if METHODS[config.method].whole_pool else round(config.budget * store.num_tokens)
     return Session(config, engine, state, tokenizer, base, given.parts, budget, heldout)
 

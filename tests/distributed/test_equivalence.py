@@ -16,9 +16,13 @@ BASE = [
     "--budget", "0.5", "--batch.capacity", "64", "--batch.micro-batches", "8", "--selection.round-steps", "2",
     "--selection.sketch-dim", "8", "--selection.calibrate-every", "2", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
 ]  # fmt: skip
+LORA = [
+    "--lora.dora", "--lora.dropout", "0.2", "--lora.target-modules", "q_proj", "v_proj", "down_proj",
+    "--lora.modules-to-save", "lm_head",
+]  # fmt: skip
 VARIANTS = {
     "full weights, sketch": [],
-    "LoRA, exact": ["--lora.rank", "4", "--selection.inner-form", "exact"],
+    "LoRA, exact": ["--lora.rank", "4", "--selection.inner-form", "exact", *LORA],
     "paper, tied embedding": ["--recipe", "paper"],
 }
 

@@ -147,7 +147,7 @@ def test_an_adapter_is_trained_on_as_it_is(make_model, make_pool, run_ranks, tmp
     refused = run_ranks(*line, "--model", tmp_path / "first", "--out", tmp_path / "third", "--lora.rank", "8", check=False)
     assert refused.processes[0].exitcode == 2
     assert "--lora.rank 8: --model" in refused.output()
-    assert "is an adapter already (rank 4, alpha 16, with the LM head)" in " ".join(refused.output().split())
+    assert "is an adapter already (LoRA rank 4, alpha 16; here: 4)" in " ".join(refused.output().split())
 
 
 @pytest.mark.parametrize("form", ["sketch", "exact"])

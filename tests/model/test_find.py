@@ -16,7 +16,7 @@ from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
 from lead_engine.errors import UserError
 from lead_engine.files import publish
 from lead_engine.model import merge
-from lead_engine.model.adapter import find_base
+from lead_engine.model.adapter_config import find_base
 from lead_engine.model.find import find_model, hub_name
 from lead_engine.model.load import build_model, load_hf, load_tokenizer
 from lead_engine.model.packed import PackedLM

@@ -32,7 +32,7 @@ LORA = {"none": LoraConfig(), "LoRA": LoraConfig(rank=4)}
 def load(folder, lora: LoraConfig) -> PackedLM:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if lora.rank:
-        adapter.inject(model, adapter.new_config(lora, folder))
+        adapter.inject(model, adapter.new_config(lora))
     return PackedLM(model, attention="segment", max_length=LENGTH, chunk_bytes=None)
 
 
@@ -51,7 +51,7 @@ def test_formula_counts_what_runs(name: str, lora: str, make_model) -> None:
     flops = ModelFlops.of(load(folder, LORA[lora]))
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
     if LORA[lora].rank:
-        adapter.inject(model, adapter.new_config(LORA[lora], folder))
+        adapter.inject(model, adapter.new_config(LORA[lora]))
     # Eager attention multiplies every query with every key, whether it may see it or not.
     pairs = LENGTH**2 * sum(per_pair for _, per_pair in flops.attention)
     expected = flops.per_token * LENGTH + flops.per_row * LENGTH + pairs
@@ -72,16 +72,24 @@ def test_engine_runs_what_is_counted(make_model) -> None:
     assert counter.get_total_flops() == pytest.approx(64 * flops.per_token + squares, rel=0.005)
 
 
-def test_four_bit_bases_and_head_adapters_count_as_what_they_stand_for(make_model) -> None:
+def test_bases_and_adapters_count_as_what_they_stand_for(make_model) -> None:
+    """In 4 bits, on the head, DoRA (whose norms are no token's), modules trained whole."""
     folder = make_model("llama", hidden_size=64, intermediate_size=128, head_dim=16)
-    plain, quantised, head = (
+    whole = [LoraConfig(rank=4, modules_to_save=names) for names in (("lm_head", "norm"), ("embed_tokens",))]
+    plain, quantised, head, dora, trained_head, trained_embedding = (
         ModelFlops.of(build_model(folder, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=8, lora=lora))
-        for lora in (LoraConfig(rank=4), LoraConfig(rank=4, quantize="nf4"), LoraConfig(rank=4, head=True))
+        for lora in (LoraConfig(rank=4), LoraConfig(rank=4, quantize="nf4"), LoraConfig(rank=4, head=True), LoraConfig(rank=4, dora=True),
+                     *whole)
     )
     assert quantised == plain
     assert plain.per_row == 4 * 320 * 64
     assert head.per_row == plain.per_row + 6 * 4 * (320 + 64)
     assert head.per_token == plain.per_token
+    assert dora == plain
+    assert trained_head.per_row == 6 * 320 * 64
+    # Query, key, value (64, 32, 32 wide) and the A of their adapters, in the first block: their input has a gradient now.
+    assert trained_embedding.per_token == plain.per_token + 2 * 64 * (64 + 32 + 32 + 3 * 4)
+    assert trained_embedding.per_row == plain.per_row
 
 
 def test_pairs_are_those_of_the_mask() -> None:

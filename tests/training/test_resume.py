@@ -11,10 +11,13 @@ from runs import OPTIONS, assert_same_run, kill_after_checkpoint, lines
 
 MIXTURE = ["--selection.draw", "mixture", "--selection.ranking", "soft", "--selection.unseen", "drift"]
 PAPER = ["--recipe", "paper"]
+LORA = [
+    "--lora.rank", "4", "--lora.dora", "--lora.rslora", "--lora.dropout", "0.2", "--lora.modules-to-save", "lm_head", "input_layernorm",
+]  # fmt: skip
 RUNS = {
     "paper": (1, 260, PAPER),
     "lead on two ranks": (2, 260, []),
-    "lead on two ranks, adapters": (2, 260, ["--lora.rank", "4"]),
+    "lead on two ranks, adapters": (2, 260, [*LORA]),
     "mixture, soft, drift": (1, 200, MIXTURE),
     "rescore": (1, 120, ["--method", "rescore"]),
 }
