@@ -79,9 +79,10 @@ def sample_bounds(sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samp
     """Samples' first rows, int64 [B + 1]. ValueError (an assertion on the device) where cu_seqlens decreases or leaves
     the rows, where sample_ids decrease or one is outside [0, num_samples)."""
     if sample_ids is not None:
+        bounds = segment_bounds(sample_ids, num_samples)
         if rows:
             _check_ids(sample_ids, num_samples)
-        return segment_bounds(sample_ids, num_samples)
+        return bounds
     assert cu_seqlens is not None
     bounds = cu_seqlens[: num_samples + 1].long()
     right = (bounds.diff() >= 0).all() & (bounds[0] >= 0) & (bounds[-1] <= rows)
@@ -93,14 +94,14 @@ def sample_bounds(sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samp
 
 
 def _check_ids(sample_ids: Tensor, num_samples: int) -> None:
-    first, last = sample_ids[0], sample_ids[-1]  # of ids that do not decrease
+    """Of ids that do not decrease, which `segment_bounds` looks at in host memory, the first and the last tell."""
+    first, last = sample_ids[0], sample_ids[-1]
     if uses_kernels(sample_ids):
         right = (sample_ids.diff() >= 0).all() & (first >= 0) & (last < num_samples)
         message = "linear_cross_entropy: sample_ids must be non-decreasing and within [0, num_samples)"
         torch._assert_async(right, message)
-    elif not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) < num_samples:
-        found = f"{int(sample_ids.min())} to {int(sample_ids.max())}"
-        raise ValueError(f"sample_ids hold {found}, expected 0 to {num_samples - 1}")
+    elif not 0 <= int(first) <= int(last) < num_samples:
+        raise ValueError(f"sample_ids hold {int(first)} to {int(last)}, expected 0 to {num_samples - 1}")
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:

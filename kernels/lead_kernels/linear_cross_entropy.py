@@ -140,7 +140,7 @@ def linear_cross_entropy(
     that can count, is given: then nothing waits for the device, and that many rows are computed. All rows ignored:
     loss 0, gradients 0. Logits' gradients are formed in fp32, weights of rows and one-hot before rounding; the
     weight's are added up in fp32. In bf16 and fp16 an upstream scalar that is no power of two rounds the gradients
-    once more. No atomics: two runs agree bit for bit.
+    once more: a divisor belongs in token_weight. No atomics: two runs agree bit for bit.
 
     Raises ValueError on shapes, dtypes, devices, a DTensor, numbers that give no loss (softcap <= 0, smoothing outside
     [0, 1), z_loss below 0, NaN); on values: a target that is neither `ignore_index` nor in [0, V), sample_ids or
@@ -178,9 +178,11 @@ def linear_cross_entropy(
     now = tracks and gradients != "recompute"
     a, b = (None, None) if lora is None else (lora.a, lora.b)
     flat_targets = targets.reshape(-1)
+    flat_hidden = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])  # a view costs autograd a step
     call = HeadCall(
-        hidden=hidden.reshape(-1, hidden.shape[-1]), weight=weight, bias=bias, lora_a=a, lora_b=b, targets=flat_targets,
-        class_weight=class_weight, sample_ids=_by_row(sample_ids), cu_seqlens=cu_seqlens,
+        hidden=flat_hidden, weight=weight, bias=bias, lora_a=a, lora_b=b, targets=flat_targets,
+        class_weight=class_weight, cu_seqlens=cu_seqlens,
+        sample_ids=None if sample_ids is None else sample_ids.reshape(-1),
         token_weight=_by_row(None if reduction == "none" else token_weight), left=left, right=right,
         num_samples=samples, want_hidden=now and hidden.requires_grad, want_weight=now and weight.requires_grad,
         want_bias=now and bias is not None and bias.requires_grad,
@@ -198,7 +200,7 @@ def linear_cross_entropy(
         loss = found.row_loss if own else token_nll
         if token_weight is not None:
             loss = torch.where(flat_targets != ignore_index, loss * _by_row(token_weight), 0.0)
-        loss = loss.reshape(shape)
+        loss = _shaped(loss, shape)
     if gradients == "forward":
         token_nll, sample_nll = token_nll.detach(), sample_nll.detach()
     accuracy = None
@@ -206,14 +208,19 @@ def linear_cross_entropy(
         counted = flat_targets != ignore_index
         hits = (found.predicted == flat_targets) & counted
         accuracy = hits.sum() / counted.sum().clamp(min=1)
+    asked = (return_lse, return_entropy, return_predicted)
+    statistics = zip((found.lse, found.entropy, found.predicted), asked, strict=True)
     return HeadLoss(
-        loss, token_nll.reshape(shape), sample_nll, found.sample_tokens.detach(),
+        loss, _shaped(token_nll, shape), sample_nll, found.sample_tokens.detach(),
         None if signature is None else found.signature.detach(),
-        found.lse.detach().reshape(shape) if return_lse else None,
-        found.entropy.detach().reshape(shape) if return_entropy else None,
-        found.predicted.detach().reshape(shape) if return_predicted else None, accuracy,
+        *(_shaped(x.detach(), shape) if asked else None for x, asked in statistics), accuracy,
     )  # fmt: skip
 
 
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    return rows if rows.shape == shape else rows.reshape(shape)
+
+
 def _by_row(values: Tensor | None) -> Tensor | None:
+    """[...] as [T]; 0-d as it is."""
     return values if values is None or values.dim() == 0 else values.reshape(-1)

@@ -102,7 +102,7 @@ def _host_tile(
     if rows.lse_C is not None:
         rows.lse_C.copy_(lse_C)
     if rows.entropy_C is not None:
-        torch.sum(torch.special.entr(p_CV), -1, out=rows.entropy_C)
+        torch.sum(torch.special.xlogy(p_CV, p_CV), -1, out=rows.entropy_C).neg_()
     if rows.predicted_C is not None:
         torch.argmax(z_CV, -1, out=rows.predicted_C)
     if nll_gradient_CV is not None:

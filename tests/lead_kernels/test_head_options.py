@@ -12,7 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from lead_kernels import LinearCrossEntropy, Lora, linear_cross_entropy, reference, row_pass
+from lead_kernels import LinearCrossEntropy, Lora, backend, linear_cross_entropy, reference, row_pass
 
 T, H, V, B = 24, 10, 37, 4
 IDS = torch.repeat_interleave(torch.arange(B), torch.tensor([7, 0, 12, 5]))
@@ -108,7 +108,7 @@ def test_the_smallest_call(recorder: Any) -> None:
     assert out[4:] == (None,) * 5
     assert len(record.products()) == 3
     names = {name for name, _ in record.calls}
-    assert not names & {"argmax", "special_entr", "segment_reduce", "searchsorted", "frexp"}
+    assert not names & {"argmax", "special_xlogy", "segment_reduce", "searchsorted", "frexp"}
     with recorder() as record:
         linear_cross_entropy(hidden, weight, targets, **RETURNED).loss.backward()
     assert len(record.products()) == 3
@@ -154,6 +154,32 @@ def test_shift_stays_within_packed_samples(form: str) -> None:
         for a, b in itertools.pairwise(cu.tolist()) if b > a
     ]  # fmt: skip
     torch.testing.assert_close(torch.cat(apart), packed.token_nll)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_option_looks_at_the_device(monkeypatch: pytest.MonkeyPatch, no_host_reads: Any, reduction: str) -> None:
+    case = make_case(torch.bfloat16)
+    cu = torch.tensor([0, 7, 7, 19, 24])
+    found = []
+    for kernels in (False, True):
+        monkeypatch.setattr(backend, "_kernels_on_cpu", kernels)
+        leaves = [case[name].clone().requires_grad_() for name in ("hidden", "weight")]
+
+        def step(x: list[Tensor] = leaves) -> list[Tensor]:
+            out = linear_cross_entropy(*x, case["targets"].int(), cu_seqlens=cu, class_weight=case["classes"],
+                                       max_rows=T, reduction=reduction, shift=True, **ALL, **RETURNED)  # fmt: skip
+            out.loss.sum().backward()
+            return [x.detach() for x in out if x is not None]
+
+        if kernels:
+            with no_host_reads():
+                out = step()
+        else:
+            out = step()
+        found.append([*out, *(leaf.grad for leaf in leaves)])
+    for host, device in zip(*found, strict=True):
+        tolerance = 2**-6 if host.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(device, host, rtol=tolerance, atol=tolerance * float(host.abs().max()))
 
 
 def test_statistics_of_extreme_rows(form: str) -> None:
@@ -313,8 +339,6 @@ def test_refusals(message: str, changes: dict[str, Any]) -> None:
 
 def test_a_device_refuses_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host does not look: an assertion on the device."""
-    from lead_kernels import backend
-
     monkeypatch.setattr(backend, "_kernels_on_cpu", True)
     arguments = (torch.ones(T, H), torch.ones(V, H), torch.zeros(T, dtype=torch.int64))
     for ids in (WHOLE, WHOLE - 2, WHOLE.index_fill(0, torch.tensor([9]), 0)):
@@ -342,6 +366,17 @@ def test_transforms_are_refused(which: str, place: str) -> None:
         TRANSFORMS[which](lambda x: linear_cross_entropy(**{**operands, place: x}).loss, case[place])
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         linear_cross_entropy(**{**operands, place: forward_ad.make_dual(case[place], torch.ones_like(case[place]))})
+
+
+def test_vmap_is_a_loop() -> None:
+    """Forward only: PyTorch calls the operator once for every element."""
+    case = make_case()
+    stack = torch.stack([case["hidden"], 2 * case["hidden"]])
+
+    def loss(x: Tensor) -> Tensor:
+        return linear_cross_entropy(x, case["weight"], case["targets"], label_smoothing=0.1).loss
+
+    torch.testing.assert_close(FUNC.vmap(loss)(stack), torch.stack([loss(x) for x in stack]))
 
 
 @pytest.mark.parametrize("gradients", ["auto", "forward", "recompute"])

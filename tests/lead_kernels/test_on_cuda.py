@@ -95,6 +95,29 @@ def test_error_is_that_of_unfused_pytorch(
         assert relative_error(mine[name], exact[name]) <= 1.2 * relative_error(theirs[name], exact[name]) + 2e-6, name
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options_are_those_of_the_cpu(dtype: torch.dtype, reduction: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 50, 64, generator=g).to(dtype), (0.3 * torch.randn(3001, 64, generator=g)).to(dtype)
+    targets, classes = torch.randint(0, 3001, (4, 50), generator=g), torch.rand(3001, generator=g)
+    targets[:, ::7] = -100
+    found = []
+    for device in ("cpu", "cuda"):
+        h, w, y, c = (x.to(device, copy=True) for x in (hidden, weight, targets, classes))
+        out = linear_cross_entropy(
+            h.requires_grad_(), w.requires_grad_(), y, class_weight=c, label_smoothing=0.1, z_loss=1e-3, softcap=20.0,
+            shift=True, reduction=reduction, return_lse=True, return_entropy=True, return_predicted=True,
+            logits_dtype=torch.float32,
+        )  # fmt: skip
+        out.loss.sum().backward()
+        found.append([x.detach().cpu() for x in (*out, h.grad, w.grad) if x is not None])
+    for host, device in zip(*found, strict=True):
+        tolerance = 2**-6 if host.dtype == torch.bfloat16 else 2e-5
+        largest = float(host.abs().max()) if host.numel() else 0.0
+        torch.testing.assert_close(device, host, rtol=tolerance, atol=tolerance * largest)
+
+
 def test_memory_beside_inputs_and_gradients_is_a_chunk() -> None:
     rows, width, vocabulary, chunk = 4096, 256, 64_000, 256 * 2**20
     hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
