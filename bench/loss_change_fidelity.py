@@ -107,7 +107,7 @@ def main() -> None:
                 runtime=RuntimeConfig(precision=flags.precision),
             )
             engine = build(config, ranks).engine
-            other = build(replace(config, method="random"), ranks).engine.selector
+            other = build(replace(config, method="random", selection=SelectionConfig(round_steps=4)), ranks).engine.selector
             planner = engine.selector if chosen == "lead" else other
             result[name] = follow(engine, planner, config.optimizer.lr, flags.rounds, settle=2)
             print(name, result[name], flush=True)

@@ -180,8 +180,9 @@ def prepared(flags: argparse.Namespace, work: Path) -> list[Step]:
         steps.append(Step("pretrain", 170, [*made, *short, *batch, "--optimizer.lr", "6e-4"]))
     if not (work / "prepared" / "summary.json").exists():
         short = ["--warmup-share", "0", "--max-length", "256", "--clusters", "2"] if flags.dry else []
+        rate = [] if flags.dry else ["--optimizer.lr", "1e-4"]  # of the warm-up
         made = python("-m", "lead_engine", "prepare", "--pool", pool, "--model", work / "base", "--out", work / "prepared")
-        steps.append(Step("prepare", 90, [*made, *batch, *short, "--optimizer.lr", "1e-4"]))
+        steps.append(Step("prepare", 90, [*made, *batch, *short, *rate]))
     return steps
 
 

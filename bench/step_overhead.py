@@ -68,7 +68,9 @@ def main() -> None:
                 out=Path("unused"),
                 method=method,
                 batch=BatchConfig(capacity=flags.capacity),
-                selection=SelectionConfig(round_steps=flags.round_steps, loss_change=change, max_visits=1000),
+                selection=SelectionConfig(
+                    round_steps=flags.round_steps, **({"loss_change": change, "max_visits": 1000} if method == "lead" else {})
+                ),
                 optimizer=OptimizerConfig(lr=flags.lr),
                 runtime=RuntimeConfig(precision=flags.precision),
             )

@@ -96,7 +96,7 @@ def engine(spec: Spec, link: Link) -> None:
         out=Path("unused"),
         method=spec.kind,
         batch=BatchConfig(spec.capacity, spec.micro_batches),
-        selection=SelectionConfig(round_steps=spec.round_steps, max_visits=1000),
+        selection=SelectionConfig(round_steps=spec.round_steps, **({"max_visits": 1000} if spec.kind == "lead" else {})),
         optimizer=OptimizerConfig(lr=spec.lr, schedule="constant", warmup=0.0),
         runtime=RuntimeConfig(precision=spec.precision, compile=spec.compiled),
     )

@@ -115,6 +115,7 @@ def _parse(options: Callable[..., Any], prog: str, arguments: list[str], speaks:
         parsed = tyro.cli(options, prog=prog, args=arguments)
     if isinstance(options, type):
         _refuse_empty_lists(parsed, arguments)
+        parsed.refuse_unread(_given(arguments))
     return parsed
 
 
@@ -149,7 +150,14 @@ def _parse_with_file(cls: type, prog: str, arguments: list[str], speaks: bool) -
             raise UserError(f"--config {file}: {error}") from None
         raise
     _refuse_empty_lists(parsed, arguments)
+    parsed.refuse_unread(_given(arguments))
     return parsed
+
+
+def _given(arguments: list[str]) -> set[str]:
+    """The options that the flags name: --lora.no-head is lora.head."""
+    flags = (_flag_name(argument).removeprefix("--").rpartition(".") for argument in arguments if argument.startswith("--"))
+    return {group + dot + name.removeprefix("no-").replace("-", "_") for group, dot, name in flags}
 
 
 _CONFIG_HELP = "YAML file of the options, nested as their names are (batch: {capacity: 4096}); flags override it."

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from lead_engine import reads
 from lead_engine.bounds import Bounds, PathText, Seed
 from lead_engine.errors import UserError
 from lead_engine.options import Options
@@ -147,6 +149,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Named sets of options, under what a file and flags say: `paper` is the setting of arXiv 2505.07437, `default` the best measured here."""
 
 
+def recipe_value(recipe: str, option: str, default: Any) -> Any:
+    """The value of an option, with dots, that nobody gives under the recipe."""
+    group, _, name = option.rpartition(".")
+    return RECIPES[recipe].get(group, {}).get(name, default)
+
+
 @dataclass(frozen=True)
 class OptimizerConfig(Options):
     """AdamW with linear warm-up and decay over the token budget."""
@@ -258,6 +266,8 @@ class RuntimeConfig(Options):
 class TrainConfig(Options):
     """Train a model on the samples that a method selects from a prepared pool."""
 
+    read_with: ClassVar[reads.Table] = reads.TRAIN
+
     pool: Path
     """Folder written by `lead-engine prepare`."""
     model: PathText
@@ -269,7 +279,7 @@ class TrainConfig(Options):
     recipe: Recipe = "default"
     """Set of options that files and flags then change: the best measured here, or LEAD as its paper has it."""
     budget: Budget = 0.025
-    """Tokens to train, as a share of the pool's tokens; `full` ignores it and takes the whole pool `epochs` times."""
+    """Tokens to train, as a share of the pool's tokens; not for `full`, which takes the whole pool `epochs` times."""
     epochs: Annotated[int, Bounds(ge=1, le=1000)] = 1
     """Passes over the pool; for `full` only."""
     seed: Seed = 0
@@ -309,10 +319,26 @@ class TrainConfig(Options):
         alone = self.patience and not self.eval_every
         require(not alone, "--patience", self.patience, "left out without --eval-every N")
 
+    def default_of(self, option: str) -> Any:
+        return recipe_value(self.recipe, option, super().default_of(option))
+
+    def _completed(self, name: str, value: Any) -> Any:
+        """A recipe comes under the options of a mapping, and stands for those of a caller who gives none."""
+        if name == "selection" and self.recipe != "default":
+            recipe = RECIPES[self.recipe]["selection"]
+            if isinstance(value, Mapping) or value == SelectionConfig():
+                return super()._completed(name, recipe | (dict(value) if isinstance(value, Mapping) else {}))
+            own = [key for key in recipe if recipe[key] != getattr(SelectionConfig(), key)]
+            if isinstance(value, SelectionConfig) and all(getattr(value, key) != recipe[key] for key in own):
+                raise UserError(f"--recipe {self.recipe}: `selection` has none of it; give a mapping, which lies over the recipe")
+        return super()._completed(name, value)
+
 
 @dataclass(frozen=True)
 class PretrainConfig(Options):
     """Train a small base model on plain text, in the same loop."""
+
+    read_with: ClassVar[reads.Table] = reads.PRETRAIN
 
     text: tuple[Path, ...]
     """Plain-text files; a blank line or a line break ends a paragraph."""
@@ -344,6 +370,8 @@ class PretrainConfig(Options):
 @dataclass(frozen=True)
 class PrepareConfig(Options):
     """Turn instruction files into a prepared pool: tokens, difficulty, initial utility, clusters, tasks."""
+
+    read_with: ClassVar[reads.Table] = reads.PREPARE
 
     pool: tuple[PathText, ...]
     """Files (JSON, JSONL, CSV, TSV, Parquet, Arrow; text also .gz), folders, patterns, "-", hub NAME[:CONFIG[:SPLIT]]."""
@@ -381,6 +409,8 @@ class PrepareConfig(Options):
 @dataclass(frozen=True)
 class EvalConfig(Options):
     """Held-out loss per task, and exact match with --generate."""
+
+    read_with: ClassVar[reads.Table] = reads.EVAL
 
     model: PathText
     """Run folder, model folder, or hub name."""

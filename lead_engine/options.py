@@ -10,10 +10,11 @@ Rules between fields stay in the class's `__post_init__`, which calls this one f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from lead_engine import reads
 from lead_engine.convert import Unfit, convert, field_hints
 from lead_engine.errors import UserError
 
@@ -32,11 +33,27 @@ class Options:
     flags: ClassVar[str] = "--"
     """What stands before a field's name in messages. Names have dashes after a flag's dashes, else underscores."""
 
+    read_with: ClassVar[reads.Table] = {}
+    """Which options are read only together with others."""
+
     def __post_init__(self) -> None:
         for name, hint in field_hints(type(self)).items():
             value = getattr(self, name)
             if value is not getattr(type(self), name, _NO_DEFAULT):
                 object.__setattr__(self, name, argument(hint, self._completed(name, value), self.flag(name)))
+        if self.read_with:
+            self.refuse_unread()
+
+    def refuse_unread(self, given: Collection[str] = ()) -> None:
+        """UserError for an option that differs from its default, or is among those `given`, and that nothing would read."""
+        reads.refuse_unread(self, self.read_with, self.default_of, given)
+
+    def default_of(self, option: str) -> Any:
+        """The value, under a name with dots, of an option that is not given; MISSING where it has to be."""
+        group, _, name = option.rpartition(".")
+        if group:
+            return getattr(type(self).__dataclass_fields__[group].default_factory(), name)  # type: ignore[attr-defined]
+        return getattr(type(self), name, dataclasses.MISSING)
 
     def _completed(self, name: str, value: Any) -> Any:
         """A mapping for a nested config over this field's own default, which may differ from the nested class's."""

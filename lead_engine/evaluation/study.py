@@ -17,6 +17,7 @@ from lead_engine.evaluation.variants import Study, Variant
 from lead_engine.files import read_json
 from lead_engine.fingerprint import Parts
 from lead_engine.pool.identity import own_model
+from lead_engine.reads import TRAIN, without_unread
 from lead_engine.training.origin import base_folder, base_tokenizer, check_same, match_parts, run_parts
 from lead_engine.training.run_folder import changed_options
 
@@ -99,7 +100,7 @@ def run_folder(out: Path, variant: str, budget: float | None, epochs: int, seed:
 
 
 def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | None, seed: int) -> StudyRun:
-    options = variant.options
+    options = without_unread(variant.options, TRAIN, variant.options.default_of)  # the study's own, which others read
     folder = run_folder(out, variant.name, budget, options.epochs, seed)
     selection = options.selection
     if options.match is not None:
@@ -110,8 +111,7 @@ def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | N
         out=folder,
         method=options.method,
         recipe=options.recipe,
-        budget=float(options.epochs) if budget is None else budget,
-        epochs=options.epochs if options.method == "full" else 1,
+        **({"epochs": options.epochs} if budget is None else {"budget": budget}),
         seed=seed,
         batch=options.batch,
         selection=selection,

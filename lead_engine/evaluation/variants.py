@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from lead_engine import reads
 from lead_engine.bounds import Bounds, Seed
 from lead_engine.config import (
     BatchConfig,
@@ -30,6 +31,7 @@ from lead_engine.config import (
     SelectionConfig,
     Share,
     StudyConfig,
+    recipe_value,
     require,
 )
 from lead_engine.errors import UserError
@@ -64,6 +66,9 @@ class VariantOptions(Options):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def default_of(self, option: str) -> Any:
+        return recipe_value(self.recipe, option, super().default_of(option))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,6 +115,10 @@ def read_study(path: Path) -> Study:
     named = [(name, "methods", {"method": name}) for name in options.methods]
     named += [(name, f"variants.{name}", values) for name, values in options.variants.items()]
     variants = tuple(_variant(name, values, options, said, f"{path}: {key}") for name, key, values in named)
+    for option in _flat({key: said[key] for key in (*OVERLAID, "epochs") if key in said}):
+        reasons = [reads.why_unread(option, variant.options, reads.TRAIN) for variant in variants]
+        if all(reasons):
+            raise UserError(f"{path}: {option}: no variant reads it: it is read only {reasons[0]}; leave it out")
     study = Study(options, variants)
     _check_names(study, path)
     for variant in variants:
@@ -133,9 +142,21 @@ def _variant(name: str, values: Mapping[str, Any], study: StudyConfig, said: Map
         raise UserError(f"{source.partition(': ')[0]}: budgets: name at least one share of the pool")
     if options.match is not None and options.method != MATCHED:
         raise UserError(f"{source}: match: only the method {MATCHED} imitates another variant")
+    for option in _flat(values):
+        reason = reads.why_unread(option, options, reads.TRAIN)
+        if reason:
+            raise UserError(f"{source}: {option}: is read only {reason}; leave it out")
     if options.method == MATCHED and options.match is None:
         options = replace(options, match="lead")
     return Variant(name, options)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The options that a mapping gives, with dots."""
+    given: list[str] = []
+    for key, value in values.items():
+        given += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
+    return given
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lead_engine import reads
 from lead_engine.bounds import Seed
 from lead_engine.config import Budget, Method, SelectionConfig
 from lead_engine.errors import UserError
@@ -61,6 +63,14 @@ class Selection:
         return PoolState.unscored(self.store.num_samples)
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """What decides which of the options are read."""
+
+    method: Method
+    selection: SelectionConfig
+
+
 def lead(
     pool: str | os.PathLike[str] | None = None,
     budget: float | str | None = None,
@@ -87,6 +97,8 @@ def lead(
         raise UserError(f"lead(method={method!r}): no such method; there are {', '.join(METHODS)}")
     options = argument(SelectionConfig, SelectionConfig() if options is None else options, "lead(options=...)")
     seed = argument(Seed | None, seed, "lead(seed=...)")
+    chosen = _Chosen(method, options)
+    reads.refuse_unread(chosen, reads.SELECTION, lambda option: reads.value_of(_Chosen("lead", SelectionConfig()), option))
     if METHODS[method].refresh is not MethodBase.refresh:
         raise UserError(f"lead(method={method!r}): measures the pool again while it trains, which only `lead-engine train` does")
     if METHODS[method].whole_pool:

@@ -15,6 +15,7 @@ from lead_engine.config import TrainConfig, to_dict
 from lead_engine.errors import UserError
 from lead_engine.files import write_text
 from lead_engine.fingerprint import Parts
+from lead_engine.reads import unread
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.origin import BY_CONTENTS, check_same, written
 from lead_engine.training.trackers import Trackers, check_packages
@@ -163,10 +164,12 @@ def changed_options(path: Path, config: TrainConfig, free: Sequence[str]) -> lis
     now, plain = _flat(to_dict(config)), _flat(to_dict(TrainConfig(config.pool, config.model, config.out)))
     before = plain | _flat(read_yaml(path))
     moved = BY_CONTENTS if (path.parent / fingerprint.FILE).exists() else ()
+    ignored = unread(config, config.read_with)  # whatever an older version wrote there had no effect
     return [
         (name, before[name], now[name])
         for name in now
         if name.partition(".")[0] not in free
+        and name not in ignored
         and before[name] != now[name]
         and not (name in moved and bool(before[name]) == bool(now[name]))
     ]

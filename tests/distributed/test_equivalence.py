@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runs import fitting
+
 BASE = [
     "--budget", "0.5", "--batch.capacity", "64", "--batch.micro-batches", "8", "--selection.round-steps", "2",
     "--selection.sketch-dim", "8", "--selection.calibrate-every", "2", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
@@ -37,7 +39,8 @@ def test_ranks_do_not_matter(variant: str, run_ranks, make_pool, make_model, tmp
     pool = make_pool(samples=420)
     model = make_model("qwen3" if "tied" in variant else "llama", tie_word_embeddings="tied" in variant)
     for ranks in (1, 2):
-        run_ranks("train", "--pool", pool, "--model", model, "--out", tmp_path / str(ranks), *BASE, *VARIANTS[variant], ranks=ranks)
+        flags = fitting(BASE, *VARIANTS[variant])
+        run_ranks("train", "--pool", pool, "--model", model, "--out", tmp_path / str(ranks), *flags, ranks=ranks)
     one, two = read(tmp_path / "1"), read(tmp_path / "2")
     assert len(one[0]) >= 8
     assert [line["ids"] for line in one[1]] == [line["ids"] for line in two[1]]

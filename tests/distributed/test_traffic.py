@@ -30,6 +30,7 @@ from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.selector import Layout, Selector
 from ranks import free_port
+from runs import selection_for
 
 LENGTH, HIDDEN = 16, 32
 """Tokens of every sample: pools differ in nothing but the number of samples."""
@@ -106,7 +107,9 @@ class Case:
             budget=tokens / (self.samples * LENGTH),
             checkpoint_every=self.checkpoint_every,
             batch=BatchConfig(capacity=self.slots * LENGTH, micro_batches=self.micro_batches, slots=self.slots),
-            selection=SelectionConfig(sketch_dim=self.q, inner_form=self.inner_form, round_steps=2, calibrate_every=3),
+            selection=selection_for(
+                self.method, sketch_dim=self.q, inner_form=self.inner_form, round_steps=2, calibrate_every=3
+            ),
             optimizer=OptimizerConfig(lr=1e-3),
             runtime=RuntimeConfig(precision="fp32"),
         )

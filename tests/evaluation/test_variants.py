@@ -31,10 +31,11 @@ def plan(pool: Path, **more: object) -> dict[str, StudyRun]:
 
 
 def test_a_variant_is_the_study_with_changes(pool: Path) -> None:
-    variants = {"v": {"method": "loss", "selection": {"max_visits": 2}, "optimizer": {"lr": 1e-3}}}
+    variants = {"v": {"method": "loss", "selection": {"round_steps": 2}, "optimizer": {"lr": 1e-3}}}
     runs = plan(pool, methods=["lead"], variants=variants, selection={"round_steps": 7, "max_visits": 3}, lora={"rank": 4})
     plain, changed = runs["lead-2.5pct-s0"].train, runs["v-2.5pct-s0"].train
-    assert (changed.method, changed.selection.round_steps, changed.selection.max_visits, changed.optimizer.lr) == ("loss", 7, 2, 1e-3)
+    assert (changed.method, changed.selection.round_steps, changed.optimizer.lr) == ("loss", 2, 1e-3)
+    assert changed.selection.max_visits == 4  # the study's own is for those that read it
     assert changed.lora.rank == plain.lora.rank == 4
     assert (plain.method, plain.selection.max_visits, plain.optimizer.lr) == ("lead", 3, 2e-4)
 
@@ -46,10 +47,10 @@ def test_standard_input_cannot_be_the_held_out_records(pool: Path) -> None:
 
 def test_a_recipe_comes_under_what_the_study_and_the_variant_say(pool: Path) -> None:
     variants = {"paper": {"recipe": "paper"}, "mine": {"recipe": "paper", "selection": {"smoothing": 0.3}}}
-    runs = plan(pool, variants=variants, selection={"gamma": 0.5, "bandit": "uniform"})
+    runs = plan(pool, variants=variants, selection={"gamma": 0.5, "bandit": "exp3s"})
     assert list(runs) == ["paper-2.5pct-s0", "mine-2.5pct-s0"]  # no methods beside variants unless they are named
     paper, mine = (run.train.selection for run in runs.values())
-    assert (paper.loss_change, paper.gamma, paper.bandit, paper.smoothing) == ("paper", 0.5, "uniform", 0.1)
+    assert (paper.loss_change, paper.gamma, paper.bandit, paper.smoothing) == ("paper", 0.5, "exp3s", 0.1)
     assert (mine.loss_change, mine.smoothing) == ("paper", 0.3)
     assert all(run.train.recipe == "paper" for run in runs.values())
 

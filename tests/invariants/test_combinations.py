@@ -17,6 +17,7 @@ from lead_engine.errors import UserError
 from lead_engine.training import combinations, train
 from lead_engine.training.combinations import AXES, check_combination, pairs, refusal, table
 from ranks import free_port
+from runs import selection_for
 
 CPU = torch.device("cpu")
 SECTIONS = {"lora": LoraConfig, "optimizer": OptimizerConfig, "runtime": RuntimeConfig, "selection": SelectionConfig}
@@ -56,7 +57,8 @@ def options_of(row: tuple[str, ...]) -> dict[str, Any]:
     layers = [SMALL, *(RECIPES[each["recipe"]] for each in chosen if "recipe" in each), *chosen]
     plain = {name: value for layer in layers for name, value in layer.items() if name not in SECTIONS}
     sections = {name: {k: v for layer in layers for k, v in layer.get(name, {}).items()} for name in SECTIONS}
-    return {**plain, **{name: kind(**sections[name]) for name, kind in SECTIONS.items()}}
+    made = {name: kind(**sections[name]) for name, kind in SECTIONS.items() if name != "selection"}
+    return {**plain, **made, "selection": selection_for(plain.get("method", "lead"), **sections["selection"])}
 
 
 def train_forked(config: TrainConfig, ranks: int, log: Path) -> list[str]:
@@ -117,7 +119,8 @@ def config_of(row: tuple[str, ...], folders: dict[str, Path], out: Path) -> Trai
     capacity, slots = (512, 16) if options.get("method") == "full" else (64, 2)
     batch = BatchConfig(capacity=capacity, micro_batches=2, slots=slots)
     options |= {"eval_data": (str(folders["heldout"]),)}  # goes with everything
-    return TrainConfig(pool=folders["pool"], model=str(folders[model]), out=out, budget=0.2, batch=batch, **options)
+    options |= {} if options.get("method") == "full" else {"budget": 0.2}
+    return TrainConfig(pool=folders["pool"], model=str(folders[model]), out=out, batch=batch, **options)
 
 
 @pytest.mark.timeout(300)

@@ -27,6 +27,7 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import process_group
 from lead_engine.training.session import build
+from runs import fitting
 from separate import reference
 
 TOLERANCE = {"loss": 1e-6, "grad_norm": 2e-6, "mean_change": 3e-5}
@@ -52,7 +53,7 @@ class Run:
     def arguments(self) -> list[str]:
         slots = SAMPLES_A_STEP // self.micro_batches
         packing = ["--batch.micro-batches", self.micro_batches, "--batch.slots", slots, "--batch.capacity", slots * LONGEST]
-        return [*map(str, packing), *COMMON, *self.weights.split(), *self.flags.split()]
+        return [*map(str, packing), *fitting(COMMON, *self.weights.split(), *self.flags.split())]
 
 
 QLORA = "--lora.rank 4 --lora.quantize nf4 --lora.head --optimizer.kind adamw8bit --method random"
@@ -182,7 +183,7 @@ def test_what_rounding_does(trained: Callable[..., Log], pool: Path, model: Path
         out=Path("unused"),
         budget=0.5,
         batch=BatchConfig(capacity=2 * LONGEST, micro_batches=4, slots=2),
-        selection=SelectionConfig(round_steps=2, sketch_dim=8, calibrate_every=2),
+        selection=SelectionConfig(round_steps=2),
         optimizer=OptimizerConfig(lr=1e-3),
         runtime=RuntimeConfig(precision="fp32"),
         lora=LoraConfig(),

@@ -31,6 +31,7 @@ from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.pool.tokenizer import train_tokenizer
 from lead_engine.prepare.tokenise import write_answers
+from runs import fitting
 
 FILE = Path(__file__).with_name("golden_losses.json")
 WRITES = os.environ.get("LEAD_GOLDEN") == "write"
@@ -195,7 +196,7 @@ def test_losses_and_choices_are_those_written_down(
     name: str, pool: Path, model: Path, golden: dict[str, Any], run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     ranks, options = RUNS[name]
-    run_ranks("train", "--pool", pool, "--model", model, "--out", tmp_path / "run", *COMMON, *options, ranks=ranks)
+    run_ranks("train", "--pool", pool, "--model", model, "--out", tmp_path / "run", *fitting(COMMON, *options), ranks=ranks)
     found = read(tmp_path / "run")
     assert len(found["loss"]) >= 8, "too short a run to tell anything"
     if WRITES and name not in SHARED:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import OPTIONS, lines
+from runs import OPTIONS, fitting, lines
 
 
 def without_answers(pool: Path, samples: slice) -> Path:
@@ -33,7 +33,8 @@ def run(make_model, run_ranks, tmp_path: Path):
 
     def train(pool: Path, *options: str, ranks: int = 2, model: Path | None = None) -> tuple[list[dict], str, Path]:
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        told = run_ranks("train", "--pool", pool, "--model", model or make_model("llama"), *OPTIONS, *options, "--out", out, ranks=ranks)
+        flags = fitting(OPTIONS, *options)
+        told = run_ranks("train", "--pool", pool, "--model", model or make_model("llama"), *flags, "--out", out, ranks=ranks)
         steps = lines(out / "metrics.jsonl")
         assert not any(line["skipped"] for line in steps)
         assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in steps)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lead_engine.config import RECIPES, BatchConfig, SelectionConfig, TrainConfig
+from lead_engine.config import RECIPES, BatchConfig, TrainConfig
 from lead_engine.training.distributed import process_group
 from lead_engine.training.late import LateCopy
 from lead_engine.training.loop import RoundValues, read_header
 from lead_engine.training.session import build
+from runs import selection_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is here")
 
@@ -37,7 +38,7 @@ def test_rounds_do_not_synchronise(selection: str, make_model, make_pool) -> Non
         out=Path("unused"),
         method=method,
         batch=BatchConfig(capacity=128, micro_batches=2),
-        selection=SelectionConfig(sketch_dim=8, round_steps=3, calibrate_every=2, **options),
+        selection=selection_for(method, sketch_dim=8, round_steps=3, calibrate_every=2, **options),
     )
     waiting = []
     with process_group() as ranks:

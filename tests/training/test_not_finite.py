@@ -19,7 +19,7 @@ from lead_engine.config import RECIPES, BatchConfig, SelectionConfig, TrainConfi
 from lead_engine.training.distributed import process_group
 from lead_engine.training.loop import read_header
 from lead_engine.training.session import Session, build
-from runs import OPTIONS, lines
+from runs import OPTIONS, fitting, lines
 
 NAN_TOKEN, TINY_TOKEN = 310, 311  # in the model's vocabulary, in no sample of make_pool's
 
@@ -161,7 +161,7 @@ def pool(make_pool) -> Path:
 def test_one_poisonous_sample_costs_one_step(which: str, pool: Path, model: Path, run_ranks, tmp_path: Path) -> None:
     ranks, options = RUNS[which]
     out = tmp_path / "run"
-    done = run_ranks("train", "--pool", pool, "--model", model, *OPTIONS, *options, "--budget", "1.5", "--out", out, ranks=ranks)
+    done = run_ranks("train", "--pool", pool, "--model", model, *fitting(OPTIONS, *options, "--budget", "1.5"), "--out", out, ranks=ranks)
     steps, rounds = lines(out / "metrics.jsonl"), lines(out / "selection.jsonl")
     assert sum(line["skipped"] for line in steps) == 1
     assert json.loads((out / "summary.json").read_text())["skipped_steps"] == 1
@@ -186,7 +186,8 @@ def test_too_many_end_the_run_with_the_samples_names(ranks: int, make_pool, mode
     pool, out = make_pool(samples=60), tmp_path / "run"
     for sample in (20, 40):
         poison(pool, NAN_TOKEN, sample)
-    arguments = ["train", "--pool", pool, "--model", model, *OPTIONS, "--method", "random", "--checkpoint-every", "1", "--out", out]
+    arguments = ["train", "--pool", pool, "--model", model, *fitting(OPTIONS, "--method", "random")]
+    arguments += ["--checkpoint-every", "1", "--out", out]
     first = run_ranks(*arguments, "--max-skipped-steps", "0", ranks=ranks, check=False)
     assert first.wait() == [2] * ranks
     told = first.output(0)
@@ -211,7 +212,7 @@ def test_too_many_end_the_run_with_the_samples_names(ranks: int, make_pool, mode
 def test_a_gradient_alone_names_all_samples_of_the_step(make_pool, model: Path, run_ranks, tmp_path: Path) -> None:
     pool = make_pool(samples=60)
     poison(pool, TINY_TOKEN, 20)
-    arguments = ["train", "--pool", pool, "--model", model, *OPTIONS, "--method", "random", "--out", tmp_path / "run"]
+    arguments = ["train", "--pool", pool, "--model", model, *fitting(OPTIONS, "--method", "random"), "--out", tmp_path / "run"]
     done = run_ranks(*arguments, "--max-skipped-steps", "0", ranks=0, check=False)
     assert done.wait() == [2]
     told = done.output()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runs import OPTIONS, assert_same_run, kill_after_checkpoint, lines
+from runs import OPTIONS, assert_same_run, fitting, kill_after_checkpoint, lines
 
 MIXTURE = ["--selection.draw", "mixture", "--selection.ranking", "soft", "--selection.unseen", "drift"]
 PAPER = ["--recipe", "paper"]
@@ -30,7 +30,8 @@ def test_resumed_twice_is_the_uninterrupted_one(which: str, make_pool, make_mode
     ranks, samples, options = RUNS[which]
     pool, model = make_pool(samples=samples), make_model("llama")
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    arguments = ["train", "--pool", pool, "--model", model, *OPTIONS, *options, "--checkpoint-every", "2", "--keep-checkpoints", "100"]
+    arguments = ["train", "--pool", pool, "--model", model, *fitting(OPTIONS, *options)]
+    arguments += ["--checkpoint-every", "2", "--keep-checkpoints", "100"]
     run_ranks(*arguments, "--out", whole, ranks=ranks)
     kill_after_checkpoint(start_ranks(*arguments, "--out", parted, ranks=ranks), parted)
     kill_after_checkpoint(start_ranks(*arguments, "--out", parted, "--resume", ranks=ranks), parted, 1)
