@@ -201,7 +201,7 @@ def eval_command(config: EvalConfig) -> list[str]:
     flags: dict[str, Any] = {
         "--out": config.out,
         "--generate": config.generate,
-        "--max-new-tokens": config.max_new_tokens,
+        **({"--max-new-tokens": config.max_new_tokens} if config.generate else {}),
         "--max-length": config.max_length,
         "--batch.capacity": config.batch.capacity,
         "--batch.micro-batches": config.batch.micro_batches,
