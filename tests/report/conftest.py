@@ -42,7 +42,8 @@ def make_run(
     """A run folder as `train` (and, with `evaluated`, `eval`) leaves it; `extra` makes its held-out loss lower by about so much."""
     rng = np.random.default_rng([seed, len(method), int(1000 * budget)])
     folder.mkdir(parents=True)
-    config = TrainConfig(pool=Path("prepared"), model="base", out=folder, method=method, budget=budget, seed=seed)
+    spent = {} if method == "full" else {"budget": budget}
+    config = TrainConfig(pool=Path("prepared"), model="base", out=folder, method=method, seed=seed, **spent)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     share = 1.0 if method == "full" else budget
     steps = max(4, int(share * POOL_TOKENS / STEP_TOKENS))
