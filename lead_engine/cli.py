@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str], speaks: bool) -> int:
     if not arguments:
         return _fail("no command given\n\n" + _overview(), speaks)
+    for argument in arguments:
+        if not argument.isprintable() and argument != argument.encode(errors="replace").decode():
+            raise UserError(f"{argument!r}: not UTF-8 text; give names in UTF-8")
     name, rest = arguments[0], arguments[1:]
     if name in ("-h", "--help"):
         _say(_overview(), speaks)

@@ -24,7 +24,7 @@ def test_every_generator_takes_the_first_and_last_seeds(seed: int) -> None:
     assert set(cluster.tolist()) == {0, 1, 2}
     assert len(tasks_by_topic(torch.randn(40, 4), 3, seed)[1]) == 3
     ids = torch.arange(9)
-    assert 0 <= float(counter_rng.uniform(seed, ids).min())
+    assert float(counter_rng.uniform(seed, ids).min()) >= 0
     assert len(set(counter_rng.order_keys(seed, ids).tolist())) == 9
     assert make_loss_change(SelectionConfig(sketch_dim=2), 4, 1, "cpu", seed).signature is not None
     zeros = np.zeros(9, dtype=np.int64)
