@@ -1,4 +1,7 @@
-"""A value as the type that an annotation names: converted where nothing is lost, else refused. Knows nothing of flags or files."""
+"""A value as the type that an annotation names: converted where nothing is lost, else refused.
+
+Knows nothing of flags or files.
+"""
 from __future__ import annotations
 
 import dataclasses
@@ -36,7 +39,10 @@ def field_hints(cls: type) -> dict[str, Any]:
 
 
 def convert(hint: Any, value: Any, *, strict: bool) -> Any:
-    """`value` as the annotated type; raises Unfit. `strict`: a list has to be one, and a path or text has to be text (as in YAML)."""
+    """`value` as the annotated type; raises Unfit.
+
+    `strict`: a list has to be one, and a path or text has to be text (as in YAML).
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _annotated(arguments[0], arguments[1:], value, strict)
@@ -227,12 +233,14 @@ def _expanded(text: str) -> str:
     def variable(match: re.Match[str]) -> str:
         name = match[1].strip("{}")
         if not os.environ.get(name):
-            raise Unfit("a path that can be filled in", text, hint=f"the variable {name} is not set: set it, or write the path out")
+            hint = f"the variable {name} is not set: set it, or write the path out"
+            raise Unfit("a path that can be filled in", text, hint=hint)
         return os.environ[name]
 
     filled = os.path.expanduser(re.sub(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})", variable, text))
     if filled.startswith("~") and text.startswith("~"):
-        raise Unfit("a path that can be filled in", text, hint=f"there is no such user; for a file of that name write ./{text}")
+        hint = f"there is no such user; for a file of that name write ./{text}"
+        raise Unfit("a path that can be filled in", text, hint=hint)
     return filled
 
 

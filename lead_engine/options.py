@@ -1,10 +1,10 @@
-"""What all configs share: each field is converted to its annotated type and kept within its bounds when the config is built.
+"""What all configs share: fields are converted to their types and kept within their bounds when a config is built.
 
     class BatchConfig(Options):
         flags = "--batch."
         capacity: Annotated[int, Bounds(ge=16)] = 4096
 
-Flags, YAML and Python callers all end in the constructor, so all of them meet the same checks. `Bounds` stand beside the field.
+Flags, YAML and Python callers all end in the constructor, so all of them meet the same checks.
 Rules between fields stay in the class's `__post_init__`, which calls this one first.
 """
 from __future__ import annotations
@@ -25,9 +25,9 @@ _NO_DEFAULT = object()
 class Options:
     """Base of the configs, which are frozen dataclasses.
 
-    Raises UserError "FLAG VALUE: must be ..." for the first field whose value is neither of its type nor convertible without loss.
-    Converted are: text to Path and back, text and whole floats to numbers, NumPy's scalars, lists and single values to tuples,
-    mappings to nested configs.
+    Raises UserError "FLAG VALUE: must be ..." for the first field whose value is neither of its type nor convertible without
+    loss. Converted are: text to Path and back, text and whole floats to numbers, NumPy's scalars, lists and single values to
+    tuples, mappings to nested configs.
     """
 
     flags: ClassVar[str] = "--"
@@ -45,7 +45,7 @@ class Options:
             self.refuse_unread()
 
     def refuse_unread(self, given: Collection[str] = ()) -> None:
-        """UserError for an option that differs from its default, or is among those `given`, and that nothing would read."""
+        """UserError for an option that nothing would read and that is `given`, or differs from its default."""
         reads.refuse_unread(self, self.read_with, self.default_of, given)
 
     def default_of(self, option: str) -> Any:
@@ -70,7 +70,7 @@ class Options:
 
 
 def argument(hint: Any, value: Any, name: str) -> Any:
-    """A Python caller's `value` as `hint`, which may hold `Bounds`. UserError "NAME VALUE: must be ..." if it cannot be."""
+    """A Python caller's `value` as `hint`, which may hold `Bounds`. UserError "NAME VALUE: must be ..." if it is none."""
     try:
         return convert(hint, value, strict=False)
     except Unfit as unfit:

@@ -1,8 +1,8 @@
-"""The one reader of YAML files: what PyYAML passes over in silence is refused, what it reads as something else stays text.
+"""The one reader of YAML files: nothing is passed over in silence, or read as something else.
 
-YAML 1.1, which PyYAML reads, takes `no` and `on` for truth values, 0123 for an octal number, 1:30 for 90 and 2024-01-01 for a
-date. Here they stay text, as in YAML 1.2, and the option that they are given for decides. A key that stands twice in a mapping
-is an error: PyYAML would keep the last.
+YAML 1.1, which PyYAML reads, takes `no` and `on` for truth values, 0123 for an octal number, 1:30 for 90 and 2024-01-01
+for a date. Here they stay text, as in YAML 1.2, and the option that they are given for decides. A key that stands twice in
+a mapping is an error: PyYAML would keep the last.
 """
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: {error.strerror}; give a YAML file that can be read") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"--config {path}: line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+        told = f"line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        raise UserError(f"--config {path}: {told}") from None
     try:
         values = yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
@@ -43,7 +44,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)  # before merge keys (<<) are filled in, which may well say a key again
+        node = super().compose_mapping_node(anchor)  # merge keys (<<), which may say a key again, are filled in later
         first: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -58,7 +59,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # PyYAML's own, of !!int x and the like
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # of !!int x and the like
             problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
