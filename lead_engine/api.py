@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def prepare_pool(config: PrepareConfig) -> None:
     """`lead-engine prepare`: records to the folder `config.out` of tokens, difficulty, initial utility, clusters and tasks.
 
-    Goes on where an earlier call was ended; does nothing where it was finished. Under torchrun all ranks call it. UserError for records,
-    models and options that cannot be used.
+    Goes on where an earlier call was ended; does nothing where it was finished. Under torchrun all ranks call it.
+    UserError for records, models and options that cannot be used, and where an earlier call had other options, sources
+    or model (by their contents).
     """
     from lead_engine.prepare import run
 
@@ -161,7 +162,8 @@ class Session:
         parts = self._built
         folder = argument(Path, folder, "Session.save(folder)")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_model(parts.engine.model, parts.tokenizer, folder, base=parts.base, parts=parts.parts["model"], rank=self._ranks.rank)
+        made_from = parts.parts["model"]
+        save_model(parts.engine.model, parts.tokenizer, folder, base=parts.base, parts=made_from, rank=self._ranks.rank)
 
     @property
     def _built(self) -> Parts:

@@ -141,6 +141,9 @@ def _source_differences(before: Sequence[Parts], now: Sequence[Parts], then: str
         return
     for a, b, equal in zip(before, now, same, strict=True):
         if not equal:
+            if None in (a["digest"], b["digest"]):
+                yield f"{b['name']} cannot be loaded, so whether it has changed cannot be told"
+                continue
             sizes = [side.get("bytes") for side in (a, b)]
             told = f"{sizes[0]:,} bytes {then}, {sizes[1]:,} {today}" if None not in sizes else "it is another data set"
             name = b["name"] if a["name"] == b["name"] else f"{b['name']} ({then}: {a['name']})"

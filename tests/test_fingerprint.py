@@ -61,6 +61,10 @@ def test_sources_are_named_in_number_and_order(tmp_path: Path) -> None:
     assert fingerprint.differences(parts("ab"), parts("ac")) == [
         "c.jsonl (then: b.jsonl) has other contents (1 bytes then, 1 now)"
     ]
+    hub = {"sources": [{"name": "some/set", "bytes": None, "digest": "x"}]}
+    gone = {"sources": [{"name": "some/set", "bytes": None, "digest": None}]}
+    found = ["some/set cannot be loaded, so whether it has changed cannot be told"]
+    assert fingerprint.differences(hub, gone) == found
     assert parts("abc") == {"sources": source_parts([str(tmp_path)], "--pool")}  # a folder stands for its files
 
 

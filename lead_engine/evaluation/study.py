@@ -160,7 +160,9 @@ def pool_max_length(pool: Path) -> int:
 
 
 def check_unchanged(runs: Sequence[StudyRun]) -> None:
-    """UserError if a run's folder holds a run of other options, or from another pool or base: the comparison would mix two studies."""
+    """UserError if a run's folder holds a run of other options, or from another pool or base: the comparison would mix
+    two studies.
+    """
     known: dict[tuple[Path, Path], Parts] = {}
     for run in runs:
         if not run.started:

@@ -27,7 +27,13 @@ BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_confi
 
 
 def save_model(
-    model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: Path, rank: int, parts: Parts | None = None
+    model: PackedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    base: Path,
+    rank: int,
+    parts: Parts | None = None,
 ) -> None:
     """Write `folder` (model or adapter, config, tokenizer); a collective over all ranks, files by rank 0.
 
@@ -35,7 +41,8 @@ def save_model(
     that it was loaded from; tensors there that the model does not use (a vision tower, say) are copied. generation_config.json stops at
     the end of turn that the tokenizer's chat template writes, too; in an adapter's folder it is for those who read it: transformers and
     peft take the base's.
-    parts: what the model was loaded from (`identity.model_parts`), noted beside an adapter: without its base it is worth nothing.
+    parts: what the model was loaded from (`identity.model_parts`), noted beside an adapter: without its base it is
+    worth nothing.
     """
     building = folder.with_name(folder.name + ".writing")
     if model.peft_config is not None:

@@ -35,13 +35,14 @@ def _source(source: str, flag: str) -> Parts:
         return {"name": source, "bytes": None, "digest": _hub_fingerprint(source)}
     path = Path(content_path(source))
     try:
-        return {
-            "name": "standard input" if source == STDIN else path.name,
-            "bytes": path.stat().st_size,
-            "digest": digest_file(path),
-        }
+        return file_parts(path) | ({"name": "standard input"} if source == STDIN else {})
     except OSError as error:
         raise UserError(f"{flag} {source}: cannot be read ({error.strerror})") from None
+
+
+def file_parts(path: Path) -> Parts:
+    """{"name", "bytes", "digest"} of any file. OSError where it cannot be read."""
+    return {"name": path.name, "bytes": path.stat().st_size, "digest": digest_file(path)}
 
 
 def _hub_fingerprint(source: str) -> str | None:

@@ -221,13 +221,14 @@ def _write_arrays(folder: Path, samples: Iterable[Sequence[Any]]) -> dict[str, A
 
 
 def store_digest(folder: Path) -> tuple[int, str]:
-    """(samples, digest of tokens, masks and bounds) of a written store, as noted when it was written; one of an older version is read
-    for it. UserError as `open` raises.
+    """(samples, digest of tokens, masks and bounds) of a written store, as noted when it was written; one of an older
+    version is read for it. UserError as `open` raises.
     """
     meta = _read_meta(folder)
     noted = meta.get("digests")
     if noted is None:
-        noted = {name: hashlib.sha256(_map(folder / f"{name}.npy", dtype)).hexdigest() for name, dtype in ARRAYS.items()}
+        arrays = {name: _map(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
+        noted = {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()}
     return meta["num_samples"], hashlib.sha256("".join(noted[name] for name in ARRAYS).encode()).hexdigest()[:32]
 
 

@@ -165,15 +165,16 @@ def read_collection(folders: Sequence[Path]) -> Collection:
 
 
 def _mixed(runs: list[Run]) -> list[str]:
-    """Sentences on runs whose held-out losses are of other records than the first one's, as far as their evaluations say."""
-    known = [(run, run.evaluation[fingerprint.KEY]) for run in runs if run.evaluation and fingerprint.KEY in run.evaluation]
+    """Sentences on runs whose held-out losses are of other records than the first one's, as far as they say."""
+    evaluated = [(run, run.evaluation) for run in runs if run.evaluation is not None]
+    known = [(run, result[fingerprint.KEY]["sources"]) for run, result in evaluated if fingerprint.KEY in result]
     sentences = []
-    for run, parts in known[1:]:
+    for run, sources in known[1:]:
         first, before = known[0]
-        found = fingerprint.differences({"sources": before["sources"]}, {"sources": parts["sources"]}, f"for {first.name}", "here")
+        found = fingerprint.differences({"sources": before}, {"sources": sources}, f"for {first.name}", "here")
         if found:
-            why = "; ".join(found)
-            sentences.append(f"{run.name}: evaluated on other held-out records than {first.name} ({why}); losses do not compare")
+            what = f"{run.name}: evaluated on other held-out records than {first.name}"
+            sentences.append(f"{what} ({'; '.join(found)}); losses do not compare")
     return sentences
 
 

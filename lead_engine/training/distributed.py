@@ -58,9 +58,9 @@ class Ranks:
         return values
 
     def first_says(self, compute: Callable[[], Result]) -> Result:
-        """What rank 0 computes while the others wait; UserError on all of them if that raises one. Not while a checkpoint is being written.
+        """What rank 0 computes while the others wait; UserError on all of them if that raises one.
 
-        For what would be the same work on every rank: reading and digesting whole files, say.
+        Not while a checkpoint is being written. For what would be the same work on every rank: reading and digesting whole files, say.
         """
         value = reason = None
         if self.first:

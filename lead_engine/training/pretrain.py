@@ -17,11 +17,11 @@ from lead_engine.config import PretrainConfig, SelectionConfig, TrainConfig
 from lead_engine.console import progress, say, warn
 from lead_engine.errors import UserError
 from lead_engine.files import read_json, write_text
-from lead_engine.fingerprint import Parts, differences, digest_file, refuse
+from lead_engine.fingerprint import Parts, differences, refuse
 from lead_engine.model.find import find_model
 from lead_engine.model.load import load_tokenizer
 from lead_engine.model.scratch import is_scratch, make_scratch
-from lead_engine.pool.identity import tokenizer_parts
+from lead_engine.pool.identity import file_parts, tokenizer_parts
 from lead_engine.pool.store import TokenStore
 from lead_engine.pool.tokenizer import TEXT_END, train_tokenizer
 from lead_engine.training.distributed import process_group
@@ -55,7 +55,8 @@ def _training(config: PretrainConfig, corpus: Path) -> TrainConfig:
 
 def _make_corpus(config: PretrainConfig, corpus: Path) -> None:
     """Tokenizer, initial model and token store of the text; kept if they are there and of the same text and options."""
-    source: Parts = {"vocab_size": config.vocab_size, "block": config.block, "seed": config.seed, "sources": _sources(config.text)}
+    source: Parts = {"vocab_size": config.vocab_size, "block": config.block, "seed": config.seed}
+    source["sources"] = _sources(config.text)
     if is_scratch(config.model):
         source["model"] = config.model
     else:
@@ -83,7 +84,7 @@ def _make_corpus(config: PretrainConfig, corpus: Path) -> None:
 def _sources(text: Sequence[Path]) -> list[Parts]:
     """As `source_parts`, of files of any kind."""
     try:
-        return [{"name": path.name, "bytes": path.stat().st_size, "digest": digest_file(path)} for path in text]
+        return [file_parts(path) for path in text]
     except OSError as error:
         raise UserError(f"--text {error.filename}: {error.strerror}; give text files that exist") from None
 
@@ -92,10 +93,12 @@ def _check_same(config: PretrainConfig, before: Parts, now: Parts) -> None:
     """UserError if the corpus is of other text or options. One of an older version noted no contents."""
     options = [name for name in now if name not in ("sources", "tokenizer")]
     found = [f"{name} was {before.get(name)}, now {now[name]}" for name in options if before.get(name) != now[name]]
-    found += differences({name: value for name, value in before.items() if name not in options}, now, "when it was made")
+    contents = {name: value for name, value in before.items() if name in ("sources", "tokenizer")}
+    found += differences(contents, now, "when it was made")
     refuse(f"--out {config.out}: holds a corpus of other text or options", found, "Name another folder")
     if "sources" not in before:
-        warn(f"{config.out}: its corpus was made by an older version, which noted no contents: whether the text changed cannot be told")
+        why = "made by an older version, which noted no contents: whether the text changed cannot be told"
+        warn(f"{config.out}: its corpus was {why}")
 
 
 def _paragraphs(path: Path) -> list[str]:

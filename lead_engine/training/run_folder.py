@@ -57,7 +57,8 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._trackers = Trackers(self.config, steps)  # first: where one cannot start, nothing looks like a run that was begun
-        fingerprint.write(self.path, written(self.parts, self.config.pool))  # before config.yaml, which says that a run was begun
+        # Before config.yaml, which says that a run was begun.
+        fingerprint.write(self.path, written(self.parts, self.config.pool))
         write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
         self._metrics, kept = _reopen(self.path / "metrics.jsonl", "step", steps)
         self._selection, _ = _reopen(self.path / "selection.jsonl", "round", rounds)
@@ -147,8 +148,8 @@ def _reopen(path: Path, counter: str, done: int) -> tuple[TextIO, list[dict[str,
 
 
 def _same_configuration(path: Path, config: TrainConfig) -> None:
-    """Refuse to resume under other options: the result would be neither run. Where it runs may change, and what is compared by contents
-    may have moved.
+    """Refuse to resume under other options: the result would be neither run. Where it runs may change, and what is
+    compared by contents may have moved.
     """
     free = ("resume", "out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "wandb", "mlflow", "runtime")
     for name, before, now in changed_options(path, config, free):
@@ -156,10 +157,10 @@ def _same_configuration(path: Path, config: TrainConfig) -> None:
 
 
 def changed_options(path: Path, config: TrainConfig, free: Sequence[str]) -> list[tuple[str, Any, Any]]:
-    """(name, before, now) of the options in which a run's config.yaml differs from `config`, but for those that are `free`.
+    """(name, before, now) of the options in which a run's config.yaml differs from `config`, but for the `free` ones.
 
-    A run of an older version has no value for options that came later; it did what their defaults do. What is compared by contents is
-    free where the run has a fingerprint.
+    A run of an older version has no value for options that came later; it did what their defaults do. What is compared
+    by contents is free where the run has a fingerprint.
     """
     now, plain = _flat(to_dict(config)), _flat(to_dict(TrainConfig(config.pool, config.model, config.out)))
     before = plain | _flat(read_yaml(path))

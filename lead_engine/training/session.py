@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
 
 
 def find_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
-    """The base model's folder and tokenizer, and what the run is made from. UserError where pool and model do not fit."""
+    """The base's folder and tokenizer, and what the run is made from. UserError where pool and model do not fit."""
     base = base_folder(config, ranks)
     tokenizer = base_tokenizer(config, base)
     return Inputs(base, tokenizer, ranks.first_says(lambda: run_parts(config, base, tokenizer)))

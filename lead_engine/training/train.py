@@ -133,7 +133,8 @@ class _Run:
         self._tell_what_is_left(done)
         self.heldout.last_look(done)
         at("writing the model", done.round, done.step, limited=False)
-        path, saving = config.out / "model", {"base": self.session.base, "parts": self.session.parts["model"], "rank": ranks.rank}
+        path = config.out / "model"
+        saving = {"base": self.session.base, "parts": self.session.parts["model"], "rank": ranks.rank}
         _write(ranks, path, lambda: save_model(engine.model, self.session.tokenizer, path, **saving))
         self.heldout.keep_last(done, path)
         summary = (self.session, ranks, done, self.meter, self.folder.skipped_steps, self.heldout)

@@ -136,7 +136,8 @@ def test_a_study_from_yaml_to_verdict_and_once_more(
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {run["name"]: run["overall"] for run in again["runs"]} == pytest.approx(losses, rel=1e-6)
 
-    # Held-out records under another name are the same. Others under the same name: every model is evaluated again, none is trained again.
+    # Held-out records under another name are the same. Others under the same name: every model is evaluated again, none
+    # is trained again.
     in_process.clear()
     other = Path(shutil.copy(pool / "heldout.jsonl", tmp_path / "other.jsonl"))
     write_study(tmp_path / "study.yaml", pool, heldout=[str(other)])
@@ -148,7 +149,8 @@ def test_a_study_from_yaml_to_verdict_and_once_more(
     other.write_text("".join([*lines[1:], lines[0].replace("a", "b", 1)]))
     compare.run(config)
     assert [call.partition(" ")[0] for call in in_process] == ["evaluating"] * 5 + ["report"]
-    assert "evaluating again: other.jsonl (then: heldout.jsonl) has other contents" in capsys.readouterr().out.replace("\n", " ")
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "evaluating again: other.jsonl (then: heldout.jsonl) has other contents" in printed
     _refuses_another_pool_or_base(config, pool)
     # Other training options are refused.
     write_study(tmp_path / "study.yaml", pool, optimizer={"lr": 5e-4})
@@ -163,7 +165,8 @@ def _refuses_another_pool_or_base(config: CompareConfig, pool: Path) -> None:
         changed.write_bytes(kept[:-4] + bytes(byte ^ 1 for byte in kept[-4:]))
         try:
             what = "scores of the pool" if "state" in changed.name else "weights of the model differ"
-            with pytest.raises(UserError, match=f"lead-20pct-s0: this run was made from something else: {what}.*delete the run's folder"):
+            message = f"lead-20pct-s0: this run was made from something else: {what}.*delete the run's folder"
+            with pytest.raises(UserError, match=message):
                 compare.run(config)
         finally:
             changed.write_bytes(kept)

@@ -233,7 +233,8 @@ def test_what_a_resumed_run_goes_on_with(config: TrainConfig, heldout: Path, tmp
     with process_group() as ranks:
         kept = open_heldout(again, ranks, tokenizer).store.tokens
         data.write_text(heldout.read_text().replace("say 3", "say 33"))
-        with pytest.raises(UserError, match=r"--resume: --eval-data has changed since the run began \(mine\.jsonl has other contents"):
+        changed = r"--resume: --eval-data has changed since the run began \(mine\.jsonl has other contents"
+        with pytest.raises(UserError, match=changed):
             open_heldout(again, ranks, tokenizer)
         data.unlink()
         assert torch.equal(open_heldout(again, ranks, tokenizer).store.tokens, kept)
