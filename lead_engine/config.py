@@ -384,7 +384,7 @@ class PrepareConfig(Options):
     clusters: Annotated[int, Bounds(ge=1, le=2**16)] = 7
     """K, difficulty clusters."""
     tasks: Annotated[int, Bounds(ge=0, le=2**16)] = 0
-    """Topic clusters by k-means where records name no `dataset`; 0 takes the `dataset` field, or one task without it."""
+    """Topic clusters by k-means, for records that name no `dataset`; 0 takes the `dataset` field, or one task without it."""
     scoring: Literal["model", "ngram"] = "model"
     """Who judges the samples before training: the model (three passes over the pool), or counts of n-grams (no pass at all)."""
     warmup_share: Annotated[float, Bounds(ge=0, lt=1)] = 0.01

@@ -38,6 +38,7 @@ def tokenise(config: PrepareConfig) -> None:
     """
     say(f"reading {', '.join(config.pool)}")
     records, problems = read_records(config.pool, skip_bad=config.skip_bad)
+    _check_tasks(config, records)
     new = not config.out.exists()
     try:
         _write(config, records, problems)
@@ -47,6 +48,18 @@ def tokenise(config: PrepareConfig) -> None:
         raise
     if set(problems.counts()) - {UNREAD}:  # the reader has warned of those
         warn(f"{problems}; each is named in {config.out / 'problems.jsonl'}")
+
+
+def _check_tasks(config: PrepareConfig, records: list[Record]) -> None:
+    """UserError where --tasks would change nothing: as soon as one record names its task, names are what counts."""
+    named = [record for record in records if record.dataset]
+    if config.tasks and named:
+        count = len({record.dataset for record in named})
+        raise UserError(
+            f"--tasks {config.tasks}: {len(named):,} of {len(records):,} records name their `dataset` ({count:,} in all), "
+            f"as {named[0].file}, line {named[0].line} does, and these are the tasks; leave --tasks out, or take the field out "
+            "of the records"
+        )
 
 
 def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> None:

@@ -14,8 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lead_engine.config import PrepareConfig
+from lead_engine.errors import UserError
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
+from lead_engine.prepare import run as prepare_here
 
 OPTIONS = [
     "--max-length", "64", "--clusters", "3", "--batch.capacity", "128", "--runtime.precision", "fp32", "--warmup-share", "0",
@@ -122,6 +125,17 @@ def test_a_bad_pool_leaves_nothing_behind(run_cli, make_model, tmp_path: Path) -
     assert "bad.jsonl:2" in done.stderr
     assert "--skip-bad" in done.stderr
     assert not (tmp_path / "prepared").exists()
+
+
+def test_topics_beside_named_tasks_are_refused(records: Path, make_model, tmp_path: Path) -> None:
+    """One record that names its `dataset` is enough for names to count; --tasks would be ignored."""
+    mixed = tmp_path / "mixed.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    mixed.write_text("".join(json.dumps({**line, "dataset": "a" if i == 7 else ""}) + "\n" for i, line in enumerate(lines)))
+    config = PrepareConfig(pool=(str(mixed),), model=str(make_model("llama")), out=tmp_path / "P", tasks=3)
+    with pytest.raises(UserError, match=r"--tasks 3: 1 of 120 records name .*mixed\.jsonl, line 8 .*leave --tasks out"):
+        prepare_here(config)
+    assert not config.out.exists()
 
 
 def test_what_its_warm_up_would_refuse_is_refused_at_once(run_ranks, records: Path, make_model, tmp_path: Path) -> None:

@@ -86,10 +86,12 @@ def summary(out: Path) -> dict[str, Any]:
     return json.loads((out / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_the_run_is_the_same_with_and_without_it(lora: int, config: TrainConfig, heldout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4), LoraConfig(rank=4, dropout=0.1)], ids=str)
+def test_the_run_is_the_same_with_and_without_it(
+    lora: LoraConfig, config: TrainConfig, heldout: Path, tmp_path: Path
+) -> None:
     """Bit for bit: weights, losses, selection, utilities; and torch's generator stands where it stood."""
-    config = replace(config, lora=LoraConfig(rank=lora))
+    config = replace(config, lora=lora)
     torch.manual_seed(5)
     train(config)
     drawn = torch.get_rng_state()
