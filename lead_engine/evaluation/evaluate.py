@@ -123,7 +123,8 @@ def show(result: dict[str, Any]) -> None:
     rows.append(["macro", None, None, loss["macro"], *((None, None) if match else ())])
     console.table("Held-out loss (nats per response token)" + (" and exact match" if match else ""), columns, rows)
     for kind, count in result["problems"].items():
-        console.say(f"{count} held-out {'fields' if kind == UNREAD else 'records'}: {kind}")
+        if kind != UNREAD:  # the reader has warned of those
+            console.say(f"{count} held-out records: {kind}")
     if match and match["prompts_too_long"]:
         console.say(f"{match['prompts_too_long']} held-out records were not answered: their prompt is too long")
 

@@ -53,33 +53,48 @@ def open_temporary(
             yield data
 
 
-def _make(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the folder, or see that the one that a run to be resumed has left is of the same data."""
-    options = {"max_length": _longest(config), "skip_bad": config.skip_bad}
-    begun = (config.out / "config.yaml").exists() and (folder / MARKER).exists()
+def check_heldout(config: TrainConfig, ranks: Ranks) -> None:
+    """UserError, on all ranks alike, where --eval-data of a run that has begun is not what it read at its start."""
+    if config.eval_data:
+        ranks.first_says(lambda: _is_there(config, config.out / FOLDER))
+
+
+def _is_there(config: TrainConfig, folder: Path) -> bool:
+    """Whether a run that has begun left its held-out records, which are then of the same data."""
+    if not ((config.out / "config.yaml").exists() and (folder / MARKER).exists()):
+        return False
     try:
         sources = expand(config.eval_data, "--eval-data")
     except UserError:
-        if not begun:
-            raise
         say(f"--eval-data: not all of it is there any more; the run goes on with what it read at its start ({folder})")
+    else:
+        _check_same(read_json(folder / MARKER)["made_from"], _made_from(config, sources))
+    return True
+
+
+def _make(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the folder, unless a run to be resumed has left it."""
+    if _is_there(config, folder):
         return
-    made_from = {**options, "sources": source_parts(sources, "--eval-data")}
-    if begun:
-        _check_same(read_json(folder / MARKER)["made_from"], made_from)
-        return
+    sources = expand(config.eval_data, "--eval-data")
+    made_from = _made_from(config, sources)
     say(f"reading {', '.join(sources)}")
-    options |= {"pool": config.pool, "made_from": made_from}
+    options = {"max_length": _longest(config), "skip_bad": config.skip_bad, "pool": config.pool}
     try:
-        marker = write_heldout(folder, sources, tokenizer, **options)
+        marker = write_heldout(folder, sources, tokenizer, made_from=made_from, **options)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}") from None
     for kind, count in marker["problems"].items():
-        what = "fields" if kind == UNREAD else "records"
-        say(f"{count} held-out {what}: {kind}, named in {folder / 'problems.jsonl'}")
+        if kind != UNREAD:  # the reader has warned of those
+            say(f"{count} held-out records: {kind}, named in {folder / 'problems.jsonl'}")
     if marker["in_pool"]:
         share = f"{marker['in_pool']} of {marker['samples']}"
         warn(f"--eval-data: {share} held-out records are in the pool, too, token for token")
+
+
+def _made_from(config: TrainConfig, sources: Sequence[str]) -> dict[str, Any]:
+    options = {"max_length": _longest(config), "skip_bad": config.skip_bad}
+    return {**options, "sources": source_parts(sources, "--eval-data")}
 
 
 def _longest(config: TrainConfig) -> int:

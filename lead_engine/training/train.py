@@ -23,6 +23,7 @@ from lead_engine.training.diagnosis import SkippedSteps
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.flops import ModelFlops, find_peak
 from lead_engine.training.heldout import HeldOut
+from lead_engine.training.heldout_data import check_heldout
 from lead_engine.training.loop import Round
 from lead_engine.training.origin import check_same, written
 from lead_engine.training.records import Meter, bar_info, round_line, step_lines
@@ -46,6 +47,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     inputs = find_inputs(config, ranks)
     folder.check(inputs.parts)
     if (config.out / COMPLETE).exists():  # then --resume was given, with the same options
+        check_heldout(config, ranks)
         summary = read_json(config.out / COMPLETE)
         early = f" (stopped early after step {summary['steps']})" if summary.get("stopped_early") else ""
         say(f"{config.out}: already complete{early}")

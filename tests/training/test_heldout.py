@@ -241,6 +241,9 @@ def test_what_a_resumed_run_goes_on_with(config: TrainConfig, heldout: Path, tmp
         data.unlink()
         assert torch.equal(open_heldout(again, ranks, tokenizer).store.tokens, kept)
         assert "not all of it is there any more" in capsys.readouterr().out
+    data.write_text(heldout.read_text().replace("say 3", "say 33"))
+    with pytest.raises(UserError, match=changed):  # of a complete run, too: its losses are of the other file
+        train(again)
 
 
 def test_records_that_are_in_the_pool_are_counted(tmp_path: Path, make_model) -> None:
