@@ -176,7 +176,7 @@ def check_unchanged(runs: Sequence[StudyRun]) -> None:
         if (run.train.pool, base) not in known:
             known[run.train.pool, base] = run_parts(run.train, base, base_tokenizer(run.train, base))
         parts = {**known[run.train.pool, base], **match_parts(run.train, known[run.train.pool, base]["pool"])}
-        what = f"{run.folder}: this run was made from something else"
+        what = str(run.folder)
         check_same(fingerprint.read(run.folder), parts, run.train.pool, what, way_out[:1].upper() + way_out[1:])
 
 

@@ -71,7 +71,7 @@ def make_pool(
 
     The same arguments give the same bytes. Each file appears complete or not at all. The world has 90 people, more for
     more than 4,500 samples. Raises UserError where more different questions are asked for than the world has (it has
-    enough for 20,000 samples)."""
+    enough for 20,000 samples), and where a file is there with other contents."""
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     # One stream of random numbers for each part: changing the size of one leaves the others as they are.
@@ -83,9 +83,16 @@ def make_pool(
     copies, wrong = round(samples * duplicate_share), round(samples * wrong_share)
     fresh = _items(pool_rng, world, samples - copies, trivial_share, taken)
     pool = _with_noise(noise_rng, fresh, copies, wrong)
-    write_text(out / "heldout.jsonl", "".join(_lines("heldout", held)))
-    write_text(out / "pool.jsonl", "".join(_lines("pool", pool)))
-    write_text(out / "text.txt", "".join(_text(text_rng, world, taken, text_kib * 1024)))
+    texts = {
+        out / "heldout.jsonl": "".join(_lines("heldout", held)),
+        out / "pool.jsonl": "".join(_lines("pool", pool)),
+        out / "text.txt": "".join(_text(text_rng, world, taken, text_kib * 1024)),
+    }
+    for path, text in texts.items():
+        if path.exists() and path.read_bytes() != text.encode():
+            raise UserError(f"{path}: is there with other contents, and would be lost; name another folder for --out")
+    for path, text in texts.items():
+        write_text(path, text)
 
 
 def _items(rng: random.Random, world: World, count: int, trivial_share: float, taken: set[tuple[Any, ...]]) -> list[Item]:

@@ -41,9 +41,12 @@ def begin(config: PrepareConfig) -> bool:
     """
     out, marker = config.out, config.out / MARKER
     if marker.exists():
-        _check(config, read_json(marker))
-        return (out / "summary.json").exists()
-    if (out / "summary.json").exists():
+        known, done = _check(config, read_json(marker)), (out / "summary.json").exists()
+        if done:
+            same = ", from the same sources and model" if known else ""
+            say(f"{out}: already prepared with these options{same}")
+        return done
+    if (out / "summary.json").exists() and (out / "store").exists():
         raise UserError(
             f"--out {out}: holds a prepared pool without {MARKER}, so what it was made from is not known. {WAY_OUT}"
         )
@@ -73,7 +76,8 @@ def _model_parts(config: PrepareConfig) -> Parts:
     return {"tokenizer": tokenizer_parts(tokenizer)} | ({"model": model_parts(folder)} if reads else {})
 
 
-def _check(config: PrepareConfig, before: dict[str, Any]) -> None:
+def _check(config: PrepareConfig, before: dict[str, Any]) -> bool:
+    """UserError where anything differs; whether contents are noted at all, and so were compared."""
     now, plain = to_dict(config), to_dict(PrepareConfig(config.pool, config.model, config.out))
     known = fingerprint.KEY in before
     compared = [name for name in now if name not in (ELSEWHERE if known else ELSEWHERE[:2])]
@@ -90,7 +94,7 @@ def _check(config: PrepareConfig, before: dict[str, Any]) -> None:
             f"{config.out}: prepared by an older version, which noted no contents: whether sources or model changed "
             "cannot be told"
         )
-        return
+        return False
     then, today = before[fingerprint.KEY], {"sources": source_parts(config.pool, "--pool")} | _model_parts(config)
     if same_tokenizer(config.out, then["tokenizer"], today["tokenizer"]):
         today["tokenizer"] = then["tokenizer"]
@@ -98,3 +102,4 @@ def _check(config: PrepareConfig, before: dict[str, Any]) -> None:
     fingerprint.refuse(f"--out {config.out}: was prepared from something else", found, WAY_OUT)
     if "model" not in then:
         say(f"{config.out}: weights of the model play no part in --scoring {config.scoring}, and are not compared")
+    return True

@@ -39,10 +39,8 @@ def run(config: PrepareConfig) -> None:
     with process_group(config.runtime.timeout) as ranks:
         if config.scoring == "model" and config.warmup_share:  # what the warm-up's training would refuse after a pass over the pool
             check_combination(replace(config, batch=_warm_up_batch(config, ranks)), ranks.size, ranks.device)
-        if ranks.first_says(lambda: origin.begin(config)):
-            say(f"{config.out}: already prepared with these options, from the same sources and model")
-            return
-        _score(config, ranks)
+        if not ranks.first_says(lambda: origin.begin(config)):
+            _score(config, ranks)
 
 
 def _score(config: PrepareConfig, ranks: Ranks) -> None:

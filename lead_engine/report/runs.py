@@ -165,17 +165,29 @@ def read_collection(folders: Sequence[Path]) -> Collection:
 
 
 def _mixed(runs: list[Run]) -> list[str]:
-    """Sentences on runs whose held-out losses are of other records than the first one's, as far as they say."""
-    evaluated = [(run, run.evaluation) for run in runs if run.evaluation is not None]
-    known = [(run, result[fingerprint.KEY]["sources"]) for run, result in evaluated if fingerprint.KEY in result]
+    """Sentences on runs whose held-out losses are of other records, or of other tokens of them, than the first one's."""
+    known = [(run, run.evaluation) for run in runs if run.evaluation is not None]
     sentences = []
-    for run, sources in known[1:]:
+    for run, result in known[1:]:
         first, before = known[0]
-        found = fingerprint.differences({"sources": before}, {"sources": sources}, f"for {first.name}", "here")
+        noted = ({"sources": side.get(fingerprint.KEY, {}).get("sources")} for side in (before, result))
+        found = fingerprint.differences(*noted, f"for {first.name}", "here") or _other_counts(before, result, first.name)
         if found:
             what = f"{run.name}: evaluated on other held-out records than {first.name}"
             sentences.append(f"{what} ({'; '.join(found)}); losses do not compare")
     return sentences
+
+
+def _other_counts(before: dict[str, Any], now: dict[str, Any], first: str) -> list[str]:
+    """Where --max-length, --skip-bad or the tokenizer made other tokens of the same records: how many there are."""
+    sizes = [
+        {task: (each["samples"], each["tokens"]) for task, each in result["loss"]["tasks"].items()}
+        for result in (before, now)
+    ]
+    if sizes[0] == sizes[1]:
+        return []
+    then, today = (" and ".join(f"{sum(each):,}" for each in zip(*size.values(), strict=True)) for size in sizes)
+    return [f"records and response tokens: {then} for {first}, {today} here"]
 
 
 def read_run(folder: Path) -> Run:

@@ -85,8 +85,8 @@ def match_parts(config: TrainConfig, pool: Parts) -> Parts:
 
 
 def check_same(before: Parts | None, now: Parts, pool: Path, what: str, way_out: str) -> None:
-    """UserError "WHAT: ..." that says what a run was made from and what is there now differ in. before: None for an
-    older version's run.
+    """UserError "WHAT: made from something else: ..." that says what a run was made from and what is there now differ
+    in. before: None for an older version's run.
     """
     if before is None:
         warn(
@@ -96,7 +96,7 @@ def check_same(before: Parts | None, now: Parts, pool: Path, what: str, way_out:
     found = fingerprint.differences({k: v for k, v in before.items() if k != "made from"}, now, "when it was begun")
     if before.get("pool") != now["pool"]:
         found += fingerprint.differences(before.get("made from", {}), pools.made_from(pool), "when it was begun")
-    fingerprint.refuse(what, found, way_out)
+    fingerprint.refuse(f"{what}: made from something else", found, way_out)
 
 
 def written(parts: Parts, pool: Path) -> Parts:
@@ -134,7 +134,13 @@ def _prepared_with(pool: Path) -> str:
 
 def _tell_other_judge(config: TrainConfig, now: Parts) -> None:
     before = pools.made_from(config.pool).get("model")
-    if before is not None and before != now:
+    if before is None or before == now:
+        return
+    judge = str(read_json(config.pool / pools.MARKER)["model"])
+    if Path(judge).resolve() == Path(config.model).resolve():
+        found = "; ".join(fingerprint.differences({"model": before}, {"model": now}))
+        warn(f"--model {config.model}: has changed since it scored --pool {config.pool} ({found}); those scores are used")
+    else:
         say(
             f"--pool {config.pool}: scored by another model{_prepared_with(config.pool)}; --model {config.model} "
             "starts from those scores"

@@ -165,7 +165,7 @@ def _refuses_another_pool_or_base(config: CompareConfig, pool: Path) -> None:
         changed.write_bytes(kept[:-4] + bytes(byte ^ 1 for byte in kept[-4:]))
         try:
             what = "scores of the pool" if "state" in changed.name else "weights of the model differ"
-            message = f"lead-20pct-s0: this run was made from something else: {what}.*delete the run's folder"
+            message = f"lead-20pct-s0: made from something else: {what}.*delete the run's folder"
             with pytest.raises(UserError, match=message):
                 compare.run(config)
         finally:

@@ -188,7 +188,8 @@ def test_what_rounding_does(trained: Callable[..., Log], pool: Path, model: Path
         runtime=RuntimeConfig(precision="fp32"),
         lora=LoraConfig(),
     )
-    session = build(config, SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), mesh=None))
+    alone = {"rank": 0, "size": 1, "device": torch.device("cpu"), "mesh": None, "first_says": lambda make: make()}
+    session = build(config, SimpleNamespace(**alone))
     session.engine.distributed = False
     session.engine.model.double()
     observe = session.engine.selector.observe

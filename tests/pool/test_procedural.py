@@ -50,6 +50,17 @@ def test_same_seed_same_bytes(out: Path, tmp_path: Path) -> None:
     assert {p.name for p in out.iterdir()} == set(FILES)
 
 
+def test_other_contents_are_not_written_over(tmp_path: Path) -> None:
+    options = {"samples": 100, "heldout": 10, "text_kib": 1}
+    make_pool(tmp_path, **options)
+    (tmp_path / "text.txt").unlink()  # of a call that was killed: the same one makes up for it
+    make_pool(tmp_path, **options)
+    before = {name: (tmp_path / name).read_bytes() for name in FILES}
+    with pytest.raises(UserError, match=r"pool\.jsonl: is there with other contents.*name another folder for --out"):
+        make_pool(tmp_path, **options | {"samples": 120})
+    assert {name: (tmp_path / name).read_bytes() for name in FILES} == before
+
+
 def test_more_samples_leave_the_held_out_ones_as_they_are(out: Path, tmp_path: Path) -> None:
     make_pool(tmp_path, seed=3, samples=1000)
     assert (tmp_path / "heldout.jsonl").read_bytes() == (out / "heldout.jsonl").read_bytes()

@@ -158,5 +158,6 @@ def test_killed_while_it_tokenised(mine: PrepareConfig) -> None:
     prepare(mine)
     other = mine.out.with_name("other")
     (other / "model").mkdir(parents=True)
+    (other / "summary.json").write_text("{}")  # of a run
     with pytest.raises(UserError, match="exists and is no prepared pool"):
         prepare(replace(mine, out=other))

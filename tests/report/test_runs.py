@@ -117,3 +117,17 @@ def test_evaluations_on_other_held_out_records_are_told(synthetic: ModuleType, t
     (told,) = read_collection(runs).warnings
     why = "heldout.jsonl has other contents (9 bytes for a, 9 here)"
     assert told.startswith(f"b: evaluated on other held-out records than a ({why}")
+
+
+def test_evaluations_of_other_tokens_of_the_same_records_are_told(synthetic: ModuleType, tmp_path: Path) -> None:
+    """--max-length cut them, or the tokenizer is another one."""
+    runs = [synthetic.make_run(tmp_path / name) for name in "ab"]
+    assert not read_collection(runs).warnings
+    path = runs[1] / "eval" / "eval.json"
+    result = json.loads(path.read_text())
+    tasks = result["loss"]["tasks"].values()
+    samples, tokens = (sum(task[key] for task in tasks) for key in ("samples", "tokens"))
+    next(iter(tasks))["tokens"] -= 1
+    path.write_text(json.dumps(result))
+    (told,) = read_collection(runs).warnings
+    assert f"{samples:,} and {tokens:,} for a, {samples:,} and {tokens - 1:,} here); losses do not compare" in told

@@ -136,6 +136,12 @@ def test_a_model_tuned_from_the_pool_s_is_trained_on_and_said(
     assert "scored by another model" not in capsys.readouterr().out
     train(replace(config, model=str(config.out), out=tmp_path / "two"))
     assert f"scored by another model (it was prepared with {model})" in capsys.readouterr().out.replace("\n", " ")
+    mine = shutil.copytree(model, tmp_path / "mine")
+    marker = config.pool / "prepare.json"  # as if it had been prepared with the copy
+    marker.write_text(marker.read_text().replace(str(model), str(mine)))
+    shutil.copy(config.out / "model" / "model.safetensors", mine)
+    train(replace(config, model=str(mine), out=tmp_path / "three"))
+    assert "has changed since it scored --pool" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_scratch_model_is_the_pool_s_own_only_under_its_name(mine: TrainConfig) -> None:
@@ -194,7 +200,7 @@ def test_a_pool_prepared_anew(finished: bool, mine: TrainConfig) -> None:
     shutil.copytree(mine.pool.with_name("PB") / "model", mine.pool / "model")
     with pytest.raises(
         UserError,
-        match=r"--resume: .*run: contents of the pool differ.*PA\.jsonl has other contents .* when it was begun",
+        match=r"--resume: .*run: made from .*: contents of the pool differ.*PA\.jsonl has other contents .* when it",
     ):
         train(replace(mine, resume=True))
     assert fingerprint.read(mine.out) == before
@@ -212,7 +218,7 @@ def test_scores_alone(mine: TrainConfig) -> None:
 def test_base_weights(mine: TrainConfig) -> None:
     interrupt(mine)
     flip(Path(mine.model) / "model.safetensors")
-    with pytest.raises(UserError, match="run: weights of the model differ"):
+    with pytest.raises(UserError, match="run: made from something else: weights of the model differ"):
         train(replace(mine, resume=True))
 
 
@@ -224,7 +230,7 @@ def test_checkpoints_of_another_run(mine: TrainConfig, tmp_path: Path) -> None:
     interrupt(other)
     shutil.rmtree(other.out / "checkpoints")
     shutil.copytree(mine.out / "checkpoints", other.out / "checkpoints")
-    with pytest.raises(UserError, match=r"--resume: .*other/checkpoints: contents of the pool differ"):
+    with pytest.raises(UserError, match=r"--resume: .*other/checkpoints: made from .*: contents of the pool differ"):
         train(replace(other, resume=True))
 
 
