@@ -271,7 +271,7 @@ class TrainConfig(Options):
     pool: Path
     """Folder written by `lead-engine prepare`."""
     model: PathText
-    """Hub name, model folder, or scratch:tiny|small|100m."""
+    """Hub name, model folder, run (an adapter is trained on), or scratch:tiny|mini|small|100m."""
     out: Path
     """Run folder to write."""
     method: Method = "lead"
@@ -374,9 +374,10 @@ class PrepareConfig(Options):
     read_with: ClassVar[reads.Table] = reads.PREPARE
 
     pool: tuple[PathText, ...]
-    """Files (JSON, JSONL, CSV, TSV, Parquet, Arrow; text also .gz), folders, patterns, "-", hub NAME[:CONFIG[:SPLIT]]."""
+    """Files (JSON, JSONL, CSV, TSV, Parquet, Arrow; text also .gz, .zst, .bz2), folders, patterns, "-", or hub
+    NAME[:CONFIG[:SPLIT]]."""
     model: PathText
-    """Hub name, model folder, or scratch:NAME."""
+    """Hub name, model folder, run, or scratch:tiny|mini|small|100m."""
     out: Path
     """Folder to write."""
     max_length: Annotated[int, Bounds(ge=8, le=2**24)] = 1024

@@ -67,7 +67,7 @@ SELECTION: Table = {
 TRAIN: Table = {
     "recipe": {"method": LEADS},
     "epochs": {"method": one_of("full")},
-    "budget": {"method": Need("any but full", lambda value: value != "full")},
+    "budget": {"method": Need("that chooses among the samples", lambda value: value != "full")},
     "lora": {"lora.rank": ABOVE_0},
     **SELECTION,
     **SCHEDULE,

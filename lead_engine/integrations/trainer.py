@@ -168,7 +168,12 @@ class _WithLead(WithRows):
                     f"resume_from_checkpoint {checkpoint}: the rows' scores are not beside it ({began}), so the run "
                     "cannot go on as it began; put that folder back"
                 )
-            state = PoolState.load(began, len(self._lead_lengths))
+            state = PoolState.load(began)
+            if state.num_samples != len(self._lead_lengths):
+                raise UserError(
+                    f"resume_from_checkpoint {checkpoint}: the run began with {state.num_samples:,} rows, train_dataset "
+                    f"has {len(self._lead_lengths):,}; give the rows that it began with"
+                )
             if self.is_world_process_zero() and not PoolState.exists(folder):
                 state.save(folder)  # beside the checkpoints to come, too
             return state

@@ -131,6 +131,8 @@ def test_checkpoints_of_other_runs_are_refused(make_pool, make_model, make_args,
     own = tmp_path / "own" / "checkpoint-2"
     with pytest.raises(UserError, match="hash of all rows"):
         make(lead(), tmp_path / "own", rows=changed).train(resume_from_checkpoint=own)
+    with pytest.raises(UserError, match=r"checkpoint-2: the run began with 60 rows, train_dataset has 59; give the rows"):
+        make(lead(), tmp_path / "own", rows=rows.select(range(59))).train(resume_from_checkpoint=own)
     moved = make(lead(), tmp_path / "moved", rows=rows)
     moved.train(resume_from_checkpoint=own)  # from another folder: the scores lie beside the checkpoint
     assert (tmp_path / "moved" / "lead_scores" / "state.json").exists()

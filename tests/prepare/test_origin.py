@@ -116,7 +116,7 @@ def test_other_options_are_all_named(mine: PrepareConfig) -> None:
 
 
 def test_weights_play_no_part_where_they_are_not_read(mine: PrepareConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    config = replace(mine, scoring="ngram", out=mine.out.with_name("N"))
+    config = replace(mine, scoring="ngram", warmup_share=0.01, out=mine.out.with_name("N"))
     prepare(config)
     flip_last_byte(Path(config.model) / "model.safetensors")
     prepare(config)

@@ -107,7 +107,7 @@ LINE = {
     [
         ("train", "--epochs 3", "--epochs 3: is read only with --method full, not lead; leave it out"),
         ("train", "--epochs 1", "--epochs 1: is read only with --method full"),  # the default, but it was asked for
-        ("train", "--method full --budget 0.1", "--budget 0.1: is read only with --method any but full"),
+        ("train", "--method full --budget 0.1", "--budget 0.1: is read only with --method that chooses among the samples, not full"),
         ("train", "--selection.candidates 2", "--selection.candidates 2.0: is read only with --method iterit, not lead"),
         ("train", "--method iterit --selection.epochs 1 --selection.candidates 2", "--selection.epochs above 1, not 1"),
         ("train", "--selection.match r", "--selection.match r: is read only with --method random-matched"),

@@ -42,7 +42,8 @@ def write(path: Path, words: str) -> str:
 def prepared(folder: Path, words: str, model: str = "scratch:tiny", name: str = "P") -> Path:
     out = folder / name
     pool = (write(folder / f"{name}.jsonl", words),)
-    prepare(PrepareConfig(pool, model, out, 64, 2, scoring="ngram", vocab_size=330, batch=BATCH, runtime=RUNTIME))
+    size = {"vocab_size": 330} if model.startswith("scratch:") else {}
+    prepare(PrepareConfig(pool, model, out, 64, 2, scoring="ngram", batch=BATCH, runtime=RUNTIME, **size))
     return out
 
 
@@ -210,7 +211,7 @@ def test_scores_alone(mine: TrainConfig) -> None:
     interrupt(mine)
     flip(mine.pool / "state.safetensors")
     with pytest.raises(
-        UserError, match=r"run: scores of the pool differ\. Bring back what it was begun with, or begin a new run"
+        UserError, match=r"run: made from something else: scores of the pool differ\. Bring back what it was begun with, or"
     ):
         train(replace(mine, resume=True))
 
