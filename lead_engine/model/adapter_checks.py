@@ -60,9 +60,10 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 def check_head(model: PreTrainedModel, config: PeftLoraConfig, file: Path | None) -> None:
     if is_tied(model):
+        where = at(file, "target_modules") if file else "--lora.head, or the head among --lora.target-modules"
         raise UserError(
-            "--lora.head: this model's LM head and embedding are one matrix (tie_word_embeddings). An adapter on the head "
-            "alone would part them, and no model of this kind could hold the merged result; leave --lora.head off"
+            f"{where}: this model's LM head and embedding are one matrix (tie_word_embeddings). An adapter on the head "
+            "alone would part them, and no model of this kind could hold the merged result; leave the head out"
         )
     for name in ("lora_dropout", "lora_bias", "use_dora"):
         if getattr(config, name):

@@ -22,7 +22,7 @@ def find_model(model: str, flag: str = "--model") -> Path:
         raise UserError(
             f"{flag} {model}: holds no config.json, nor does its model/; give a model folder, a finished run or a hub name"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     repository, _, revision = name.partition("@")
     try:
@@ -30,6 +30,10 @@ def find_model(model: str, flag: str = "--model") -> Path:
         copies = ["consolidated*", "original/*"]  # the same weights once more
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=copies))
     except Exception as error:  # the hub client raises a dozen types; to the user they are one: not to be had
+        # Offline, it looks for a revision that does not look like a commit among the names of branches alone.
+        cached = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots" / revision
+        if revision and (cached / "config.json").exists():
+            return cached
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise UserError(f"{flag} {model}: no such folder, and not found on the hub ({reason})") from None
 

@@ -186,7 +186,7 @@ def test_a_tied_head_is_refused(make_model, make_pool, run_ranks, tmp_path: Path
     refused = run_ranks("train", "--pool", make_pool(samples=60), "--model", tied, "--out", tmp_path / "run", *OPTIONS, check=False)
     assert refused.processes[0].exitcode == 2
     text = " ".join(refused.output().split())
-    assert "--lora.head: this model's LM head and embedding are one matrix" in text
+    assert "--lora.head, or the head among --lora.target-modules: this model's LM head and embedding are one matrix" in text
     assert "Traceback" not in text
 
 

@@ -62,6 +62,8 @@ def test_an_adapter_names_the_hub(cache: Path, tmp_path: Path) -> None:
     assert find_model(NAME) == find_model(f"{NAME}@main") == find_model(f"{NAME}@{COMMIT}") == cache
     with pytest.raises(UserError, match=r"--model acme/tiny-base@v2: .*not found on the hub"):
         find_model(f"{NAME}@v2")
+    short = shutil.copytree(cache, cache.with_name("abc123"))  # which the hub's client takes for the name of a branch
+    assert find_model(f"{NAME}@abc123") == short
     run = tmp_path / "run" / "model"
     train(find_model(NAME), run, lora=LoraConfig(rank=2))
     assert named(run) == (NAME, COMMIT)
