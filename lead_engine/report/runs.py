@@ -158,22 +158,22 @@ def read_collection(folders: Sequence[Path]) -> Collection:
         if places.count(place) > 1:
             raise UserError(f"{place}: given more than once")
     _name(found.runs)
-    for mixed in _mixed(found.runs):
+    evaluations = {run.name: run.evaluation for run in found.runs} | {"the untrained base": found.base}
+    for mixed in _mixed({name: result for name, result in evaluations.items() if result is not None}):
         warn(mixed)
         found.warnings.append(mixed)
     return found
 
 
-def _mixed(runs: list[Run]) -> list[str]:
-    """Sentences on runs whose held-out losses are of other records, or of other tokens of them, than the first one's."""
-    known = [(run, run.evaluation) for run in runs if run.evaluation is not None]
+def _mixed(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Sentences on evaluations that are of other records, or of other tokens of them, than the first one."""
     sentences = []
-    for run, result in known[1:]:
-        first, before = known[0]
+    for name, result in list(results.items())[1:]:
+        first, before = next(iter(results.items()))
         noted = ({"sources": side.get(fingerprint.KEY, {}).get("sources")} for side in (before, result))
-        found = fingerprint.differences(*noted, f"for {first.name}", "here") or _other_counts(before, result, first.name)
+        found = fingerprint.differences(*noted, f"for {first}", "here") or _other_counts(before, result, first)
         if found:
-            what = f"{run.name}: evaluated on other held-out records than {first.name}"
+            what = f"{name}: evaluated on other held-out records than {first}"
             sentences.append(f"{what} ({'; '.join(found)}); losses do not compare")
     return sentences
 
