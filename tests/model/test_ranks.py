@@ -14,7 +14,7 @@ from forked import in_ranks
 from lead_engine import cli
 from lead_engine.config import RuntimeConfig
 from lead_engine.model import weights
-from lead_engine.model.load import build_model
+from lead_engine.model.load import build_model, load_tokenizer
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
 from lead_engine.training import train
@@ -72,6 +72,7 @@ def test_a_vocabulary_that_three_ranks_do_not_divide(make_model, make_pool, tmp_
 def train_and_compare(ranks: int, base: Path, pool: Path, tmp_path: Path) -> None:
     """Two steps of the command line; the losses of the trained model, on its ranks, are those of the saved one in transformers."""
     out = tmp_path / "run"
+    load_tokenizer(base).save_pretrained(pool / "tokenizer")  # transformers reads it by the model's kind
     line = [
         "train", "--pool", pool, "--model", base, "--out", out, "--method", "random", "--budget", 0.11 * ranks, "--batch.capacity", "96",
         "--batch.micro-batches", ranks, "--selection.round-steps", "2", "--optimizer.lr", "1e-2", "--runtime.precision", "fp32",

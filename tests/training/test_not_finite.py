@@ -61,7 +61,9 @@ def session(make_pool, model: Path, tmp_path: Path):
     with process_group() as ranks:
 
         def make(options: dict) -> Session:
-            selection = SelectionConfig(sketch_dim=8, round_steps=3, calibrate_every=1, **options)
+            read = {} if options.get("loss_change") == "paper" else {"calibrate_every": 1}
+            read |= {"sketch_dim": 8} if read and options.get("inner_form") != "exact" else {}
+            selection = SelectionConfig(round_steps=3, **read, **options)
             batch = BatchConfig(capacity=64, micro_batches=2)
             return build(TrainConfig(pool=pool, model=str(model), out=tmp_path, batch=batch, selection=selection), ranks)
 
