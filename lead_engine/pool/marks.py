@@ -19,6 +19,8 @@ from lead_engine.pool.special_tokens import REASONING
 PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 """Characters of private use. A block of them that the rendering does not hold marks texts: text k stands between
 block + 2k and block + 2k + 1."""
+ESCAPED = re.compile(r"\\U00(?:0f|10)[0-9a-f]{4}|\\ud[b-f][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}")
+"""One of them where a template writes an object as Python does, or as JSON in ASCII."""
 BLOCK = 0x1000
 SHOWN = 48
 """Characters of a text that a message shows."""
@@ -42,7 +44,7 @@ class Text(NamedTuple):
     turn: int
     value: str
     json: bool = False
-    """Whether templates may write it inside JSON: what a tool is called with and what it gives."""
+    """Whether templates may write it inside an object: what a tool is called with and what it gives."""
 
 
 def plain_text(turn: dict[str, Any], i: int) -> Text:
@@ -55,7 +57,7 @@ class Marks:
     def __init__(self, text: str, blocks: int) -> None:
         self.texts: list[Text] = []
         self.size = blocks * BLOCK
-        taken = {ord(character) // self.size for character in PRIVATE.findall(text)}
+        taken = {ord(character) // self.size for character in PRIVATE.findall(_unescaped(text))}
         free = (n for n in range(-(-0xF0000 // self.size), 0x110000 // self.size) if n not in taken)
         self.first = next(free, 0) * self.size
         if not self.first:
@@ -79,7 +81,7 @@ class Marks:
 
     def pieces(self, marked: str) -> list[str | int]:
         """The marked rendering as text, mark, text, ..., text; a mark as 2k (opens text k) or 2k + 1 (closes it)."""
-        parts = re.split(f"([{chr(self.first)}-{chr(self.first + self.size - 1)}])", marked)
+        parts = re.split(f"([{chr(self.first)}-{chr(self.first + self.size - 1)}])", _unescaped(marked))
         return [ord(part) - self.first if i % 2 else part for i, part in enumerate(parts)]
 
     def _text(self, value: str, name: str, turn: int, *, json: bool = False) -> str:
@@ -111,6 +113,15 @@ class Marks:
         if isinstance(value, list):
             return [self._leaves(each, name, turn) for each in value]
         return value
+
+
+def _unescaped(text: str) -> str:
+    """With characters of private use in the place of what spells them."""
+    return ESCAPED.sub(_character, text) if "\\u" in text or "\\U" in text else text
+
+
+def _character(spelled: re.Match[str]) -> str:
+    return chr(int(spelled[0][2:], 16)) if spelled[0][1] == "U" else json.loads(f'"{spelled[0]}"')
 
 
 # --- finding the texts ---
@@ -240,7 +251,7 @@ def _spellings(text: Text) -> tuple[str, ...]:
     value = text.value
     if not text.json:
         return (value,)
-    return value, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]
+    return value, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1]
 
 
 def _changed(missing: Text, text: str) -> Misfit:

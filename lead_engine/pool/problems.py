@@ -19,6 +19,7 @@ COUNTED_ONLY = (
     "nothing_to_learn",
     "spelled_control_token",
     "asked_otherwise",
+    "ended_otherwise",
     "no_end_of_turn",
     UNREAD,
 )
@@ -58,7 +59,8 @@ class Problems:
     Never an error: truncated (the sample is used, cut at --max-length), response_truncated_away (nothing of an answer
     is left before the cut: the sample is left out), nothing_to_learn (no answer is to be trained: left out),
     spelled_control_token (a text spells one: it is tokenised as text), asked_otherwise (the generation prompt opens
-    with what the answer does not have, as `<think>`), no_end_of_turn (no control token ends the answers),
+    with what the answer does not have, as `<think>`), ended_otherwise (an earlier answer ends in another control token
+    than the last: learned to its text's end), no_end_of_turn (no control token ends the answers),
     unread_field (once a field, with the number of records that have it).
     """
 

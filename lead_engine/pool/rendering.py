@@ -7,6 +7,7 @@ which the model answers when it is used) to the end of turn behind it. Where an 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -48,6 +49,8 @@ class Rendered:
     contents: list[tuple[int, int]] = field(default_factory=list)
     unasked: str = ""
     """How the generation prompt goes on where an answer begins otherwise ("<think>\\n", for an answer without)."""
+    other_end: str = ""
+    """The control token behind an earlier answer where another one ends the last: it is not learned."""
     open_end: bool = False
     """No control token ends the answers."""
 
@@ -79,7 +82,9 @@ class Renderer:
                 if i == last:
                     end = len(rendered.text.rstrip()) if text_end == len(text) else end + len(ends)
                 else:
-                    end = self._end(text, end, ends, calls=[bool(turns[j].get("tool_calls")) for j in (i, last)], i=i)
+                    calls = [bool(turns[j].get("tool_calls")) for j in (i, last)]
+                    end, other = self._end(text, end, ends, calls=calls, i=i)
+                    rendered.other_end = rendered.other_end or other
                 rendered.answers.append((begin, max(end, begin)))
                 rendered.unasked = rendered.unasked or unasked
         return rendered
@@ -92,12 +97,20 @@ class Renderer:
     # --- the texts of the record in the text that is trained ---
 
     def _render(self, turns: Sequence[dict[str, Any]], tools: list[Any] | None, *, prompt: bool) -> str:
+        spelled = [_with_json_arguments(turn) for turn in turns]
         try:
-            return render(self.tokenizer, turns, prompt=prompt, tools=tools)
+            text = render(self.tokenizer, turns, prompt=prompt, tools=tools)
+            if spelled == turns or not any(str(call) in text for turn in turns for call in _arguments(turn)):
+                return text
         except Exception as error:  # a template raises anything that Python code can
+            with contextlib.suppress(Exception):
+                if spelled != turns:
+                    return render(self.tokenizer, spelled, prompt=prompt, tools=tools)
             said = (str(error).strip().splitlines() or [""])[0]
             reason = said if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: {said}"
             raise Misfit("template_refused", f"the chat template refuses the conversation ({reason})") from None
+        # It wrote an object as Python does: such templates, as those that add it to a text, take the arguments' JSON.
+        return self._render(spelled, tools, prompt=prompt)
 
     def _compare(
         self, turns: Sequence[dict[str, Any]], tools: list[Any] | None, *, prompt: bool
@@ -162,9 +175,7 @@ class Renderer:
         """What ends every answer, and where the text ends: what asks for another answer behind the last is cut off."""
         eos = self.tokenizer.eos_token
         tail = text[extent[1] :]
-        first = self.control_pattern.search(tail)
-        if turns[-1].get("tool_calls") and eos and eos in tail:  # control tokens may close the calls before
-            first = re.compile(re.escape(eos)).search(tail)
+        first = self._end_of_calls(tail) if turns[-1].get("tool_calls") else self.control_pattern.search(tail)
         ends = tail[: first.end()] if first else tail.rstrip()
         behind = tail[len(ends) :]
         extra = (behind.replace(eos, "") if eos else behind).strip()
@@ -180,19 +191,39 @@ class Renderer:
             raise Misfit("text_behind_answer", f"behind the answer stands {show(tail)}, which asks for another")
         return ends, len(text)
 
-    def _end(self, text: str, begin: int, ends: str, *, calls: list[bool], i: int) -> int:
-        """Where answer i ends, whose last text ends at `begin`, given what stands behind the last answer.
+    def _end_of_calls(self, tail: str) -> re.Match[str] | None:
+        """What ends a turn behind its calls, which control tokens may close: what ends any turn, or else the last."""
+        found = list(self.control_pattern.finditer(tail))
+        known = (self._end_of_turn, self.tokenizer.eos_token)
+        ends = [match for end in known for match in found if match[0] == end]
+        return next(iter(ends or found[::-1]), None)
+
+    def _end(self, text: str, begin: int, ends: str, *, calls: list[bool], i: int) -> tuple[int, str]:
+        """Where answer i ends, whose last text ends at `begin`, given what stands behind the last answer; and the
+        control token that ends it, if that is another one.
 
         calls: whether answer i and the last one call tools, of which the template writes more behind the last text.
         """
         if text.startswith(ends, begin):
-            return begin + len(ends)
+            return begin + len(ends), ""
         control = self.control_pattern.findall(ends)[-1:]
         place = text.find(control[0], begin) if control else -1
         if place >= 0 and (calls[0] or (calls[1] and not text[begin:place].strip())):
-            return place + len(control[0])
+            return place + len(control[0]), ""
+        other = self.control_pattern.search(text, begin)
+        if control and other and not text[begin : other.start()].strip():
+            return begin, other[0]
         stands = f"behind turn {i + 1} stands {show(text[begin:])}, behind the last answer {ends!r}"
         raise Misfit("answer_not_found", f"answers end differently: {stands}")
+
+    @functools.cached_property
+    def _end_of_turn(self) -> str | None:
+        """The control token that ends answers without calls."""
+        try:
+            texts, where, text = self._compare(PROBES[0], None, prompt=False)
+        except Misfit:
+            return None
+        return next(iter(self.control_pattern.findall(text, extent(texts, where, 1)[1])), None)
 
     @functools.cached_property
     def _opening(self) -> str:
@@ -210,6 +241,25 @@ class Renderer:
         except Misfit:
             return True
         return bool(text.removeprefix(self.tokenizer.bos_token or "").strip())
+
+
+def _arguments(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of the turn's calls, where they are objects and not empty."""
+    found = [(call.get("function") or {}).get("arguments") for call in turn.get("tool_calls") or []]
+    return [each for each in found if each and isinstance(each, dict)]
+
+
+def _with_json_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with the arguments of its calls as JSON text, which some templates need."""
+    if not _arguments(turn):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        function = call["function"]
+        if isinstance(function.get("arguments"), dict):
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        calls.append({**call, "function": function})
+    return {**turn, "tool_calls": calls}
 
 
 def _kind(turn: dict[str, Any]) -> tuple[str, bool]:

@@ -53,7 +53,7 @@ def encode(
     `control_token_in_text`; and, counted only: `truncated` (the sample is yielded, cut), `response_truncated_away`
     (no learnable token is left before the cut; left out), `nothing_to_learn` (every answer is
     marked as not to be trained; left out),
-    `spelled_control_token`, `asked_otherwise` and `no_end_of_turn` (yielded).
+    `spelled_control_token`, `asked_otherwise`, `ended_otherwise` and `no_end_of_turn` (yielded).
     Raises UserError where the tokenizer has no chat template that can be read or gives no offsets, and, without
     `skip_bad`, after the last record if any was left out for the template: the message names up to 5 of a kind.
     """
@@ -113,6 +113,9 @@ def _samples(
             problems.add("spelled_control_token", *here, f"its text spells {', '.join(spelled)}: tokenised as text")
         if text.unasked:
             problems.add("asked_otherwise", *here, f"the model is asked with {text.unasked!r}, the answer begins without")
+        if text.other_end:
+            behind = f"{text.other_end} stands behind an earlier answer, another token behind the last"
+            problems.add("ended_otherwise", *here, f"{behind}: learned to its text's end")
         if text.open_end:
             problems.add("no_end_of_turn", *here, "no control token ends its answers: a model learns no end from it")
         if length > max_length:
