@@ -85,6 +85,10 @@ class Renderer:
                     calls = [bool(turns[j].get("tool_calls")) for j in (i, last)]
                     end, other = self._end(text, end, ends, calls=calls, i=i)
                     rendered.other_end = rendered.other_end or other
+                    later = (spans[0][0] for each, spans in zip(texts, where, strict=True) if each.turn > i)
+                    if end > min(later, default=end):  # a tool's result would be learned
+                        what = f"behind turn {i + 1} no end of turn stands before the next turn"
+                        raise Misfit("answer_not_found", f"answers end differently: {what}")
                 rendered.answers.append((begin, max(end, begin)))
                 rendered.unasked = rendered.unasked or unasked
         return rendered
