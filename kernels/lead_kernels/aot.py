@@ -6,10 +6,15 @@ Each module of the package that launches kernels lists its configurations in `bu
 at run time: with pointers and sizes that are multiples of 16, which allows vector loads and asynchronous copies, and with none that is,
 except where the type in the signature ends in ":16" (as for triton.tools.compile): what the launch makes sure of.
 
-Fails (exit status 1, the lines repeated at the end) where a kernel does not compile, spills registers, or needs more shared memory than
-the target gives one program. What counts as a spill: on NVIDIA the bytes of spill stores and loads that ptxas itself reports; a stack
-frame alone is none (libdevice's float64 sine has one of 40 bytes and spills nothing). On AMD spilled vector registers, scalar ones,
-which go to lanes of vector registers, and bytes of scratch memory.
+Fails (exit status 1, the lines repeated at the end) where a kernel does not compile, spills registers, needs more shared
+memory than the target gives one program, or has more instructions an element than it may. What counts as a spill: on
+NVIDIA the bytes of spill stores and loads that ptxas itself reports; a stack frame alone is none (libdevice's float64
+sine has one of 40 bytes and spills nothing). On AMD spilled vector registers, scalar ones, which go to lanes of vector
+registers, and bytes of scratch memory.
+
+Instructions an element ("instr"): those of a kernel's innermost loops on an NVIDIA GPU, disassembled, over the elements
+that a thread takes in one turn of them; for kernels that state how many these are. A warp's scheduler issues one
+instruction a clock: this says whether a kernel waits for memory. For sm_90, aligned, there may be a limit.
 """
 from __future__ import annotations
 
@@ -21,6 +26,7 @@ import multiprocessing
 import os
 import pkgutil
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 import lead_kernels
 from lead_kernels.backend import KernelBuild, warps
@@ -70,6 +77,8 @@ class Usage:
     tensor_memory: int
     matrix: str
     """The matrix instruction in the code, "-" without one."""
+    instructions: float | None = None
+    """Of the innermost loops, an element; None: not counted."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +95,12 @@ class Result:
         if self.usage is None:
             return f"{head}  {self.error}"
         u, limit = self.usage, TARGETS[self.target].shared_limit
-        return f"{head} {u.registers:>9} {u.spills:>6} {u.stack:>5} {u.shared:>7} / {limit:<6} {u.matrix:<11} {self.error or ''}".rstrip()
+        instructions = "-" if u.instructions is None else f"{u.instructions:.1f}"
+        counts = f"{u.registers:>9} {u.spills:>6} {u.stack:>5} {u.shared:>7} / {limit:<6} {instructions:>5}"
+        return f"{head} {counts} {u.matrix:<11} {self.error or ''}".rstrip()
 
 
-HEADER = f"{'kernel':<58} {'target':<7} align warps registers spills stack {'shared':>7} / limit  matrix"
+HEADER = f"{'kernel':<58} {'target':<7} align warps registers spills stack {'shared':>7} / limit  instr matrix"
 
 
 def all_builds() -> list[KernelBuild]:
@@ -149,11 +160,40 @@ def _compile(build: KernelBuild, target: Target, aligned: bool) -> Usage:
     code = kernel.asm["ptx"] if target.backend == "cuda" else kernel.asm["amdgcn"]
     registers, spills, stack = _usage_on_cuda(log.getvalue()) if target.backend == "cuda" else _usage_on_hip(code)
     matrix = next((name for name in MATRIX_INSTRUCTIONS if name in code), "-")
-    return Usage(registers, spills, stack, kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0, matrix)
+    instructions = None
+    if build.columns and target.backend == "cuda":
+        loops = innermost_loops(_disassembled(kernel.asm["cubin"]))
+        instructions = sum(map(len, loops)) * build.threads / build.columns
+    tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
+    return Usage(registers, spills, stack, kernel.metadata.shared, tensor_memory, matrix, instructions)
 
 
-def _fault(usage: Usage, target: Target) -> str | None:
+def _disassembled(cubin: bytes) -> str:
+    """SASS, by the disassembler that Triton ships."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def innermost_loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop that holds no other: from the target of a branch backwards to the branch."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    code = [(int(address, 16), text) for address, text in lines if not text.startswith("NOP")]
+    jumps = [(int(target[1], 16), at) for at, text in code if (target := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
+    loops = [(first, last) for first, last in jumps if first < last]
+    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    return [[text for at, text in code if first <= at <= last] for first, last in inner]
+
+
+def _fault(usage: Usage, target: Target, most: float = float("inf")) -> str | None:
+    """`most`: the limit of instructions an element."""
     faults = []
+    if usage.instructions is not None and usage.instructions > most:
+        faults.append(f"MORE THAN {most:g} INSTRUCTIONS AN ELEMENT ({usage.instructions:.1f})")
     if usage.spills:
         faults.append(f"SPILLS {usage.spills}")
     if usage.shared > target.shared_limit:
@@ -173,7 +213,7 @@ def _task(job: tuple[int, str, bool]) -> Result:
     usage, error = None, None
     try:
         usage = _compile(build, target, aligned)
-        error = _fault(usage, target)
+        error = _fault(usage, target, build.instructions if name == "sm_90" and aligned else float("inf"))
     except Exception as failure:  # whatever the compiler raises is this line's result, and the other kernels are still compiled
         error = f"DOES NOT COMPILE: {type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
     return Result(build.name, name, warps(build.threads, target.wave), aligned, usage, error)

@@ -64,3 +64,8 @@ class KernelBuild:
     threads: int
     stages: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    columns: int = 0
+    """Elements that one turn of each of its hot loops takes; 0: not counted."""
+    instructions: float = float("inf")
+    """The most instructions an element that its hot loops may have together, counted for sm_90 with all arguments
+    aligned."""

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 KERNELS = '''
 import sys
+from dataclasses import replace
 import triton
 import triton.language as tl
 from lead_kernels import aot
@@ -43,15 +44,24 @@ def stacking(a_ptr):
     i = a_ptr + tl.arange(0, 128)
     tl.store(i, tl.extra.cuda.libdevice.sin(tl.load(i)))
 
+@triton.jit
+def looping(a_ptr, num_turns, SIDE: tl.constexpr):
+    for turn in range(num_turns):
+        i = a_ptr + turn * SIDE + tl.arange(0, SIDE)
+        tl.store(i, tl.exp(tl.load(i)))
+
 def build(kernel, types, threads, stages=1, **constants):
     return KernelBuild(kernel.fn.__name__, kernel, types | dict.fromkeys(constants, "constexpr"), constants, threads, stages)
 
 pair, half = {"a_ptr": "*fp32:16", "out_ptr": "*fp32:16"}, {"a_ptr": "*fp16:16", "out_ptr": "*fp32:16", "num_tiles": "i32:16"}
+loop = replace(build(looping, {"a_ptr": "*fp32:16", "num_turns": "i32"}, 128, SIDE=512), columns=512)
 case, target = sys.argv[1:]
 build = {
     "spilling": build(spilling, pair, 64, SIDE=32768 if target == "gfx942" else 16384),
     "sharing": build(sharing, half, 128, 6 if target == "gfx942" else 17, SIDE=64),
     "wrong": build(wrong, {"a_ptr": "*fp32"}, 128),
+    "looping": replace(loop, instructions=4.0),
+    "few": replace(loop, instructions=40.0),
     "stacking": build(stacking, {"a_ptr": "*fp64:16"}, 128),
 }[case]
 sys.exit(aot.report([build], [target]))
@@ -86,6 +96,7 @@ def test_every_kernel_compiles_without_a_spill(tmp_path: Path, target: str) -> N
         ("sharing", "sm_90", "TOO MUCH SHARED MEMORY", 1),
         ("sharing", "gfx942", "TOO MUCH SHARED MEMORY", 1),
         ("wrong", "sm_90", "power of 2", 2),  # aligned and not
+        ("looping", "sm_90", "MORE THAN 4 INSTRUCTIONS AN ELEMENT", 1),
     ],
 )
 def test_a_kernel_that_runs_badly_fails_the_report(tmp_path: Path, case: str, target: str, message: str, faults: int) -> None:
@@ -95,6 +106,14 @@ def test_a_kernel_that_runs_badly_fails_the_report(tmp_path: Path, case: str, ta
     lines = [line for line in report.stdout.splitlines() if line.startswith("FAULT")]
     assert len(lines) == faults
     assert all(message in line for line in lines)
+
+
+def test_instructions_an_element_are_counted(tmp_path: Path) -> None:
+    """Within the limit, and at least what each element needs: its exponential and a product."""
+    (tmp_path / "kernels_to_judge.py").write_text(KERNELS)
+    report = run("kernels_to_judge.py", "few", "sm_90", cwd=tmp_path)
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert 2.0 < float(report.stdout.splitlines()[1].split()[9]) < 40.0
 
 
 def test_a_stack_frame_is_no_spill(tmp_path: Path) -> None:
