@@ -8,10 +8,12 @@ Inputs are bf16: hidden [T, H], weight [V, H]. The algorithm counted is that of 
     row pass  losses; g over z      reads z twice, the second time from L2 if the rows being worked on fit in it; writes g in bf16
     dh        g W                   reads g, W; writes dh
     dW        += g^T h in fp32      reads g, h; reads (but in the first chunk) and writes [V, H]
+                                    (in bf16 where there is one chunk)
 
-and once, in the backward pass, dh and dW times the upstream gradient, dW from fp32 to bf16. Each operand is counted once, to which a
-product whose tiles are well ordered comes close. A part takes at least the larger of FLOPs / rate and bytes / bandwidth; parts follow each
-other, so their floors add up. "No overlap" adds the two terms instead, a product that waits for its operands: small chunks lose there.
+and once, in the backward pass, dh and dW times the upstream gradient, dW from fp32, or of one chunk bf16, to bf16.
+Each operand is counted once, to which a product whose tiles are well ordered comes close. A part takes at least the
+larger of FLOPs / rate and bytes / bandwidth; parts follow each other, so their floors add up. "No overlap" adds the two
+terms instead, a product that waits for its operands: small chunks lose there.
 
 The row pass also takes two exponentials an element: 132 SMs x 16 a clock at 1.98 GHz make 4.2e12 a second, 0.48 ps an element against
 0.93 ps for 4 bytes at 4.3 TB/s. Memory decides.
@@ -45,9 +47,14 @@ SHAPES = tuple(
 CHUNK_ROWS = (1024, 2048, 4096, 8192)
 
 
-def default_rows(vocabulary: int, logit_bytes: int) -> int:
-    """The most rows that the operator puts into a chunk on a GPU unless told otherwise: 1 GiB of logits, and at least 2048 rows."""
-    return max(2048, 2**30 // (logit_bytes * vocabulary))
+MEMORY = 150e9
+"""Bytes of an H200's memory."""
+
+
+def default_rows(vocabulary: int, logit_bytes: int, memory: float = MEMORY) -> int:
+    """The most rows that the operator puts into a chunk on a GPU unless told otherwise: 1/32 of its memory within 1 and
+    4 GiB, and at least 2048 rows."""
+    return max(2048, int(min(2**32, max(2**30, memory // 32))) // (logit_bytes * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,10 @@ def chunk_sizes(rows: int, most: int) -> list[int]:
 
 
 def chunk_parts(
-    shape: Shape, rows: int, logit_bytes: int, products: int = 3, first: bool = False, machine: Machine | None = None
-) -> list[Part]:
-    """The parts of one chunk of `rows` rows."""
+    shape: Shape, rows: int, logit_bytes: int, products: int = 3, first: bool = False, machine: Machine | None = None,
+    only: bool = False,
+) -> list[Part]:  # fmt: skip
+    """The parts of one chunk of `rows` rows; `only`: there is no other."""
     _, hidden, vocabulary = shape
     reads = 1 if (machine or Machine()).holds_rows(vocabulary, logit_bytes) or products == 1 else 2
     matmul, block, weight, states = 2 * rows * hidden * vocabulary, rows * vocabulary, vocabulary * hidden, rows * hidden
@@ -102,7 +110,7 @@ def chunk_parts(
         Part("logits", matmul, 2 * states + 2 * weight + logit_bytes * block),
         Part("row pass", 0, reads * logit_bytes * block + (2 * block if products > 1 else 0)),
         Part("dh", matmul, 2 * block + 2 * weight + 2 * states),
-        Part("dW", matmul, 2 * block + 2 * states + (4 if first else 8) * weight),
+        Part("dW", matmul, 2 * block + 2 * states + (2 if only else 4 if first else 8) * weight),
     ]
     return parts[: 2 if products == 1 else products + 1]
 
@@ -120,11 +128,12 @@ def all_parts(shape: Shape, chunk_rows: int, logit_bytes: int, products: int = 3
     """Each part over the chunks, and last the scaling by the upstream gradient."""
     machine = machine or Machine()
     sizes = chunk_sizes(shape.rows, chunk_rows)
-    chunks = [chunk_parts(shape, rows, logit_bytes, products, i == 0, machine) for i, rows in enumerate(sizes)]
+    only = len(sizes) == 1
+    chunks = [chunk_parts(shape, n, logit_bytes, products, i == 0, machine, only) for i, n in enumerate(sizes)]
     parts = [list(same) for same in zip(*chunks, strict=True)]
     if products > 1:
         weight, states = shape.vocabulary * shape.hidden, shape.rows * shape.hidden
-        parts.append([Part("scaling", 0, 4 * states + (6 * weight if products == 3 else 0))])
+        parts.append([Part("scaling", 0, 4 * states + ((4 if only else 6) * weight if products == 3 else 0))])
     return [
         Sum(same[0].name, sum(p.bytes for p in same), sum(p.seconds(machine) for p in same), sum(p.seconds_in_turn(machine) for p in same))
         for same in parts
@@ -146,9 +155,12 @@ def chunk_memory(shape: Shape, chunk_rows: int, logit_bytes: int) -> int:
 
 
 def our_memory(shape: Shape, chunk_rows: int, logit_bytes: int) -> int:
-    """Bytes beyond hidden and weight at the peak: dh, dW in fp32 and the chunk; or, in the backward pass, both gradients also scaled."""
+    """Bytes beyond hidden and weight at the peak: dh, dW (fp32; of one chunk bf16) and the chunk; or, in the backward
+    pass, both gradients also scaled."""
     weight, states = shape.vocabulary * shape.hidden, shape.rows * shape.hidden
-    return max(4 * weight + 2 * states + chunk_memory(shape, chunk_rows, logit_bytes), 6 * weight + 4 * states)
+    size = 2 if chunk_rows >= shape.rows else 4
+    chunk = chunk_memory(shape, chunk_rows, logit_bytes)
+    return max(size * weight + 2 * states + chunk, (size + 2) * weight + 4 * states)
 
 
 def allowed_memory(shape: Shape, chunk_rows: int, logit_bytes: int) -> int:

@@ -6,6 +6,7 @@ A chunk is one product (logits), the row pass over it, and a product for each gr
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +30,13 @@ from lead_kernels.row_pass import in_place_view, padded, row_pass
 from lead_kernels.row_pass_host import split
 
 CHUNK_BYTES_CPU = 64 * 2**20
-CHUNK_BYTES_DEVICE = 2**30
+CHUNK_BYTES_DEVICE = (2**30, 4 * 2**30)
+"""Least and most; between them 1/32 of the device's memory, of all of it: what is free depends on what else runs, and
+results would with it. 5,000 rows of 128k logits in bf16 are one chunk on 80 GB, 16,384 on an H200. One chunk needs no
+weight gradient in fp32."""
+DEVICE_BUFFER_ROWS = 256
+"""A GPU's buffers of logits are rounded up to as many rows, so that calls of about one size find the same memory
+again."""
 CPU_CHUNK_ROWS = 1024
 """More rows do not make the products faster on a CPU."""
 DEVICE_CHUNK_ROWS = 2048
@@ -114,6 +121,18 @@ def two_gradients(loss: RowLoss, wanted: Wanted) -> bool:
     return wanted.any and wanted.nll_hidden and not loss.plain
 
 
+@functools.cache
+def _total_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory; 0 where there is none to ask, as for fake tensors."""
+    available = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).total_memory if available else 0
+
+
+def _device_budget(device: torch.device) -> int:
+    least, most = CHUNK_BYTES_DEVICE
+    return min(most, max(least, _total_memory(device) // 32))
+
+
 def chunk_rows(
     chunk_bytes: int | None, vocabulary: int, logits_dtype: torch.dtype, device: torch.device, two_blocks: bool,
     narrows: bool = False,
@@ -123,15 +142,18 @@ def chunk_rows(
     on_cpu = device.type == "cpu"
     size = max(4, logits_dtype.itemsize) if on_cpu else logits_dtype.itemsize
     row_bytes = size * vocabulary * (2 if two_blocks else 1) + (2 * vocabulary if on_cpu and narrows else 0)
-    rows = max(1, (chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES_DEVICE)) // row_bytes)
+    rows = max(1, (chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else _device_budget(device))) // row_bytes)
     if on_cpu:
         return min(rows, CPU_CHUNK_ROWS)
     return rows if chunk_bytes else max(rows, DEVICE_CHUNK_ROWS)
 
 
-def narrow_sums(rows: int, most_rows: int, device: torch.device) -> bool:
-    """Whether the parameters' gradients stay in the parameters' dtype: where a single product, already rounded, is all there is to add."""
-    return device.type == "cpu" and rows <= most_rows
+def narrow_sums(rows: int, most_rows: int, dtype: torch.dtype) -> bool:
+    """Whether the parameters' gradients stay in the parameters' dtype: where a single product is all there is to add.
+
+    Not in fp16, whose range a sum over rows may leave before it is scaled by 1 / rows.
+    """
+    return rows <= most_rows and dtype != torch.float16
 
 
 class _Sum:
@@ -173,6 +195,8 @@ class _Pass:
         narrows = logits_dtype != hidden_TH.dtype
         self.gaps = kernels and narrows
         if kernels:
+            step = min(DEVICE_BUFFER_ROWS, max(most_rows, 1))
+            largest = min(-(-largest // step) * step, max(most_rows, largest))
             self.z = hidden_TH.new_empty(largest, padded(vocabulary), dtype=logits_dtype)[:, :vocabulary]
             self.g = in_place_view(self.z, hidden_TH.dtype)
             self.nll_g = hidden_TH.new_empty(largest, self.g.stride(0))[:, :vocabulary] if two else None
@@ -190,7 +214,7 @@ class _Pass:
         self.loss_grad_TH = torch.empty_like(hidden_TH) if needs_loss_grad else None
         self.nll_grad_TH = self.loss_grad_TH if loss.plain else torch.empty_like(hidden_TH) if wanted.nll_hidden else None
         lora = head.lora
-        narrow = narrow_sums(rows if full_rows is None else full_rows, most_rows, hidden_TH.device)
+        narrow = narrow_sums(rows if full_rows is None else full_rows, most_rows, hidden_TH.dtype)
         self.dweight, self.dbias, self.da, self.db = (
             _Sum(parameter, narrow) if asked and parameter is not None else None
             for asked, parameter in (

@@ -143,7 +143,7 @@ token_nll, sample_nll and row_loss too."""
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     call = HeadCall(*arguments)
     hidden, sums, samples, rows = call.hidden, wide(call.hidden.dtype), call.num_samples, call.hidden.shape[0]
-    narrow = narrow_sums(rows, call.most_rows, hidden.device)
+    narrow = narrow_sums(rows, call.most_rows, hidden.dtype)
 
     def new(*shape: int, dtype: torch.dtype = sums) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)

@@ -56,6 +56,8 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _next_targets(targets: Tensor, sample_ids: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
     """Each row's target is the next one along the last dimension; `ignore_index` at its end and at a sample's."""
+    if targets.shape[-1] == 0:
+        return targets
     moved = torch.nn.functional.pad(targets[..., 1:], (0, 1), value=ignore_index)
     if sample_ids is not None:
         inner = sample_ids[..., 1:] == sample_ids[..., :-1]
@@ -132,8 +134,9 @@ def linear_cross_entropy(
     differs from the loss's gradient (smoothing, z-loss, class weights), one more V x H product and a second block of
     logits.
 
-    Memory beside inputs and gradients: one chunk of logits of at most `chunk_bytes` (by default 64 MiB on a CPU; 1
-    GiB, and at least 2048 rows, on a GPU), and, with several chunks, the weight's gradient in fp32. logits_dtype: by
+    Memory beside inputs and gradients: one chunk of logits of at most `chunk_bytes` (by default 64 MiB on a CPU; on
+    a GPU 1/32 of its memory within 1 and 4 GiB, and at least 2048 rows), and, with several chunks or in fp16, the
+    weight's gradient in fp32. logits_dtype: by
     default the inputs', as in unfused PyTorch; torch.float32 keeps the products' accumulator, at twice the bytes.
 
     Ignored rows are left out of the products. On a GPU their number is read from the device, unless max_rows, the most

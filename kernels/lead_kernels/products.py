@@ -50,7 +50,10 @@ def thin_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, as far as the library lets it: on a CPU a bf16 product is rounded first."""
+    """a @ b in fp32, as far as the library lets it: on a CPU a bf16 product is rounded first; one in fp16 might be
+    infinite then, so that copies in fp32 are multiplied."""
+    if a.dtype == torch.float16:
+        return exact_product(a, b)
     if a.dtype in HALVES and a.device.type != "cpu":
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).to(wide(a.dtype))
@@ -79,7 +82,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif a.device.type == "cpu":
         for block in row_blocks(total):
-            total[block].add_(torch.mm(a[block], b))
+            total[block].add_(exact_product(a[block], b) if a.dtype == torch.float16 else torch.mm(a[block], b))
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 

@@ -19,6 +19,7 @@ from head_counts import (
     product_flops,
 )
 
+from lead_kernels import head_chunks
 from lead_kernels.head_chunks import chunk_rows
 
 SMALL = Shape(4, 3, 10)
@@ -77,7 +78,9 @@ def test_published_sizes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_default_chunks_are_the_operator_s(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("memory", [24e9, 85e9, 150e9])
+def test_default_chunks_are_the_operator_s(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, memory: float) -> None:
+    monkeypatch.setattr(head_chunks, "_total_memory", lambda device: int(memory))
     for vocabulary in (32_000, *(shape.vocabulary for shape in SHAPES)):
         theirs = chunk_rows(None, vocabulary, dtype, torch.device("cuda"), False)
-        assert default_rows(vocabulary, dtype.itemsize) == theirs
+        assert default_rows(vocabulary, dtype.itemsize, memory) == theirs

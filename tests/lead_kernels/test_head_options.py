@@ -140,6 +140,14 @@ def test_shift_is_the_causal_loss_of_hugging_face(form: str, reduction: str) -> 
     assert bool((out.token_nll[:, -1] == 0).all())
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_shift_of_nothing(shape: tuple[int, ...]) -> None:
+    hidden, weight = torch.zeros(*shape, H, requires_grad=True), torch.zeros(V, H, requires_grad=True)
+    out = linear_cross_entropy(hidden, weight, torch.zeros(shape, dtype=torch.int64), shift=True, **RETURNED)
+    out.loss.backward()
+    assert (float(out.loss), float(weight.grad.abs().sum()), out.lse.shape) == (0.0, 0.0, shape)
+
+
 def test_shift_stays_within_packed_samples(form: str) -> None:
     case = make_case()
     cu = torch.tensor([0, 7, 7, 19, 24], dtype=torch.int32)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lead_kernels import gradient_signature, linear_cross_entropy
+from lead_kernels import gradient_signature, head_chunks, linear_cross_entropy
 from lead_kernels.head_chunks import chunk_rows
 from lead_kernels.row_pass_host import split
 
@@ -156,6 +156,16 @@ def test_weight_gradient_is_added_up_in_fp32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(weight.grad[1:].double(), torch.full((7, 4), 75.0).double(), rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 4096])
+def test_fp16_sums_may_leave_its_range_before_they_are_scaled(form: str, chunk_bytes: int | None) -> None:
+    """-0.75 x 1000 rows x 100 is beyond 65504; the mean's gradient is -75."""
+    weight = torch.zeros(4, 2, dtype=torch.float16, requires_grad=True)
+    hidden, targets = torch.full((1000, 2), 100.0, dtype=torch.float16), torch.zeros(1000, dtype=torch.int64)
+    linear_cross_entropy(hidden, weight, targets, chunk_bytes=chunk_bytes).loss.backward()
+    expected = torch.tensor([-75.0, 25.0, 25.0, 25.0])[:, None].expand(4, 2)
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=2**-9, atol=0)
+
+
 def test_upstream_gradient_is_not_rounded_before_it_scales() -> None:
     """A loss scale or a 1/denominator has more digits than bf16: it must enter in fp32."""
     hidden, weight, targets, _ = case(torch.bfloat16)
@@ -188,8 +198,11 @@ def test_no_intermediate_is_larger_than_a_chunk(recorder: Callable, form: str, d
     assert record.largest >= rows * vocabulary * hidden.element_size()  # the recorder does see a [T, V] tensor
 
 
-def test_chunk_rows_follow_the_budget() -> None:
+def test_chunk_rows_follow_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(head_chunks, "_total_memory", lambda device: 80 * 2**30)
+    assert chunk_rows(None, 128_256, torch.bfloat16, gpu, False) >= 5000
+    monkeypatch.setattr(head_chunks, "_total_memory", lambda device: 0)  # no GPU at hand
     assert chunk_rows(64 * 2**20, 32_000, torch.float32, gpu, False) == 524
     assert chunk_rows(512 * 2**20, 131_072, torch.bfloat16, gpu, False) == 2048
     assert chunk_rows(512 * 2**20, 131_072, torch.bfloat16, gpu, True) == 1024
