@@ -67,7 +67,7 @@ def _add_block(
     e = tl.exp2(below)
     if entropy_ptr is not None:
         terms = tl.where(e > 0.0, e * below, 0.0)
-        moment = (moment + s * rescale) * tl.exp2(rescale) + tl.sum(terms, 1)
+        moment = (moment + tl.where(s > 0.0, s * rescale, 0.0)) * tl.exp2(rescale) + tl.sum(terms, 1)
     s = s * tl.exp2(rescale) + tl.sum(e, 1)
     if SMOOTHING != 0.0:
         if MASKED:
@@ -171,7 +171,7 @@ def _row_pass_kernel(
     unit = tl.full((), FOLDED * 1.4426950408889634, ACC)
     folded = tl.full((), FOLDED, ACC)
     whole = vocabulary // BLOCK * BLOCK
-    m = tl.full((BLOCK // 8,), -3.0e38, ACC)  # finite, so that logits of -inf give 2^-inf = 0 and never inf - inf
+    m = tl.full((BLOCK // 8,), -3.0e38, ACC)  # finite, so that logits of -inf give 2^-inf and never inf - inf
     s = tl.zeros((BLOCK // 8,), ACC)
     total = tl.zeros((BLOCK // 8,), ACC)
     moment = tl.zeros((BLOCK // 8,), ACC)  # sum of e^d log2(e^d), d = z - m
@@ -192,7 +192,7 @@ def _row_pass_kernel(
         tl.store(predicted_ptr + row, tl.minimum(predicted, vocabulary - 1).to(tl.int64))
     rescale = (m - top) * unit
     if entropy_ptr is not None:
-        moment = tl.sum((moment + s * rescale) * tl.exp2(rescale), 0)
+        moment = tl.sum((moment + tl.where(s > 0.0, s * rescale, 0.0)) * tl.exp2(rescale), 0)
     s = tl.sum(s * tl.exp2(rescale), 0)
 
     z_target = tl.load(z_row + target).to(ACC)
@@ -269,7 +269,7 @@ def _folded(softcap: float | None, scale: float) -> tuple[float, float]:
 
 
 def _launch_shape(vocabulary: int, simple: bool) -> tuple[int, int]:
-    """(BLOCK, threads): up to 1024 threads with 16 elements each; 512 with 8 where options need their registers.
+    """(BLOCK, threads): up to 1024 threads with 16 elements each; 512 with 8 where options, or fp32 logits, need registers.
 
     In bf16 the simple kernel takes 32 registers (`python -m lead_kernels.aot`): two programs run on an SM of an H200, one of which computes
     while the other waits at the end of a sweep, and together they have 64 KiB of logits in flight, twice what 4.3 TB/s take at a
@@ -294,7 +294,8 @@ def _by_kernel(
     extras = (
         columns.bias_V, loss.softcap, nll_gradient_CV, rows.nll_weight_C, rows.entropy_C, rows.predicted_C,
     )  # fmt: skip
-    block, threads = _launch_shape(vocabulary, loss.plain and all(x is None for x in extras))
+    narrow = z_CV.element_size() == 2  # fp32 logits take as many bytes in half of the columns
+    block, threads = _launch_shape(vocabulary, narrow and loss.plain and all(x is None for x in extras))
     gradients = [g for g in (gradient_CV, nll_gradient_CV) if g is not None]
     narrows = any(g.element_size() < z_CV.element_size() and g.data_ptr() == z_CV.data_ptr() for g in gradients)
     scale, folded = _folded(loss.softcap, loss.logit_scale)
@@ -346,7 +347,8 @@ def builds() -> list[KernelBuild]:
 
 def _build(logits: str, gradient: str, vocabulary: int, mode: str) -> KernelBuild:
     everything = mode == "everything"
-    block, threads = _launch_shape(vocabulary, mode in ("loss", "gradient"))
+    simple = mode in ("loss", "gradient") and logits != "fp32"
+    block, threads = _launch_shape(vocabulary, simple)
     pointers = {"z_ptr": f"*{logits}:16", "target_ptr": "*i64", "nll_ptr": "*fp32"}
     if mode != "loss":
         pointers["gradient_ptr"] = f"*{gradient}:16"
@@ -372,5 +374,5 @@ def _build(logits: str, gradient: str, vocabulary: int, mode: str) -> KernelBuil
     signature = {name: signature[name] for name in _row_pass_kernel.arg_names}
     size = f"{block}{' V=1' if vocabulary == 1 else ''}"
     name = f"row_pass {logits}{'' if logits == gradient else '->' + gradient} {mode} {size}"
-    most = MOST_INSTRUCTIONS.get(mode, float("inf"))
+    most = MOST_INSTRUCTIONS[mode] if simple else float("inf")
     return KernelBuild(name, _row_pass_kernel, signature, constants, threads, columns=block, instructions=most)

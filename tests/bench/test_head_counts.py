@@ -49,13 +49,16 @@ def test_time_is_the_sum_of_the_parts_larger_terms() -> None:
     assert parts["dW"].seconds == pytest.approx(17.2 + 29.2)
     assert parts["scaling"].seconds == pytest.approx((4 * 12 + 6 * 30) / 10)
     assert expected_seconds(SMALL, 2, 2, machine=TIGHT) == pytest.approx(22.4 + 24.0 + 22.4 + 46.4 + 22.8)
+    whole = {part.name: part for part in all_parts(SMALL, 4, 2, machine=TIGHT)}
+    assert (whole["dW"].bytes, whole["scaling"].bytes) == (80 + 24 + 60, 4 * 12 + 4 * 30), "one chunk: dW in bf16"
     slow = Machine(flops=1.0, bandwidth=1000.0)
     assert all_parts(SMALL, 2, 2, machine=slow)[0].seconds == pytest.approx(240), "arithmetic decides"
 
 
 def test_memory_counted_by_hand() -> None:
     assert our_memory(SMALL, 2, 2) == max(4 * 30 + 2 * 12 + 40, 6 * 30 + 4 * 12)
-    assert our_memory(Shape(4, 3, 1000), 4, 4) == 4 * 3000 + 2 * 12 + 16000
+    assert our_memory(Shape(4, 3, 1000), 2, 4) == 4 * 3000 + 2 * 12 + 8000
+    assert our_memory(Shape(4, 3, 1000), 4, 4) == 2 * 3000 + 2 * 12 + 16000, "one chunk: dW in bf16"
     assert allowed_memory(SMALL, 2, 2) == 2 * (12 + 30) + 2 * (12 + 30) + 40
     assert naive_memory(SMALL) == 12 * 40
 

@@ -113,7 +113,7 @@ def test_instructions_an_element_are_counted(tmp_path: Path) -> None:
     (tmp_path / "kernels_to_judge.py").write_text(KERNELS)
     report = run("kernels_to_judge.py", "few", "sm_90", cwd=tmp_path)
     assert report.returncode == 0, report.stdout + report.stderr
-    assert 2.0 < float(report.stdout.splitlines()[1].split()[9]) < 40.0
+    assert 2.0 < float(report.stdout.splitlines()[1].split()[10]) < 40.0
 
 
 def test_a_stack_frame_is_no_spill(tmp_path: Path) -> None:

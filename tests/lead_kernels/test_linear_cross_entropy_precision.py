@@ -157,7 +157,7 @@ def test_weight_gradient_is_added_up_in_fp32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("chunk_bytes", [None, 4096])
-def test_fp16_sums_may_leave_its_range_before_they_are_scaled(form: str, chunk_bytes: int | None) -> None:
+def test_fp16_sums_may_leave_its_range_before_they_are_scaled(chunk_bytes: int | None) -> None:
     """-0.75 x 1000 rows x 100 is beyond 65504; the mean's gradient is -75."""
     weight = torch.zeros(4, 2, dtype=torch.float16, requires_grad=True)
     hidden, targets = torch.full((1000, 2), 100.0, dtype=torch.float16), torch.zeros(1000, dtype=torch.int64)
