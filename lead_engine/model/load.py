@@ -75,7 +75,7 @@ def build_model(
         elif lora is not None and lora.rank:
             adapter.inject(hf, adapter.new_config(lora), head=lora.head)
     if nf4.was_trained_on(adapter_folder) or (lora is not None and lora.quantize == "nf4"):
-        nf4.quantize_blocks(hf, sharded=mesh is not None)
+        nf4.quantize_blocks(hf, sharded=mesh is not None and (mesh.size() > 1 or runtime.offload))
     hf.tie_weights()  # the move to the meta device parted shared parameters
     settle_rope(hf.get_decoder(), max_length)
     model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=(runtime.head_chunk_mib << 20) or None)

@@ -146,7 +146,10 @@ def quantize_blocks(model: PreTrainedModel, *, sharded: bool) -> None:
     quantised.
     """
     if sharded and torch.__version__ < (2, 12):
-        raise UserError(f"{FLAG}: FSDP shards integers from torch 2.12 on, and this is {torch.__version__}; pip install 'torch>=2.12'")
+        raise UserError(
+            f"{FLAG}: FSDP shards and offloads integers from torch 2.12 on, and this is {torch.__version__}; "
+            "train on one rank without --runtime.offload, or pip install 'torch>=2.12'"
+        )
     for name, layer in _linear_layers(model):
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, NF4Linear(layer.out_features, layer.in_features, layer.bias))

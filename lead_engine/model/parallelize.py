@@ -57,9 +57,12 @@ def shard(model: PackedLM, mesh: DeviceMesh, dtype: torch.dtype, *, offload: boo
     place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     head = [model.decoder.embed_tokens, model.head] if model.tied else model.head
     units = [*model.decoder.layers, head, model]
+    # Before torch 2.12 FSDP takes no integers. On one rank there is nothing to shard, so 4-bit weights can stay out of it.
+    integers = {p for p in model.parameters() if not p.is_floating_point()} if torch.__version__ < (2, 12) else None
     for unit in units:
         # The head's backward follows its forward at once, so freeing its weight in between would only gather it again.
-        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=unit is not head)
+        wanted = {"mp_policy": policy, "offload_policy": place, "ignored_params": integers}
+        fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not head, **wanted)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses carry the global 1 / response tokens already: gradients are summed over ranks, never averaged.

@@ -22,7 +22,9 @@ from lead_engine.model.load import build_model, count_parameters, load_hf
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
 from lead_engine.training.distributed import process_group
+from needs import BITSANDBYTES, SHARDED_INTEGERS
 
+pytestmark = BITSANDBYTES
 CPU = torch.device("cpu")
 # Rows that three ranks do not divide; more than one block of scales in a weight; biases.
 SHAPE = {
@@ -35,8 +37,8 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def build(folder: Path, **options) -> PackedLM:
-    return build_model(folder, device=CPU, runtime=RuntimeConfig(precision="fp32"), max_length=64, **options)
+def build(folder: Path, runtime: RuntimeConfig | None = None, **options) -> PackedLM:
+    return build_model(folder, device=CPU, runtime=runtime or RuntimeConfig(precision="fp32"), max_length=64, **options)
 
 
 def load_4bit(folder: Path):
@@ -177,6 +179,7 @@ def test_what_is_frozen_is_stored_as_it_is_computed_with(make_model, make_pool, 
         assert torch.equal(our_losses(model, store), our_losses(wide, store))
 
 
+@SHARDED_INTEGERS
 def test_trained_run_is_the_same_everywhere(make_model, make_pool, run_ranks, run_cli, tmp_path: Path) -> None:
     """With DoRA and dropout: 1 and 3 ranks; transformers with peft; eval; merge. And rounding the base did matter."""
     base, pool = make_model("llama", **SHAPE), make_pool(samples=180)
@@ -229,8 +232,11 @@ def test_what_cannot_be_quantised_is_refused(make_model, make_pool, run_ranks, m
     with monkeypatch.context() as older:
         older.setattr(torch, "__version__", TorchVersion("2.11.1+cpu"))
         build(make_model("llama", **SHAPE), lora=lora)
-        with pytest.raises(UserError, match=r"--lora\.quantize nf4: FSDP shards integers from torch 2\.12 on"), process_group() as ranks:
-            build(make_model("llama", **SHAPE), lora=lora, mesh=ranks.mesh)
+        with process_group() as ranks:
+            build(make_model("llama", **SHAPE), lora=lora, mesh=ranks.mesh)  # on one rank nothing is sharded
+            offload = RuntimeConfig(precision="fp32", offload=True)
+            with pytest.raises(UserError, match=r"--lora\.quantize nf4: FSDP shards and offloads integers from torch 2\.12 on"):
+                build(make_model("llama", **SHAPE), lora=lora, mesh=ranks.mesh, runtime=offload)
     for name in ("bitsandbytes", "bitsandbytes.functional"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"--lora\.quantize nf4: needs bitsandbytes.*pip install"):
