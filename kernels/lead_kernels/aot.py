@@ -14,7 +14,8 @@ registers, and bytes of scratch memory.
 
 Instructions an element ("instr"): those of a kernel's innermost loops on an NVIDIA GPU, disassembled, over the elements
 that a thread takes in one turn of them; for kernels that state how many these are. A warp's scheduler issues one
-instruction a clock: this says whether a kernel waits for memory. For sm_90, aligned, there may be a limit.
+instruction a clock: this says whether a kernel waits for memory. A loop that ptxas unrolled counts every copy. For sm_90,
+aligned, there may be a limit.
 """
 from __future__ import annotations
 
