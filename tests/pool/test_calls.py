@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lead_engine.pool.marks import Misfit
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Message, Record
 from lead_engine.pool.rendering import Renderer
@@ -58,3 +59,10 @@ def test_another_end_behind_an_earlier_answer_is_not_learned(chatml: PreTrainedT
     learned = [index for index, response in zip(sample.ids, sample.response, strict=True) if response]
     assert tokenizer.decode(learned) == "Sun.Rain.<|return|>"
     assert problems.counts() == {"ended_otherwise": 1}
+
+
+def test_a_tools_result_is_never_learned(chatml: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(tokenizer_of(chatml, family("{{ call.function.name + call.function.arguments.city }}")))
+    messages = (QUESTION, CALLING, Message("tool", "Rain."), Message("assistant", "It rains."))
+    with pytest.raises(Misfit, match="no end of turn stands before the next turn"):
+        renderer.record(Record("", "", messages, "pool.jsonl", 1))
