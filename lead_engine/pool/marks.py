@@ -174,13 +174,19 @@ def frames_of(pieces: Sequence[Any]) -> Frames:
     return Frames(first, steps)
 
 
+def fold_hint(when: str = "") -> str:
+    """The way out where a template has no system message, as the end of an error's text."""
+    return f"; {when}{', ' if when else ''}--fold-system puts it before the first question"
+
+
 def find_texts(text: str, frames: Frames, texts: Sequence[Text]) -> list[list[tuple[int, int]]]:
     """Where in `text`, [begin, end) in characters, each of `texts` stands. Raises Misfit for one that does not."""
     rendered = {step.k for step in frames.steps}
     for k, each in enumerate(texts):
         if k not in rendered:
             what = f"{show(each.value)} is not in the text"
-            raise Misfit("template_drops_text", f"the chat template drops {each.name}: {what}")
+            hint = fold_hint() if each.name.endswith("(system)") else ""
+            raise Misfit("template_drops_text", f"the chat template drops {each.name}: {what}{hint}")
     for k, inside, _, _ in frames.steps:
         if inside is not None and inside != texts[k].value and inside not in _spellings(texts[k]):
             raise _changed(texts[k], inside)

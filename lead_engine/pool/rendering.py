@@ -27,6 +27,7 @@ from lead_engine.pool.marks import (
     common_prefix,
     extent,
     find_texts,
+    fold_hint,
     frames_of,
     plain_text,
     show,
@@ -112,7 +113,8 @@ class Renderer:
                     return render(self.tokenizer, spelled, prompt=prompt, tools=tools)
             said = (str(error).strip().splitlines() or [""])[0]
             reason = said if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: {said}"
-            raise Misfit("template_refused", f"the chat template refuses the conversation ({reason})") from None
+            hint = fold_hint("if that is the system message") if any(turn["role"] == "system" for turn in turns) else ""
+            raise Misfit("template_refused", f"the chat template refuses the conversation ({reason}){hint}") from None
         # It wrote an object as Python does: such templates, as those that add it to a text, take the arguments' JSON.
         return self._render(spelled, tools, prompt=prompt)
 

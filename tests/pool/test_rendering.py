@@ -282,6 +282,15 @@ def test_whatever_a_template_raises_is_the_records_problem(chatml: PreTrainedTok
     assert caught.value.kind == "template_refused"
 
 
+def test_who_has_no_system_message_is_told_how_to_fold_it(chatml: PreTrainedTokenizerFast) -> None:
+    asked = (("system", "Be brief."), *QUESTION)
+    drops = "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + drops
+    for template in (drops, refuses):
+        with pytest.raises(Misfit, match="--fold-system"):
+            with_template(chatml, template).record(record_of(asked))
+
+
 @settings(max_examples=20, deadline=None)
 @given(turns=conversations())
 def test_system_messages_are_folded_on_request(chatml: PreTrainedTokenizerFast, turns: Turns) -> None:
