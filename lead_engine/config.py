@@ -192,7 +192,8 @@ class LoraConfig(Options):
     alpha: Annotated[float, Bounds(gt=0)] = 16.0
     """Adapter output is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Layers to adapt: the blocks' linear layers, or ends of names (q_proj v_proj), or a regular expression for whole names."""
+    """Layers to adapt: the blocks' linear layers (the head has --lora.head), ends of names (q_proj v_proj), or one regular
+    expression for whole names."""
     head: bool = False
     """Give the LM head an adapter too."""
     dropout: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
@@ -295,7 +296,7 @@ class TrainConfig(Options):
     eval_data: tuple[PathText, ...] = ()
     """Held-out files, in any form that `prepare` reads: their loss is measured before training and at its end."""
     eval_every: Annotated[int, Bounds(ge=0, zero="only before training and at its end")] = 0
-    """Measure it every so many optimizer steps, too, at a round's end, and keep the best model in OUT/best."""
+    """Measure it every so many optimizer steps, too (0: not in between), at a round's end; keep the best model in OUT/best."""
     patience: Annotated[int, Bounds(ge=0, zero="never stop early")] = 0
     """Stop after so many measurements in a row without a lower held-out loss; 0 never does."""
     skip_bad: bool = False
@@ -389,7 +390,8 @@ class PrepareConfig(Options):
     scoring: Literal["model", "ngram"] = "model"
     """Who judges the samples before training: the model (three passes over the pool), or counts of n-grams (no pass at all)."""
     warmup_share: Annotated[float, Bounds(ge=0, lt=1)] = 0.01
-    """Share of the pool's tokens on which a copy of the model is trained briefly before difficulty is measured."""
+    """Share of the pool's tokens on which a copy of the model is trained briefly before difficulty is measured
+    (with --scoring model)."""
     vocab_size: Annotated[int, Bounds(ge=300, le=2**20, says="at least 300 (256 bytes and the special tokens) and at most 1048576")] = 4096
     """Size of the vocabulary trained for scratch:NAME."""
     skip_bad: bool = False
