@@ -31,7 +31,7 @@ class CountedRows(NamedTuple):
         read."""
         valid_T = targets_T != ignore_index
         before = torch.cat([valid_T.new_zeros(1, dtype=torch.int64), valid_T.cumsum(0)])
-        if not uses_kernels(targets_T):
+        if not uses_kernels(targets_T):  # in host memory: reading waits for no device
             if max_rows is not None and int(before[-1]) > max_rows:
                 raise ValueError(f"max_rows is {max_rows}, but {int(before[-1])} targets count")
             return CountedRows(None if bool(valid_T.all()) else valid_T.nonzero().squeeze(1), valid_T, before)
