@@ -15,6 +15,7 @@ choose the same rows, or the script stops.
 The re-sum reads the whole matrix for every choice, so its time depends on what else uses the machine's caches and memory: at 50,000 answers
 it was 18, 23 and 28 times that of `choose` in three runs on a machine at work. The result kept is the first, with the quickest re-sum.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -96,11 +97,19 @@ def measure(texts: list[str]) -> dict[str, object]:
     summed, summed_whole = up_to_a_minute("re-sum", lambda k: resum(tfidf, quality, k), chosen)
     published, published_whole = up_to_a_minute("as published", lambda k: as_published(tfidf, quality, k), chosen)
     return {
-        "answers": len(texts), "chosen": count, "columns": tfidf.shape[1], "entries": tfidf.nnz, "tfidf_seconds": tfidf_seconds,
+        "answers": len(texts),
+        "chosen": count,
+        "columns": tfidf.shape[1],
+        "entries": tfidf.nnz,
+        "tfidf_seconds": tfidf_seconds,
         "lazy_seconds": lazy,
-        "resum_seconds": summed, "resum_estimated": not summed_whole, "resum_over_lazy": summed / lazy,
-        "published_seconds": published, "published_estimated": not published_whole, "published_over_lazy": published / lazy,
-    }  # fmt: skip
+        "resum_seconds": summed,
+        "resum_estimated": not summed_whole,
+        "resum_over_lazy": summed / lazy,
+        "published_seconds": published,
+        "published_estimated": not published_whole,
+        "published_over_lazy": published / lazy,
+    }
 
 
 def main() -> None:

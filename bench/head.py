@@ -18,6 +18,7 @@ the process's resident high-water mark (/proc/self/clear_refs sets it back), aft
 allocate beside PyTorch. Against the allocations that PyTorch's profiler sees it was equal where tensors are large (1610.6 MB both for the
 naive loss at 4096 x 256 x 32768), and up to 17 MB more at 2048 x 256 x 4096. Linux only.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -136,7 +137,9 @@ class Timer:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.flush = torch.empty(2**28, dtype=torch.int8, device=inputs.hidden.device) if inputs.hidden.is_cuda else None
+        self.flush = (
+            torch.empty(2**28, dtype=torch.int8, device=inputs.hidden.device) if inputs.hidden.is_cuda else None
+        )
 
     def __call__(self, run: Callable[[], Any]) -> float:
         self.inputs.drop_gradients()
@@ -171,7 +174,10 @@ def take_turns(
 
 def summary(times: list[float], others: dict[str, list[float]]) -> dict[str, Any]:
     """Median and quartiles, also of the ratios to others, which are taken within turns."""
-    result: dict[str, Any] = {"ms": 1e3 * statistics.median(times), "quartiles_ms": [1e3 * x for x in _quartiles(times)]}
+    result: dict[str, Any] = {
+        "ms": 1e3 * statistics.median(times),
+        "quartiles_ms": [1e3 * x for x in _quartiles(times)],
+    }
     for name, other in others.items():
         ratios = [a / b for a, b in zip(times, other, strict=True)]
         result[f"over_{name}"] = statistics.median(ratios)
@@ -233,7 +239,9 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, old)
 
 
-def admit(build: Callable[[Inputs], Loss], inputs: Inputs, expected: Reference, seconds: int) -> tuple[Loss | None, dict[str, Any]]:
+def admit(
+    build: Callable[[Inputs], Loss], inputs: Inputs, expected: Reference, seconds: int
+) -> tuple[Loss | None, dict[str, Any]]:
     """A contestant that runs and is right, or the reason why it does not take part."""
     try:
         with time_limit(seconds):
@@ -271,19 +279,27 @@ def run_case(inputs: Inputs, flags: argparse.Namespace) -> dict[str, Any]:
         entries["ours, frozen head"] = {}
         both["ours, frozen head"] = forward_backward(losses["ours"], inputs, frozen=True)
     once = {name: forward(losses[name], inputs) for name in names if name in losses}
-    memory = {mode: {name: peak_bytes(run, inputs) for name, run in runs.items()} for mode, runs in ((FORWARD, once), (BOTH, both))}
+    memory = {
+        mode: {name: peak_bytes(run, inputs) for name, run in runs.items()}
+        for mode, runs in ((FORWARD, once), (BOTH, both))
+    }
 
     logits = inputs.hidden.new_empty(inputs.shape.rows, inputs.shape.vocabulary)
     alone = {name: products(inputs, logits, count) for name, count in PRODUCTS.items()}
     timer = Timer(inputs)
     measured = {
         FORWARD: take_turns(once | {"1 product": alone["1 product"]}, timer, flags.turns, flags.seconds),
-        BOTH: take_turns(both | {name: alone[name] for name in ("2 products", "3 products")}, timer, flags.turns, flags.seconds),
+        BOTH: take_turns(
+            both | {name: alone[name] for name in ("2 products", "3 products")}, timer, flags.turns, flags.seconds
+        ),
     }
     for mode, times in measured.items():
         for name, values in times.items():
             floor = "1 product" if mode == FORWARD else "2 products" if name == "ours, frozen head" else "3 products"
-            entry = summary(values, {"products": times[floor]} | {other: times[other] for other in ("naive", "ours") if other in times})
+            entry = summary(
+                values,
+                {"products": times[floor]} | {other: times[other] for other in ("naive", "ours") if other in times},
+            )
             if name in memory[mode]:
                 entry["memory_bytes"] = memory[mode][name]
             entries.setdefault(name, {})[mode] = entry
@@ -306,7 +322,10 @@ def gpu_rates() -> dict[str, float]:
     source = torch.empty(2**32, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     result = {}
-    for name, run, work in (("tflops", lambda: a @ b, 2 * 8192**3), ("tb_per_s", lambda: target.copy_(source), 2 * 2**32)):
+    for name, run, work in (
+        ("tflops", lambda: a @ b, 2 * 8192**3),
+        ("tb_per_s", lambda: target.copy_(source), 2 * 2**32),
+    ):
         times = []
         for _ in range(13):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -332,14 +351,24 @@ def versions() -> dict[str, str]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--shapes", nargs="+", type=lambda text: Shape(*map(int, text.split("x"))), help="as TxHxV; default by device")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default bf16 on a GPU, fp32 and bf16 on a CPU")
-    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="on a CPU: a case for each")
+    parser.add_argument(
+        "--shapes", nargs="+", type=lambda text: Shape(*map(int, text.split("x"))), help="as TxHxV; default by device"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), help="default bf16 on a GPU, fp32 and bf16 on a CPU"
+    )
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="on a CPU: a case for each"
+    )
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--turns", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=60, help="stop a case's turns then, after at least 3")
-    parser.add_argument("--build-seconds", type=int, default=300, help="for a contestant's compilation, tuning and check")
-    parser.add_argument("--out", type=Path, help="default bench/results/head-cpu.json or head-gpu.json; the plot goes beside it")
+    parser.add_argument(
+        "--build-seconds", type=int, default=300, help="for a contestant's compilation, tuning and check"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default bench/results/head-cpu.json or head-gpu.json; the plot goes beside it"
+    )
     flags = parser.parse_args(arguments)
     on_gpu = flags.device == "cuda"
     flags.shapes = flags.shapes or (SHAPES if on_gpu else CPU_SHAPES)
@@ -353,7 +382,11 @@ def main(arguments: list[str] | None = None) -> None:
     result: dict[str, Any] = {"device": flags.device, "peers": versions(), "sketch": SKETCH, "budget": BUDGET}
     if flags.device == "cuda":
         result["rates"] = rates = gpu_rates()
-        machine = Machine(rates["tflops"] * 1e12, rates["tb_per_s"] * 1e12, units=torch.cuda.get_device_properties(0).multi_processor_count)
+        machine = Machine(
+            rates["tflops"] * 1e12,
+            rates["tb_per_s"] * 1e12,
+            units=torch.cuda.get_device_properties(0).multi_processor_count,
+        )
     result["cases"] = cases = []
     for threads in flags.threads:
         torch.set_num_threads(threads)
@@ -364,7 +397,10 @@ def main(arguments: list[str] | None = None) -> None:
                 case = run_case(inputs, flags)
                 if flags.device == "cuda":
                     rows, size = default_rows(shape.vocabulary, DTYPES[dtype].itemsize), DTYPES[dtype].itemsize
-                    case["counted"] = {"chunk_rows": rows, "ms": 1e3 * expected_seconds(shape, rows, size, machine=machine)}
+                    case["counted"] = {
+                        "chunk_rows": rows,
+                        "ms": 1e3 * expected_seconds(shape, rows, size, machine=machine),
+                    }
                 cases.append(case)
                 with redirect_stdout(io.StringIO()):  # kept at once, in case a later one is killed
                     write("head", result, flags.out)
@@ -372,7 +408,14 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"\n{table(case)}\n", flush=True)
                 del inputs
                 torch.cuda.empty_cache()
-    failed = sorted({name for case in cases for name, entry in case["entries"].items() if name.startswith("ours") and "absent" in entry})
+    failed = sorted(
+        {
+            name
+            for case in cases
+            for name, entry in case["entries"].items()
+            if name.startswith("ours") and "absent" in entry
+        }
+    )
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -20,6 +20,7 @@ The row pass also takes two exponentials an element: 132 SMs x 16 a clock at 1.9
 
 Rates by default, measured on an H200: a bf16 8192^3 product on random data 780 TFLOP/s, a copy 4.3 TB/s (data sheet: 990 and 4.8).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,7 +43,14 @@ class Shape(NamedTuple):
 
 
 SHAPES = tuple(
-    Shape(*s) for s in ((4096, 2048, 128256), (16384, 4096, 128256), (16384, 2048, 151936), (8192, 3584, 152064), (8192, 2304, 256000))
+    Shape(*s)
+    for s in (
+        (4096, 2048, 128256),
+        (16384, 4096, 128256),
+        (16384, 2048, 151936),
+        (8192, 3584, 152064),
+        (8192, 2304, 256000),
+    )
 )
 CHUNK_ROWS = (1024, 2048, 4096, 8192)
 
@@ -99,13 +107,23 @@ def chunk_sizes(rows: int, most: int) -> list[int]:
 
 
 def chunk_parts(
-    shape: Shape, rows: int, logit_bytes: int, products: int = 3, first: bool = False, machine: Machine | None = None,
+    shape: Shape,
+    rows: int,
+    logit_bytes: int,
+    products: int = 3,
+    first: bool = False,
+    machine: Machine | None = None,
     only: bool = False,
-) -> list[Part]:  # fmt: skip
+) -> list[Part]:
     """The parts of one chunk of `rows` rows; `only`: there is no other."""
     _, hidden, vocabulary = shape
     reads = 1 if (machine or Machine()).holds_rows(vocabulary, logit_bytes) or products == 1 else 2
-    matmul, block, weight, states = 2 * rows * hidden * vocabulary, rows * vocabulary, vocabulary * hidden, rows * hidden
+    matmul, block, weight, states = (
+        2 * rows * hidden * vocabulary,
+        rows * vocabulary,
+        vocabulary * hidden,
+        rows * hidden,
+    )
     parts = [
         Part("logits", matmul, 2 * states + 2 * weight + logit_bytes * block),
         Part("row pass", 0, reads * logit_bytes * block + (2 * block if products > 1 else 0)),
@@ -124,7 +142,9 @@ class Sum(NamedTuple):
     seconds_in_turn: float
 
 
-def all_parts(shape: Shape, chunk_rows: int, logit_bytes: int, products: int = 3, machine: Machine | None = None) -> list[Sum]:
+def all_parts(
+    shape: Shape, chunk_rows: int, logit_bytes: int, products: int = 3, machine: Machine | None = None
+) -> list[Sum]:
     """Each part over the chunks, and last the scaling by the upstream gradient."""
     machine = machine or Machine()
     sizes = chunk_sizes(shape.rows, chunk_rows)
@@ -135,12 +155,19 @@ def all_parts(shape: Shape, chunk_rows: int, logit_bytes: int, products: int = 3
         weight, states = shape.vocabulary * shape.hidden, shape.rows * shape.hidden
         parts.append([Part("scaling", 0, 4 * states + ((4 if only else 6) * weight if products == 3 else 0))])
     return [
-        Sum(same[0].name, sum(p.bytes for p in same), sum(p.seconds(machine) for p in same), sum(p.seconds_in_turn(machine) for p in same))
+        Sum(
+            same[0].name,
+            sum(p.bytes for p in same),
+            sum(p.seconds(machine) for p in same),
+            sum(p.seconds_in_turn(machine) for p in same),
+        )
         for same in parts
     ]
 
 
-def expected_seconds(shape: Shape, chunk_rows: int, logit_bytes: int, products: int = 3, machine: Machine | None = None) -> float:
+def expected_seconds(
+    shape: Shape, chunk_rows: int, logit_bytes: int, products: int = 3, machine: Machine | None = None
+) -> float:
     """The algorithm's own floor: all its parts."""
     return sum(part.seconds for part in all_parts(shape, chunk_rows, logit_bytes, products, machine))
 
@@ -224,7 +251,10 @@ def chunk_table(machine: Machine) -> str:
                 parts = all_parts(shape, size, logit_bytes, machine=machine)
                 floor = floor_seconds(shape, 3, machine)
                 cells += [_ms(sum(p.seconds for p in parts)), f"{sum(p.seconds for p in parts) / floor:.3f}"]
-                cells += [f"{sum(p.seconds_in_turn for p in parts) / floor:.3f}", _gb(chunk_memory(shape, size, logit_bytes))]
+                cells += [
+                    f"{sum(p.seconds_in_turn for p in parts) / floor:.3f}",
+                    _gb(chunk_memory(shape, size, logit_bytes)),
+                ]
                 cells += [_gb(our_memory(shape, size, logit_bytes))]
             rows.append([str(shape), str(size), *cells, _gb(allowed_memory(shape, size, 2)), _gb(naive_memory(shape))])
     names = ("ms", "/ floor", "/ floor, no overlap", "chunk, GB", "extra, GB")

@@ -1,4 +1,5 @@
 """The head's contestants: each as a user of that library would write it, on the same inputs."""
+
 from __future__ import annotations
 
 import math
@@ -70,7 +71,9 @@ def ours(inputs: Inputs, **options: Any) -> Loss:
     samples = -(-inputs.shape.rows // SAMPLE_ROWS)
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, targets, sample_ids=inputs.sample_ids, num_samples=samples, **options).loss
+        return linear_cross_entropy(
+            hidden, weight, targets, sample_ids=inputs.sample_ids, num_samples=samples, **options
+        ).loss
 
     return loss
 
@@ -92,7 +95,10 @@ def compiled(inputs: Inputs) -> Loss:
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return torch.stack([checkpoint(fused, h, weight, y, use_reentrant=False) for h, y in parts]).sum() / targets.shape[0]
+        return (
+            torch.stack([checkpoint(fused, h, weight, y, use_reentrant=False) for h, y in parts]).sum()
+            / targets.shape[0]
+        )
 
     return loss
 
@@ -154,5 +160,7 @@ VARIANTS: dict[str, Callable[[Inputs], Loss]] = {
 }
 """What others do not have; and "ours, frozen head", which is the same loss with a weight that needs no gradient."""
 GPU_VARIANTS: dict[str, Callable[[Inputs], Loss]] = {
-    "ours, no host read": lambda inputs: ours(inputs, max_rows=inputs.shape.rows),  # the number of counted rows is not read either
+    "ours, no host read": lambda inputs: ours(
+        inputs, max_rows=inputs.shape.rows
+    ),  # the number of counted rows is not read either
 }

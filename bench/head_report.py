@@ -1,4 +1,5 @@
 """What a run of the head's benchmark shows: a table for the terminal, a plot for the README."""
+
 from __future__ import annotations
 
 import math
@@ -34,8 +35,18 @@ def _cells(one: dict[str, Any] | None) -> list[str]:
 
 
 SHOWN = 5.0
-COLORS = {"ours": "#d1495b", "naive": "#8d99ae", "compiled": "#edae49", "torch": "#30638e", "torch-chunked": "#6fa8dc", "liger": "#3a7d44",
-          "liger-fp32": "#8fbc8f", "cce": "#6a4c93", "cce-exact": "#b39ddb", "quack": "#003d5b"}  # fmt: skip
+COLORS = {
+    "ours": "#d1495b",
+    "naive": "#8d99ae",
+    "compiled": "#edae49",
+    "torch": "#30638e",
+    "torch-chunked": "#6fa8dc",
+    "liger": "#3a7d44",
+    "liger-fp32": "#8fbc8f",
+    "cce": "#6a4c93",
+    "cce-exact": "#b39ddb",
+    "quack": "#003d5b",
+}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -70,16 +81,26 @@ def plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _bars(axis: Any, cases: list[dict[str, Any]], names: list[str], value: Callable[[dict[str, Any]], float], label: str) -> None:
+def _bars(
+    axis: Any, cases: list[dict[str, Any]], names: list[str], value: Callable[[dict[str, Any]], float], label: str
+) -> None:
     """A group of bars a case. On a linear scale bars are cut off at SHOWN; their number stands at the cut."""
     width = 0.84 / len(names)
     cut = SHOWN if axis.get_yscale() == "linear" else math.inf
     for place, name in enumerate(names):
-        here = [(i, value(case["entries"][name][BOTH])) for i, case in enumerate(cases) if BOTH in case["entries"].get(name, {})]
+        here = [
+            (i, value(case["entries"][name][BOTH]))
+            for i, case in enumerate(cases)
+            if BOTH in case["entries"].get(name, {})
+        ]
         at = [i + (place - (len(names) - 1) / 2) * width for i, _ in here]
         bars = axis.bar(at, [min(v, cut) for _, v in here], width, color=COLORS[name], label=name)
-        axis.bar_label(bars, [label.format(v) for _, v in here], fontsize=6, padding=1, rotation=90 if len(names) > 6 else 0)
-    axis.set_xticks(range(len(cases)), [f"{case['rows']} x {case['hidden']}\nx {case['vocabulary']}" for case in cases], fontsize=8)
+        axis.bar_label(
+            bars, [label.format(v) for _, v in here], fontsize=6, padding=1, rotation=90 if len(names) > 6 else 0
+        )
+    axis.set_xticks(
+        range(len(cases)), [f"{case['rows']} x {case['hidden']}\nx {case['vocabulary']}" for case in cases], fontsize=8
+    )
     axis.tick_params(axis="y", labelsize=8)
     axis.margins(y=0.14)
     axis.spines[["top", "right"]].set_visible(False)

@@ -7,6 +7,7 @@ seen is compared with the dL that the selector was given: Spearman and Pearson c
 the error of "loss after the step" with and without dL. The learning rate is constant. Samples are LEAD's own choice, or, where a run's name
 says so, uniformly random ones: LEAD's are the extremes of their cluster, which is harder.
 """
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -37,7 +38,9 @@ RUNS = {
 
 @torch.no_grad()
 def losses(engine: Engine, plan, header, step: int) -> torch.Tensor:
-    return torch.stack([engine.model(engine._batch(plan, header, step, m)).sample_nll for m in range(engine.accumulation)])
+    return torch.stack(
+        [engine.model(engine._batch(plan, header, step, m)).sample_nll for m in range(engine.accumulation)]
+    )
 
 
 def follow(engine: Engine, planner: Selector, lr: float, rounds: int, settle: int) -> dict[str, float]:
@@ -107,11 +110,17 @@ def main() -> None:
                 runtime=RuntimeConfig(precision=flags.precision),
             )
             engine = build(config, ranks).engine
-            other = build(replace(config, method="random", selection=SelectionConfig(round_steps=4)), ranks).engine.selector
+            other = build(
+                replace(config, method="random", selection=SelectionConfig(round_steps=4)), ranks
+            ).engine.selector
             planner = engine.selector if chosen == "lead" else other
             result[name] = follow(engine, planner, config.optimizer.lr, flags.rounds, settle=2)
             print(name, result[name], flush=True)
-    write("loss_change_fidelity", {"model": flags.model, "lr": flags.lr, "precision": flags.precision, "result": result}, flags.out)
+    write(
+        "loss_change_fidelity",
+        {"model": flags.model, "lr": flags.lr, "precision": flags.precision, "result": result},
+        flags.out,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What every result file says about where it was measured."""
+
 from __future__ import annotations
 
 import argparse

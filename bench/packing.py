@@ -13,6 +13,7 @@ Rules. All take samples in order but for what they pass over, which stays first 
 - best fit decreasing: the longest prefix of what remains that fits into the step when its samples are placed by falling length.
 - pack_plan: see there. Bins one after another, the same for every M.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -162,13 +163,17 @@ def pools(prepared: Path | None) -> Iterable[tuple[str, list[int]]]:
     yield "log-normal, up to 2048", lognormal(245, 2048, 2)
 
 
-def measure(lengths: list[int], capacities: Sequence[int] = CAPACITIES, step_bins: Sequence[int] = STEP_BINS) -> list[dict]:
+def measure(
+    lengths: list[int], capacities: Sequence[int] = CAPACITIES, step_bins: Sequence[int] = STEP_BINS
+) -> list[dict]:
     """Rows {capacity, rule, waste: {bins of a step: share}}."""
     rows = []
     for capacity in capacities:
         slots = capacity // 32
         for name, rule in RULES.items():
-            shares = {bins: waste(rule(lengths, capacity, slots, bins), lengths, capacity, slots, bins) for bins in step_bins}
+            shares = {
+                bins: waste(rule(lengths, capacity, slots, bins), lengths, capacity, slots, bins) for bins in step_bins
+            }
             rows.append({"capacity": capacity, "rule": name, "waste": shares})
     return rows
 
@@ -190,7 +195,11 @@ def main() -> None:
         print(f"\n{name}: {len(lengths):,} samples, {np.mean(lengths):.0f} tokens on average, at most {max(lengths)}")
         rows = measure(lengths)
         show(rows)
-        order = [{"capacity": c, "bins_of_a_round": b, **strays(lengths, c, c // 32, b)} for c in CAPACITIES for b in ROUND_BINS]
+        order = [
+            {"capacity": c, "bins_of_a_round": b, **strays(lengths, c, c // 32, b)}
+            for c in CAPACITIES
+            for b in ROUND_BINS
+        ]
         worst = max(order, key=lambda row: row["share_of_tokens"])
         share, layout = 100 * worst["share_of_tokens"], f"{worst['bins_of_a_round']} bins of {worst['capacity']}"
         print(f"taken out of turn by pack_plan: at most {share:.2f} % of a round's tokens ({layout})")

@@ -21,6 +21,7 @@ the whole round; the parts are measured by themselves.
 
 `bytes_least` are the pool's vectors that an order depends on, each read once; `floor_ms` is the time that this takes at --bandwidth.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -79,7 +80,9 @@ def make_selector(name: str, pool: tuple[PoolState, Tensor, Tensor], layout: Lay
     state, lengths, visits = pool
     method, options = SELECTIONS[name]
     config = SelectionConfig(**{**options, "max_visits": 4})
-    selector = Selector(state, lengths, lengths // 2, method=method, config=config, layout=layout, seed=0, device=device)
+    selector = Selector(
+        state, lengths, lengths // 2, method=method, config=config, layout=layout, seed=0, device=device
+    )
     selector.samples.visits[:-1] = visits.to(device)
     if method == "lead":
         selector.method.count_open()
@@ -179,7 +182,9 @@ class Published:
         chosen: list[int] = []
         for task in range(self.tasks):
             left = self.data.filter(
-                lambda one, task=task: one["idf_cluster"] == cluster and one["task"] == task and one["dataset_id"].item() not in exhausted
+                lambda one, task=task: (
+                    one["idf_cluster"] == cluster and one["task"] == task and one["dataset_id"].item() not in exhausted
+                )
             )
             loss = np.array([float(self.loss[self.place[one["dataset_id"].item()]]) for one in left])
             best = np.argsort(loss)[::-1][: int(len(left) * SAMPLE_RATE)]
@@ -190,14 +195,20 @@ class Published:
         return len(chosen)
 
 
-def measure_published(pool: tuple[PoolState, Tensor, Tensor], previous: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+def measure_published(
+    pool: tuple[PoolState, Tensor, Tensor], previous: dict[str, Any] | None, seconds: float
+) -> dict[str, Any]:
     """One round, or none where it would take longer than `seconds` by what the size before took."""
     samples = pool[0].num_samples
     result: dict[str, Any] = {"selection": PUBLISHED, "samples": samples}
     if previous is not None:
         expected = (previous["round_ms"] or previous["extrapolated_ms"]) * samples / previous["samples"]
         if expected > 1e3 * seconds:
-            return result | {"round_ms": None, "extrapolated_ms": round(expected), "why": f"one round would take over {seconds:g} s"}
+            return result | {
+                "round_ms": None,
+                "extrapolated_ms": round(expected),
+                "why": f"one round would take over {seconds:g} s",
+            }
     one_round, chosen = Published(pool), []
     spent = seconds_of(lambda: chosen.append(one_round(0)), torch.device("cpu"))
     return result | {"round_ms": round(1e3 * spent, 1), "planned": chosen[0]}
@@ -206,7 +217,11 @@ def measure_published(pool: tuple[PoolState, Tensor, Tensor], previous: dict[str
 def ratios(rows: list[dict[str, Any]]) -> None:
     """Adds to every row its round's time over that of `lead-paper` on the same pool and as many threads."""
     for row in rows:
-        same = [r for r in rows if r["selection"] == "lead-paper" and r["samples"] == row["samples"] and r["tasks"] == row["tasks"]]
+        same = [
+            r
+            for r in rows
+            if r["selection"] == "lead-paper" and r["samples"] == row["samples"] and r["tasks"] == row["tasks"]
+        ]
         same = [r for r in same if row["threads"] in (r["threads"], None)][:1]
         if same and row["round_ms"]:
             row["over_lead_paper"] = round(row["round_ms"] / same[0]["round_ms"], 3)
@@ -231,14 +246,27 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     first = rows[0]
     for name, color in colors.items():
-        chosen = [r for r in rows if r["selection"] == name and r["tasks"] == first["tasks"] and r["threads"] == first["threads"]]
+        chosen = [
+            r
+            for r in rows
+            if r["selection"] == name and r["tasks"] == first["tasks"] and r["threads"] == first["threads"]
+        ]
         measured = [(r["samples"], r["round_ms"]) for r in chosen if r["round_ms"]]
         if measured:
             axis.plot(*zip(*measured, strict=True), marker="o", color=color, label=name)
-            axis.annotate(f"{measured[-1][1]:,.3g}", measured[-1], textcoords="offset points", xytext=(6, -3), fontsize=8, color=color)
+            axis.annotate(
+                f"{measured[-1][1]:,.3g}",
+                measured[-1],
+                textcoords="offset points",
+                xytext=(6, -3),
+                fontsize=8,
+                color=color,
+            )
         guessed = [(r["samples"], r["extrapolated_ms"]) for r in chosen if not r["round_ms"]]
         if measured and guessed:
-            axis.plot(*zip(measured[-1], *guessed, strict=True), marker="o", fillstyle="none", linestyle=":", color=color)
+            axis.plot(
+                *zip(measured[-1], *guessed, strict=True), marker="o", fillstyle="none", linestyle=":", color=color
+            )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("samples in the pool")
@@ -254,7 +282,9 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", type=int, nargs="+", help="sizes of pools; default: of 10 thousand to 100 million, what fits")
+    parser.add_argument(
+        "--samples", type=int, nargs="+", help="sizes of pools; default: of 10 thousand to 100 million, what fits"
+    )
     parser.add_argument("--tasks", type=int, nargs="+", default=[16])
     parser.add_argument("--clusters", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a round")
@@ -263,10 +293,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--capacity", type=int, default=4096, help="tokens in a micro-batch")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="of the CPU")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--published", type=int, nargs="*", default=[], help="sizes at which the published way is measured too")
-    parser.add_argument("--published-seconds", type=float, default=150.0, help="a published round expected to take longer is left out")
-    parser.add_argument("--bandwidth", type=float, default=4800.0, help="GB/s of memory for the floor; default: an H200's")
-    parser.add_argument("--out", type=Path, help="result file; default bench/results/plan.json; the plot lies beside it")
+    parser.add_argument(
+        "--published", type=int, nargs="*", default=[], help="sizes at which the published way is measured too"
+    )
+    parser.add_argument(
+        "--published-seconds", type=float, default=150.0, help="a published round expected to take longer is left out"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=4800.0, help="GB/s of memory for the floor; default: an H200's"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="result file; default bench/results/plan.json; the plot lies beside it"
+    )
     flags = parser.parse_args(arguments)
     device = torch.device(flags.device)
     layout = Layout(flags.steps, flags.micro_batches, flags.slots, flags.capacity)
@@ -279,7 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 torch.set_num_threads(threads)
                 for name in SELECTIONS:
                     selector = make_selector(name, pool, layout, device)
-                    rows.append({"threads": threads, "tasks": tasks, **measure(name, selector, flags.repeats, flags.bandwidth)})
+                    rows.append(
+                        {"threads": threads, "tasks": tasks, **measure(name, selector, flags.repeats, flags.bandwidth)}
+                    )
                     del selector
                     print(rows[-1], flush=True)
             if samples in flags.published:
@@ -289,10 +329,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             del pool
     ratios(rows)
     out = flags.out or RESULTS / "plan.json"
-    result = {"device": str(device), "bandwidth_gb_s": flags.bandwidth, "clusters": flags.clusters, "layout": layout.__dict__}
+    result = {
+        "device": str(device),
+        "bandwidth_gb_s": flags.bandwidth,
+        "clusters": flags.clusters,
+        "layout": layout.__dict__,
+    }
     write("plan", {**result, "rows": rows}, out)
-    where = f"{flags.threads[0]} thread{'s' * (flags.threads[0] > 1)} of a CPU" if device.type == "cpu" else torch.cuda.get_device_name()
-    plot(rows, f"A round's selection, {where}, {flags.tasks[0]} tasks, {flags.clusters} clusters", out.with_suffix(".png"))
+    where = (
+        f"{flags.threads[0]} thread{'s' * (flags.threads[0] > 1)} of a CPU"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name()
+    )
+    plot(
+        rows,
+        f"A round's selection, {where}, {flags.tasks[0]} tasks, {flags.clusters} clusters",
+        out.with_suffix(".png"),
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A round's steps lie between two marks: after the read of the plan's header, which may wait, and after `finish_round`. In between there may
 be no synchronising call of the CUDA runtime and no operator that reads a tensor's value to the host.
 """
+
 from __future__ import annotations
 
 from typing import Any

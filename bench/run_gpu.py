@@ -30,7 +30,13 @@ RESERVE_SECONDS = 10
 MOST_FILES, MOST_BYTES, LOG_BYTES = 8, 16 << 20, 1 << 20
 """Of what a part brings home: files, bytes of one, and bytes of a step's log (its end)."""
 
-NEEDED = {"tyro": "tyro", "docstring_parser": "docstring-parser", "typeguard": "typeguard", "peft": "peft", "pytest": "pytest"}
+NEEDED = {
+    "tyro": "tyro",
+    "docstring_parser": "docstring-parser",
+    "typeguard": "typeguard",
+    "peft": "peft",
+    "pytest": "pytest",
+}
 """Import name -> package without which most steps cannot run."""
 OPTIONAL = {
     "trl": "trl",
@@ -77,21 +83,39 @@ def main(arguments: list[str] | None = None) -> int:
         print("no CUDA device, or a torch without CUDA: nothing was run (--dry goes through all steps on a CPU)")
         return 2
     outcome = {name: run_part(name, flags, work, environment, left_out) for name in flags.part}
-    failed = [f"{part}: {name}: {what}" for part, steps in outcome.items() for name, what in steps.items() if what != "done"]
+    failed = [
+        f"{part}: {name}: {what}" for part, steps in outcome.items() for name, what in steps.items() if what != "done"
+    ]
     print("\n".join(["", *(f"failed: {line}" for line in failed)]) if failed else f"all done: {flags.results}")
     return 1 if failed else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/run_gpu.sh", description="Everything that only a GPU can tell.")
-    parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=["A"], help="A correctness; B training; C planning, "
-                        "overhead, fidelity; D the head on all shapes; E the other tests; F the study, a piece a call")  # fmt: skip
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder that receives results and logs")
-    parser.add_argument("--work", type=Path, default=Path(os.environ.get("LEAD_ENGINE_GPU_WORK", ROOT / "runs" / "gpu")),
-                        help="folder for models, pools and logs (default: LEAD_ENGINE_GPU_WORK, or runs/gpu)")  # fmt: skip
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        choices=sorted(PARTS),
+        default=["A"],
+        help="A correctness; B training; C planning, "
+        "overhead, fidelity; D the head on all shapes; E the other tests; F the study, a piece a call",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "bench" / "results", help="folder that receives results and logs"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(os.environ.get("LEAD_ENGINE_GPU_WORK", ROOT / "runs" / "gpu")),
+        help="folder for models, pools and logs (default: LEAD_ENGINE_GPU_WORK, or runs/gpu)",
+    )
     parser.add_argument("--seconds", type=int, default=PART_SECONDS, help="of one part")
-    parser.add_argument("--pool", type=Path, help="C and F: pool.jsonl, with heldout.jsonl beside it; default: the procedural pool")
-    parser.add_argument("--text", type=Path, nargs="+", help="C and F: text for the base model; default: the procedural pool's")
+    parser.add_argument(
+        "--pool", type=Path, help="C and F: pool.jsonl, with heldout.jsonl beside it; default: the procedural pool"
+    )
+    parser.add_argument(
+        "--text", type=Path, nargs="+", help="C and F: text for the base model; default: the procedural pool's"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU: every step runs, no figure counts")
     return parser.parse_args(arguments)
 
@@ -102,8 +126,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def part_a(flags: argparse.Namespace, work: Path) -> list[Step]:
     """Is it right? What the card can do, the tests that everything rests on, the head on two shapes."""
     shapes = ["96x64x500"] if flags.dry else ["4096x2048x128256", "16384x4096x128256"]
-    limits = ["--turns", "3", "--seconds", "5"] if flags.dry else ["--turns", "7", "--seconds", "15", "--build-seconds", "30"]
-    head = bench("head", ["--shapes", *shapes, *limits, *(["--contestants", "ours", "naive"] if flags.dry else [])], flags, work)
+    limits = (
+        ["--turns", "3", "--seconds", "5"]
+        if flags.dry
+        else ["--turns", "7", "--seconds", "15", "--build-seconds", "30"]
+    )
+    head = bench(
+        "head", ["--shapes", *shapes, *limits, *(["--contestants", "ours", "naive"] if flags.dry else [])], flags, work
+    )
     machine = Step("machine", 60, python("bench/machine.py", "--out", work / "gpu-machine.json"), ["gpu-machine.json"])
     tests = [test(file, 90, flags) for file in (FIRST_TESTS[:1] if flags.dry else FIRST_TESTS)]
     return [machine, *tests, Step("head", 240, head, ["gpu-head.json", "gpu-head.png"])]
@@ -111,7 +141,11 @@ def part_a(flags: argparse.Namespace, work: Path) -> list[Step]:
 
 def part_b(flags: argparse.Namespace, work: Path) -> list[Step]:
     """Training a model of 1.2B parameters, beside Trainer and SFTTrainer, and a trace of two rounds."""
-    size = ["--models", "mini", "--capacity", "512", "--turns", "1", "--only", "engine, SFT"] if flags.dry else ["--gpu", "1b"]
+    size = (
+        ["--models", "mini", "--capacity", "512", "--turns", "1", "--only", "engine, SFT"]
+        if flags.dry
+        else ["--gpu", "1b"]
+    )
     trace = [] if flags.dry else ["--trace", str(work / "training-trace.json"), "--contender-seconds", "75"]
     command = python("bench/training.py", *size, *trace, "--work", work, "--out", work / "gpu-training-1b.json")
     return [Step("training", 520, command, ["gpu-training-1b.json", "gpu-training-1b.png"])]
@@ -121,11 +155,26 @@ def part_c(flags: argparse.Namespace, work: Path) -> list[Step]:
     """Planning from up to 100 million samples; the selection's share of a step; predicted against seen loss change."""
     sizes = ["--samples", "1000", "--repeats", "1"] if flags.dry else []
     plan = Step("plan", 120, bench("plan", sizes, flags, work), ["gpu-plan.json", "gpu-plan.png"])
-    common = ["--pool", str(work / "prepared"), "--model", str(work / "base"), *small_or(flags, "--capacity", 512, 16384), "--lr", "1e-4"]
-    short = {"step_overhead": ["--rounds", "2"], "loss_change_fidelity": ["--rounds", "3", "--only", "exact"]} if flags.dry else {}
+    common = [
+        "--pool",
+        str(work / "prepared"),
+        "--model",
+        str(work / "base"),
+        *small_or(flags, "--capacity", 512, 16384),
+        "--lr",
+        "1e-4",
+    ]
+    short = (
+        {"step_overhead": ["--rounds", "2"], "loss_change_fidelity": ["--rounds", "3", "--only", "exact"]}
+        if flags.dry
+        else {}
+    )
     measured = [
         Step(
-            name, 80, python(f"bench/{name}.py", *common, *short.get(name, []), "--out", work / f"gpu-{name}.json"), [f"gpu-{name}.json"]
+            name,
+            80,
+            python(f"bench/{name}.py", *common, *short.get(name, []), "--out", work / f"gpu-{name}.json"),
+            [f"gpu-{name}.json"],
         )
         for name in ("step_overhead", "loss_change_fidelity")
     ]
@@ -134,7 +183,11 @@ def part_c(flags: argparse.Namespace, work: Path) -> list[Step]:
 
 def part_d(flags: argparse.Namespace, work: Path) -> list[Step]:
     """The head beside its peers, on every shape."""
-    shapes = ["--shapes", "64x32x200", "--turns", "3", "--seconds", "5", "--contestants", "ours", "naive"] if flags.dry else []
+    shapes = (
+        ["--shapes", "64x32x200", "--turns", "3", "--seconds", "5", "--contestants", "ours", "naive"]
+        if flags.dry
+        else []
+    )
     limits = [] if flags.dry else ["--seconds", "20", "--build-seconds", "60"]
     return [Step("head", 520, bench("head", [*shapes, *limits], flags, work), ["gpu-head.json", "gpu-head.png"])]
 
@@ -152,7 +205,9 @@ def part_f(flags: argparse.Namespace, work: Path) -> list[Step]:
     study = work / "study.yaml"
     heldout = (flags.pool.parent if flags.pool else work / "data") / "heldout.jsonl"
     text = (ROOT / "bench" / "study" / "gpu.yaml").read_text(encoding="utf-8")
-    study.write_text(text.replace("runs/gpu/heldout.jsonl", str(heldout)).replace("runs/gpu", str(work)), encoding="utf-8")
+    study.write_text(
+        text.replace("runs/gpu/heldout.jsonl", str(heldout)).replace("runs/gpu", str(work)), encoding="utf-8"
+    )
     command = python("-m", "lead_engine", "compare", "--config", study, "--out", work / "study")
     if flags.dry:
         command = python("-m", "lead_engine", "compare", "--help")
@@ -170,18 +225,26 @@ def prepared(flags: argparse.Namespace, work: Path) -> list[Step]:
     size = ["--samples", "120"] if flags.dry else []
     steps = []
     if not pool.exists():
-        steps.append(Step("make-pool", 60, python("-m", "lead_engine", "make-pool", "--out", work / "data", "--seed", "0", *size)))
+        steps.append(
+            Step(
+                "make-pool", 60, python("-m", "lead_engine", "make-pool", "--out", work / "data", "--seed", "0", *size)
+            )
+        )
     if flags.dry:
         text = [work / "text.txt"]
         text[0].write_text("A few lines are enough to see that it runs.\n" * 40, encoding="utf-8")
     if not (work / "base" / "summary.json").exists():
         short = ["--vocab-size", "300", "--block", "64"] if flags.dry else ["--vocab-size", "8192"]
-        made = python("-m", "lead_engine", "pretrain", "--text", *text, "--model", model, "--out", work / "base", "--resume")
+        made = python(
+            "-m", "lead_engine", "pretrain", "--text", *text, "--model", model, "--out", work / "base", "--resume"
+        )
         steps.append(Step("pretrain", 170, [*made, *short, *batch, "--optimizer.lr", "6e-4"]))
     if not (work / "prepared" / "summary.json").exists():
         short = ["--warmup-share", "0", "--max-length", "256", "--clusters", "2"] if flags.dry else []
         rate = [] if flags.dry else ["--optimizer.lr", "1e-4"]  # of the warm-up
-        made = python("-m", "lead_engine", "prepare", "--pool", pool, "--model", work / "base", "--out", work / "prepared")
+        made = python(
+            "-m", "lead_engine", "prepare", "--pool", pool, "--model", work / "base", "--out", work / "prepared"
+        )
         steps.append(Step("prepare", 90, [*made, *batch, *short, *rate]))
     return steps
 
@@ -208,7 +271,9 @@ def python(*arguments: object) -> list[str]:
 # --- running them ---
 
 
-def run_part(name: str, flags: argparse.Namespace, work: Path, environment: dict[str, str], left_out: list[str]) -> dict[str, str]:
+def run_part(
+    name: str, flags: argparse.Namespace, work: Path, environment: dict[str, str], left_out: list[str]
+) -> dict[str, str]:
     """What became of each step. Results, a summary and the logs are in --results when this returns, whatever happened."""
     deadline, outcome, logs = time.monotonic() + flags.seconds, {}, []
     note = {"part": name, "dry": flags.dry, "left_out": left_out, "steps": outcome}
@@ -234,7 +299,9 @@ def run_step(step: Step, limit: int, log: Path, environment: dict[str, str]) -> 
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         print("$", *step.command, file=file, flush=True)
-        process = subprocess.Popen(step.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            step.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
         try:
             status: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -242,7 +309,13 @@ def run_step(step: Step, limit: int, log: Path, environment: dict[str, str]) -> 
         finally:
             end_group(process)
     took = time.monotonic() - started
-    what = "done" if status == 0 else f"stopped after {limit} s" if status is None else f"exit status {status} after {took:.0f} s"
+    what = (
+        "done"
+        if status == 0
+        else f"stopped after {limit} s"
+        if status is None
+        else f"exit status {status} after {took:.0f} s"
+    )
     print("".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-12:]), flush=True)
     print(f"== {step.name}: {what}, {took:.0f} s", flush=True)
     return what
@@ -262,7 +335,9 @@ def bring(step: Step, work: Path, results: Path, note: dict) -> None:
         if not source.exists():
             note.setdefault("absent", []).append(name)
             continue
-        target = results / (source.name if source.name.startswith("gpu-") else f"gpu-{source.parent.name}-{source.name}")
+        target = results / (
+            source.name if source.name.startswith("gpu-") else f"gpu-{source.parent.name}-{source.name}"
+        )
         if source.stat().st_size > MOST_BYTES:
             note.setdefault("too_large", []).append(f"{name} ({source.stat().st_size} bytes)")
         elif source.resolve() != target.resolve():
@@ -288,10 +363,23 @@ def make_environment(work: Path) -> dict[str, str]:
     paths = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "bench")]
     if folder := os.environ.get("LEAD_ENGINE_WHEELS"):
         target = work / "wheels"
-        for wheel in sorted(Path(folder).glob("*.whl")):  # one by one: a wheel for another Python must not lose the others
+        for wheel in sorted(
+            Path(folder).glob("*.whl")
+        ):  # one by one: a wheel for another Python must not lose the others
             done = target / f".{wheel.name}.done"
             if not done.exists():
-                command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(target), "--upgrade"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "install",
+                    "-q",
+                    "--no-index",
+                    "--no-deps",
+                    "--target",
+                    str(target),
+                    "--upgrade",
+                ]
                 if subprocess.run([*command, str(wheel)]).returncode == 0:
                     done.touch()
                 else:
@@ -308,8 +396,15 @@ def missing(environment: dict[str, str]) -> list[str]:
     """A line for each package that is not there."""
     sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     found = []
-    for names, what in ((NEEDED, "most steps need it; put its wheel into LEAD_ENGINE_WHEELS"), (OPTIONAL, "what needs it is left out")):
-        found += [f"{package}: not installed; {what}" for module, package in names.items() if importlib.util.find_spec(module) is None]
+    for names, what in (
+        (NEEDED, "most steps need it; put its wheel into LEAD_ENGINE_WHEELS"),
+        (OPTIONAL, "what needs it is left out"),
+    ):
+        found += [
+            f"{package}: not installed; {what}"
+            for module, package in names.items()
+            if importlib.util.find_spec(module) is None
+        ]
     return found
 
 

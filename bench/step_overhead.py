@@ -8,6 +8,7 @@ the same samples in the same micro-batches: `random`'s plan is given to all thre
 of medians over rounds, with the quartiles of the paired ratios; on a CPU of the process's own processor time too, which does not count what
 other processes take.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -69,7 +70,8 @@ def main() -> None:
                 method=method,
                 batch=BatchConfig(capacity=flags.capacity),
                 selection=SelectionConfig(
-                    round_steps=flags.round_steps, **({"loss_change": change, "max_visits": 1000} if method == "lead" else {})
+                    round_steps=flags.round_steps,
+                    **({"loss_change": change, "max_visits": 1000} if method == "lead" else {}),
                 ),
                 optimizer=OptimizerConfig(lr=flags.lr),
                 runtime=RuntimeConfig(precision=flags.precision),
@@ -86,8 +88,17 @@ def main() -> None:
                     for kind, value in zip((clock, processor), took, strict=True):
                         kind[name].append(value / int(shared.tokens.sum()))
             step += flags.round_steps
-    setting = {"model": flags.model, "capacity": flags.capacity, "rounds": flags.rounds, "round_steps": flags.round_steps}
-    result = {"result": ratios(clock)} if torch.cuda.is_available() else {"result": ratios(clock), "processor_time": ratios(processor)}
+    setting = {
+        "model": flags.model,
+        "capacity": flags.capacity,
+        "rounds": flags.rounds,
+        "round_steps": flags.round_steps,
+    }
+    result = (
+        {"result": ratios(clock)}
+        if torch.cuda.is_available()
+        else {"result": ratios(clock), "processor_time": ratios(processor)}
+    )
     write("step_overhead", {**setting, "precision": flags.precision, **result}, flags.out)
 
 

@@ -25,6 +25,7 @@ them response. The contenders, as rows of the result:
     SFTTrainer, packed             the same as Trainer's packed rows (on a GPU; on a CPU they share its slow attention)
     ... + Liger                    with Liger-Kernel (on a GPU, where it is installed)
 """
+
 from __future__ import annotations
 
 import argparse
@@ -116,19 +117,27 @@ def default_path(flags: argparse.Namespace) -> Path:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", choices=("1b", "3b"), help="on a GPU: a Llama of that size, micro-batches of 8192 tokens")
+    parser.add_argument(
+        "--gpu", choices=("1b", "3b"), help="on a GPU: a Llama of that size, micro-batches of 8192 tokens"
+    )
     parser.add_argument("--quick", action="store_true", help="few steps of one small model: whether it runs")
     parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), help="instead of the usual ones")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder, instead of the usual ones")
-    parser.add_argument("--compiled", action="store_true", help="also the engine with --runtime.compile; a GPU has that row anyway")
-    parser.add_argument("--contender-seconds", type=float, default=600.0, help="a contender that takes longer in all is ended")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also the engine with --runtime.compile; a GPU has that row anyway"
+    )
+    parser.add_argument(
+        "--contender-seconds", type=float, default=600.0, help="a contender that takes longer in all is ended"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders alone, by their rows' names")
     parser.add_argument("--turns", type=int, help="instead of the usual number")
     parser.add_argument("--capacity", type=int, help="tokens in a micro-batch; default 4096, with --gpu 8192")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--trace", type=Path, help="with --gpu: where the profiler's trace of two rounds goes")
     parser.add_argument("--out", type=Path, help="result file")
-    parser.add_argument("--work", type=Path, help="folder for models and data (default: the system's for temporary files)")
+    parser.add_argument(
+        "--work", type=Path, help="folder for models and data (default: the system's for temporary files)"
+    )
     return parser.parse_args()
 
 
@@ -161,7 +170,9 @@ def contenders(setting: Setting, data: Path, precision: str, compiled: bool = Fa
     if torch.cuda.is_available():
         specs.append(replace(plain, name="SFTTrainer, packed", kind="sft", form="packed"))
         if versions("liger-kernel"):
-            peers = [spec for spec in specs if spec.kind in ("trainer", "sft") and (spec.form == "packed" or spec.grouped)]
+            peers = [
+                spec for spec in specs if spec.kind in ("trainer", "sft") and (spec.form == "packed" or spec.grouped)
+            ]
             specs += [replace(spec, name=f"{spec.name} + Liger", liger=True) for spec in peers]
     return specs
 
@@ -206,10 +217,20 @@ def make_model(shape: str) -> torch.nn.Module:
 
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
     config = AutoConfig.for_model(
-        "llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=8192, pad_token_id=0,
-        bos_token_id=None, eos_token_id=1, initializer_range=0.06,  # wide enough for losses to depend on what a token may see
-    )  # fmt: skip
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        initializer_range=0.06,  # wide enough for losses to depend on what a token may see
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
@@ -220,7 +241,9 @@ def make_pool(folder: Path, vocabulary: int, longest: int) -> None:
 
     random = np.random.default_rng(0)
     lengths = np.clip(np.round(random.lognormal(np.log(115), 0.62, SAMPLES)), 16, longest).astype(int)
-    TokenStore.write(folder / "store", ((random.integers(4, vocabulary, n), np.arange(n) >= 2 * n // 5) for n in lengths))
+    TokenStore.write(
+        folder / "store", ((random.integers(4, vocabulary, n), np.arange(n) >= 2 * n // 5) for n in lengths)
+    )
     PoolState(
         utility=torch.from_numpy(random.uniform(3, 6, SAMPLES)).float(),
         difficulty=torch.from_numpy(random.uniform(0.3, 1.0, SAMPLES)).float(),
@@ -244,14 +267,21 @@ def make_steps(store, setting: Setting) -> dict[str, torch.Tensor]:
     order = torch.randperm(store.num_samples, generator=torch.Generator().manual_seed(1))
 
     def pack(order: torch.Tensor) -> torch.Tensor:
-        plan = pack_plan(order, store.lengths, num_bins=steps * per_step, capacity=setting.capacity, slots=slots, max_tokens=1 << 40)
+        plan = pack_plan(
+            order, store.lengths, num_bins=steps * per_step, capacity=setting.capacity, slots=slots, max_tokens=1 << 40
+        )
         return plan.sample_ids.view(steps, per_step, slots)
 
     ids = pack(order)
     used = ids[ids < store.num_samples]
     by_length = used[store.lengths[used].argsort(stable=True)]
     rows, tokens = (torch.cat([x, x.new_zeros(1)])[ids].sum(-1) for x in (store.response_rows, store.lengths))
-    return {"ids": ids, "tokens": tokens, "rows": rows, "grouped": group(by_length, store.lengths, ids.shape, store.num_samples)}
+    return {
+        "ids": ids,
+        "tokens": tokens,
+        "rows": rows,
+        "grouped": group(by_length, store.lengths, ids.shape, store.num_samples),
+    }
 
 
 def group(by_length: torch.Tensor, lengths: torch.Tensor, shape: torch.Size, empty: int) -> torch.Tensor:
@@ -312,7 +342,12 @@ class Worker:
 
 
 def compare(
-    folder: Path, setting: Setting, precision: str, work: dict[str, Any], flags: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+    folder: Path,
+    setting: Setting,
+    precision: str,
+    work: dict[str, Any],
+    flags: argparse.Namespace,
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """The setting's result; `save` is given what there is of it after every contender or turn."""
     specs = contenders(setting, folder, precision, flags.compiled or torch.cuda.is_available())
@@ -332,7 +367,9 @@ def compare(
     return so_far(measure(specs, setting, flags, so_far))
 
 
-def in_turns(specs: list[Spec], setting: Setting, flags: argparse.Namespace, tell: Callable[[dict], Any]) -> dict[str, dict[str, Any]]:
+def in_turns(
+    specs: list[Spec], setting: Setting, flags: argparse.Namespace, tell: Callable[[dict], Any]
+) -> dict[str, dict[str, Any]]:
     """All processes stay, and one trains at a time: {name: {"seconds_per_step": [turns], "peak", "before", ...}}."""
     raw: dict[str, dict[str, Any]] = {spec.name: {"seconds_per_step": []} for spec in specs}
     workers = [Worker(spec, flags.contender_seconds) for spec in specs]
@@ -340,7 +377,9 @@ def in_turns(specs: list[Spec], setting: Setting, flags: argparse.Namespace, tel
     for turn in range(-1, setting.turns):  # the first warms up
         first = turn % max(1, len(workers))
         for worker in workers[first:] + workers[:first]:
-            if not attempt(worker, raw, lambda w, turn=turn: keep(raw[w.spec.name], w.ask(f"run {w.steps(setting.steps)}"), turn)):
+            if not attempt(
+                worker, raw, lambda w, turn=turn: keep(raw[w.spec.name], w.ask(f"run {w.steps(setting.steps)}"), turn)
+            ):
                 workers.remove(worker)
         tell(raw)
         print(f"{setting.model}: turn {turn + 1} of {setting.turns}", file=sys.stderr, flush=True)
@@ -364,7 +403,10 @@ def one_after_another(
             trace = flags.trace or Path(tempfile.gettempdir(), "training-trace.json")
             found = worker.ask(f"profile {trace}")["synchronisations"]
             own["host_waits_in_two_rounds"] = found
-            print(f"{trace}: " + (f"the host waits inside a round: {found}" if found else "the host waits for nothing inside a round"))
+            print(
+                f"{trace}: "
+                + (f"the host waits inside a round: {found}" if found else "the host waits for nothing inside a round")
+            )
         own.update(worker.end())
 
     for spec in specs:
@@ -427,7 +469,9 @@ def quartiles(values: list[float]) -> list[float]:
 
 def show(setting: dict[str, Any]) -> None:
     tokens = f"{setting['tokens_per_step']:,.0f} tokens a step"
-    print(f"\n{setting['model']}: {setting['parameters']:,} parameters, {tokens}, {setting['flops_per_step'] / 1e9:,.1f} GFLOPs a step")
+    print(
+        f"\n{setting['model']}: {setting['parameters']:,} parameters, {tokens}, {setting['flops_per_step'] / 1e9:,.1f} GFLOPs a step"
+    )
     print(f"{'':32}{'tokens/s':>10}{'quartiles':>18}{'/ engine':>10}{'of product':>12}{'memory MiB':>12}{'loss':>8}")
     for name, row in setting["contenders"].items():
         if "tokens_per_second" not in row:
@@ -438,7 +482,11 @@ def show(setting: dict[str, Any]) -> None:
         memory = _or_dash(row["peak_bytes_beyond_start"] and row["peak_bytes_beyond_start"] / 2**20, ",.0f")
         loss = _or_dash(row["first_loss"], ".3f")
         text = f"{name:32}{row['tokens_per_second']:>10,.0f}{f'{low:,.0f} - {high:,.0f}':>18}{ratio:>10}"
-        print(text + f"{row['share_of_a_product']:>12.1%}{memory:>12}{loss:>8}" + (f"  failed: {row['failed']}" if "failed" in row else ""))
+        print(
+            text
+            + f"{row['share_of_a_product']:>12.1%}{memory:>12}{loss:>8}"
+            + (f"  failed: {row['failed']}" if "failed" in row else "")
+        )
 
 
 def _or_dash(value: float | None, form: str) -> str:
@@ -452,18 +500,25 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(result["settings"]), figsize=(5.5 * len(result["settings"]), 3.2), squeeze=False, sharey=True)
+    figure, panels = plt.subplots(
+        1, len(result["settings"]), figsize=(5.5 * len(result["settings"]), 3.2), squeeze=False, sharey=True
+    )
     for panel, setting in zip(panels[0], result["settings"], strict=True):
         rows = {name: row for name, row in reversed(setting["contenders"].items()) if "tokens_per_second" in row}
         for place, row in enumerate(rows.values()):
             low, high = row["tokens_per_second_quartiles"][0], row["tokens_per_second_quartiles"][-1]
             middle, ours = row["tokens_per_second"], list(rows)[place].startswith("engine")
             whiskers = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-            panel.barh(place, middle, xerr=whiskers, color="#2a6fbb" if ours else "#b9b9b9", ecolor="#333333", capsize=2)
+            panel.barh(
+                place, middle, xerr=whiskers, color="#2a6fbb" if ours else "#b9b9b9", ecolor="#333333", capsize=2
+            )
             panel.text(middle, place, f"  {middle:,.0f}", va="bottom", fontsize=8)
         panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
         panel.set_xlabel("real tokens per second")
-        panel.set_title(f"{setting['parameters'] / 1e6:,.1f}M parameters, {setting['tokens_per_step']:,.0f} tokens a step", fontsize=9)
+        panel.set_title(
+            f"{setting['parameters'] / 1e6:,.1f}M parameters, {setting['tokens_per_step']:,.0f} tokens a step",
+            fontsize=9,
+        )
         panel.spines[["top", "right"]].set_visible(False)
     where = f"{result['processor']}, {result['precision']}" + ("" if torch.cuda.is_available() else ", one thread")
     figure.suptitle(f"Full fine-tuning, {where}, {result['date']}", fontsize=10)

@@ -3,6 +3,7 @@
 A contender's whole loop is timed as its users have it: data loading, forward, backward, clipping, AdamW, scheduler, logging of the loss.
 All read the same steps: steps.pt holds the ids of the samples of every step's micro-batches.
 """
+
 from __future__ import annotations
 
 import json
@@ -96,7 +97,9 @@ def engine(spec: Spec, link: Link) -> None:
         out=Path("unused"),
         method=spec.kind,
         batch=BatchConfig(spec.capacity, spec.micro_batches),
-        selection=SelectionConfig(round_steps=spec.round_steps, **({"max_visits": 1000} if spec.kind == "lead" else {})),
+        selection=SelectionConfig(
+            round_steps=spec.round_steps, **({"max_visits": 1000} if spec.kind == "lead" else {})
+        ),
         optimizer=OptimizerConfig(lr=spec.lr, schedule="constant", warmup=0.0),
         runtime=RuntimeConfig(precision=spec.precision, compile=spec.compiled),
     )
@@ -141,7 +144,13 @@ def train_what_all_train(running, steps, spec: Spec) -> None:
         own = plan_its_own(number, max_tokens)
         low = number * spec.round_steps % len(ids)
         trained, tokens, rows = (x[low : low + spec.round_steps] for x in (ids, *sizes))
-        return own._replace(sample_ids=trained, tokens=tokens, rows=rows, utility=samples.utility[trained], visits=samples.visits[trained])
+        return own._replace(
+            sample_ids=trained,
+            tokens=tokens,
+            rows=rows,
+            utility=samples.utility[trained],
+            visits=samples.visits[trained],
+        )
 
     running.selector.plan = plan
 
@@ -240,12 +249,27 @@ def trainer(spec: Spec, link: Link) -> None:
 
     with tempfile.TemporaryDirectory() as out:
         common: dict[str, Any] = {
-            "output_dir": out, "per_device_train_batch_size": 1, "gradient_accumulation_steps": spec.micro_batches, "max_steps": 1 << 20,
-            "learning_rate": spec.lr, "lr_scheduler_type": "constant", "bf16": spec.precision == "bf16", "use_cpu": not CUDA,
-            "optim": "adamw_torch_fused", "adam_beta2": 0.95, "max_grad_norm": 1.0, "logging_steps": spec.round_steps, "seed": 0,
-            "save_strategy": "no", "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": CUDA, "remove_unused_columns": False,
-            "gradient_checkpointing": False, "use_liger_kernel": spec.liger,
-        }  # fmt: skip
+            "output_dir": out,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": spec.micro_batches,
+            "max_steps": 1 << 20,
+            "learning_rate": spec.lr,
+            "lr_scheduler_type": "constant",
+            "bf16": spec.precision == "bf16",
+            "use_cpu": not CUDA,
+            "optim": "adamw_torch_fused",
+            "adam_beta2": 0.95,
+            "max_grad_norm": 1.0,
+            "logging_steps": spec.round_steps,
+            "seed": 0,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "dataloader_pin_memory": CUDA,
+            "remove_unused_columns": False,
+            "gradient_checkpointing": False,
+            "use_liger_kernel": spec.liger,
+        }
         collator = collate(spec.form, attention)
         if spec.kind == "sft":
             from datasets import Dataset
@@ -254,7 +278,9 @@ def trainer(spec: Spec, link: Link) -> None:
             settings = SFTConfig(**common, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
             tokenizer = AutoTokenizer.from_pretrained(folder)
             micro = Dataset.from_list(list(Micro(spec)))  # the only kind that it takes
-            running = SFTTrainer(model, settings, train_dataset=micro, data_collator=collator, processing_class=tokenizer)
+            running = SFTTrainer(
+                model, settings, train_dataset=micro, data_collator=collator, processing_class=tokenizer
+            )
         else:
             running = Trainer(model, TrainingArguments(**common), train_dataset=Micro(spec), data_collator=collator)
         running.add_callback(Turns())

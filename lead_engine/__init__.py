@@ -12,6 +12,7 @@ Everything else may change. Nothing is imported before it is asked for, so `impo
 
 `lead_engine.integrations` brings the selection into Hugging Face's Trainer and TRL's SFTTrainer.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -63,14 +64,21 @@ __all__ = [
 _HOMES = {
     "lead_engine.api": ("RoundReport", "Session", "evaluate", "prepare_pool", "train"),
     "lead_engine.config": (
-        "BatchConfig", "EvalConfig", "LoraConfig", "OptimizerConfig", "PrepareConfig", "RuntimeConfig", "SelectionConfig", "TrainConfig",
+        "BatchConfig",
+        "EvalConfig",
+        "LoraConfig",
+        "OptimizerConfig",
+        "PrepareConfig",
+        "RuntimeConfig",
+        "SelectionConfig",
+        "TrainConfig",
     ),
     "lead_engine.errors": ("UserError",),
     "lead_engine.pool.state": ("PoolState",),
     "lead_engine.pool.store": ("TokenStore",),
     "lead_engine.selection.loss_change": ("LossChange", "make_loss_change"),
     "lead_engine.selection.selector": ("Layout", "Plan", "RoundStats", "Selector"),
-}  # fmt: skip
+}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 

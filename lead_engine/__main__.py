@@ -1,4 +1,5 @@
 """`python -m lead_engine` and `torchrun -m lead_engine`: the same command line as `lead-engine`."""
+
 import sys
 
 from lead_engine.cli import main

@@ -1,4 +1,5 @@
 """The functions and the session that `import lead_engine` offers: the command line's parts, to be called."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

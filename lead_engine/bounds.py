@@ -1,4 +1,5 @@
 """What stands beside a config's field: the range of a number, and that text may name a file."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 What a user got wrong is reported as "error: ..." on standard error with exit status 2, without a traceback. Commands
 are imported when they are called, so `lead-engine --help` and flag errors need no torch.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -159,7 +160,9 @@ def _parse_with_file(cls: type, prog: str, arguments: list[str], speaks: bool) -
 
 def _given(arguments: list[str]) -> set[str]:
     """The options that the flags name: --lora.no-head is lora.head."""
-    flags = (_flag_name(argument).removeprefix("--").rpartition(".") for argument in arguments if argument.startswith("--"))
+    flags = (
+        _flag_name(argument).removeprefix("--").rpartition(".") for argument in arguments if argument.startswith("--")
+    )
     return {group + dot + name.removeprefix("no-").replace("-", "_") for group, dot, name in flags}
 
 

@@ -4,6 +4,7 @@ The command line (`cli.py`) is generated from these classes: a field `batch.capa
 docstring is the flag's help. A YAML file given with `--config` has the same nesting; flags override it.
 `Bounds` stand beside the number they bound (see options.py); what a class checks itself are rules between its fields.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -54,7 +55,6 @@ class BatchConfig(Options):
     """Micro-batches in one optimizer step, over all ranks; a multiple of the number of ranks."""
     slots: Annotated[int, Bounds(ge=0, le=2**20, zero="automatic")] = 0
     """Most samples in one micro-batch; 0 means capacity / 32."""
-
 
     @property
     def num_slots(self) -> int:
@@ -209,8 +209,15 @@ class LoraConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.rank > 0 or not self.head, "--lora.head", self.head, "false without adapters: give --lora.rank too")
-        require(self.rank > 0 or self.quantize == "none", "--lora.quantize", self.quantize, "none without adapters: give --lora.rank too")
+        require(
+            self.rank > 0 or not self.head, "--lora.head", self.head, "false without adapters: give --lora.rank too"
+        )
+        require(
+            self.rank > 0 or self.quantize == "none",
+            "--lora.quantize",
+            self.quantize,
+            "none without adapters: give --lora.rank too",
+        )
         for name in ("target_modules", "dropout", "rslora", "dora", "modules_to_save"):
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             shown = " ".join(value) if isinstance(value, tuple) else value
@@ -331,7 +338,9 @@ class TrainConfig(Options):
                 return super()._completed(name, recipe | (dict(value) if isinstance(value, Mapping) else {}))
             own = [key for key in recipe if recipe[key] != getattr(SelectionConfig(), key)]
             if isinstance(value, SelectionConfig) and all(getattr(value, key) != recipe[key] for key in own):
-                raise UserError(f"--recipe {self.recipe}: `selection` has none of it; give a mapping, which lies over the recipe")
+                raise UserError(
+                    f"--recipe {self.recipe}: `selection` has none of it; give a mapping, which lies over the recipe"
+                )
         return super()._completed(name, value)
 
 
@@ -347,7 +356,9 @@ class PretrainConfig(Options):
     """Run folder; the model lies in OUT/model."""
     model: PathText = "scratch:tiny"
     """scratch:NAME, a hub name or a folder."""
-    vocab_size: Annotated[int, Bounds(ge=300, le=2**20, says="at least 300 (256 bytes and the special tokens) and at most 1048576")] = 4096
+    vocab_size: Annotated[
+        int, Bounds(ge=300, le=2**20, says="at least 300 (256 bytes and the special tokens) and at most 1048576")
+    ] = 4096
     """Size of the byte-level BPE vocabulary trained for scratch:NAME."""
     block: Annotated[int, Bounds(ge=16, le=2**24)] = 512
     """Tokens in one training sample."""
@@ -392,7 +403,9 @@ class PrepareConfig(Options):
     warmup_share: Annotated[float, Bounds(ge=0, lt=1)] = 0.01
     """Share of the pool's tokens on which a copy of the model is trained briefly before difficulty is measured
     (with --scoring model)."""
-    vocab_size: Annotated[int, Bounds(ge=300, le=2**20, says="at least 300 (256 bytes and the special tokens) and at most 1048576")] = 4096
+    vocab_size: Annotated[
+        int, Bounds(ge=300, le=2**20, says="at least 300 (256 bytes and the special tokens) and at most 1048576")
+    ] = 4096
     """Size of the vocabulary trained for scratch:NAME."""
     skip_bad: bool = False
     """Leave out records that cannot be used (each is named and counted) instead of refusing the pool."""
@@ -525,7 +538,12 @@ class StudyConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.methods or self.variants), "methods", self.methods, "at least one method, where there are no variants")
+        require(
+            bool(self.methods or self.variants),
+            "methods",
+            self.methods,
+            "at least one method, where there are no variants",
+        )
         require(len(set(self.seeds)) == len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed, each once")
 
 
@@ -549,7 +567,6 @@ class MakePoolConfig(Options):
     """Records in pool.jsonl."""
     seed: Seed = 0
     """Seed of everything random."""
-
 
 
 def to_dict(config: Any) -> dict[str, Any]:

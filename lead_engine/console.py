@@ -133,7 +133,12 @@ class _LineBar(Bar):
         done = f"{self._done:,.0f}"
         if self._total:
             done += f"/{self._total:,.0f} ({100 * self._done / self._total:.0f} %)"
-        parts = [f"{self._description}: {done}", _duration(now - self._started), self._left(now), _format_info(self._info)]
+        parts = [
+            f"{self._description}: {done}",
+            _duration(now - self._started),
+            self._left(now),
+            _format_info(self._info),
+        ]
         _print(", ".join(filter(None, parts)), error=False)
 
     def _left(self, now: float) -> str:

@@ -2,6 +2,7 @@
 
 Knows nothing of flags or files.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -7,6 +7,7 @@
 Flags, YAML and Python callers all end in the constructor, so all of them meet the same checks.
 Rules between fields stay in the class's `__post_init__`, which calls this one first.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -4,6 +4,7 @@
 fail, or hang on an option that is itself not read, would change nothing: giving it is an error. Given is what differs from
 its default, and what a flag says.
 """
+
 from __future__ import annotations
 
 import dataclasses

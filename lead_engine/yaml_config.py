@@ -1,4 +1,5 @@
 """Strict reading of YAML into the config dataclasses: every unknown key and wrong type is named, with its place."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -103,7 +104,7 @@ def _construct(draft: T) -> T:
 
 
 def _flag_as_key(message: str) -> str:
-    """"--batch.micro-batches 0: ..." as "batch.micro_batches 0: ...": the user of a YAML file sees the key."""
+    """ "--batch.micro-batches 0: ..." as "batch.micro_batches 0: ...": the user of a YAML file sees the key."""
     first, space, rest = message.partition(" ")
     return first.removeprefix("--").replace("-", "_") + space + rest if first.startswith("--") else message
 

@@ -4,6 +4,7 @@ YAML 1.1, which PyYAML reads, takes `no` and `on` for truth values, 0123 for an 
 for a date. Here they stay text, as in YAML 1.2, and the option that they are given for decides. A key that stands twice in
 a mapping is an error: PyYAML would keep the last.
 """
+
 from __future__ import annotations
 
 import re
@@ -67,8 +68,11 @@ class _Loader(yaml.SafeLoader):
 _PLAIN = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-    "float": (r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
-              r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789."),
+    "float": (
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
 }
 """What is read as other than 1.1 has it: the pattern, and the characters that it may begin with."""
 _OWN = {f"tag:yaml.org,2002:{kind}" for kind in (*_PLAIN, "timestamp")}

@@ -1,4 +1,5 @@
 """Fixtures that all tests share: where things lie, and the real command line as a subprocess."""
+
 from __future__ import annotations
 
 import os

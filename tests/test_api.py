@@ -1,4 +1,5 @@
 """The public interface: what `import lead_engine` costs and gives, and the programs of docs/API.md as they stand there."""
+
 from __future__ import annotations
 
 import re
@@ -64,7 +65,9 @@ def test_a_whole_run_in_ten_lines(make_model, tmp_path, monkeypatch, capsys) -> 
     monkeypatch.chdir(tmp_path)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     for name, count in (("pool.jsonl", 60), ("heldout.jsonl", 8)):
-        lines = [{"instruction": f"say {words[i % 8]} {i}", "output": " ".join(words[: 1 + i % 7])} for i in range(count)]
+        lines = [
+            {"instruction": f"say {words[i % 8]} {i}", "output": " ".join(words[: 1 + i % 7])} for i in range(count)
+        ]
         Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     Path("MODEL").symlink_to(make_model())
     code = program("from pathlib import Path")
@@ -85,13 +88,17 @@ def test_a_whole_run_in_ten_lines(make_model, tmp_path, monkeypatch, capsys) -> 
     assert sum(map(len, report.sample_ids)) == selection[-1]["samples"]
     assert report.tokens == selection[-1]["tokens"]
     assert again["loss"] == pytest.approx(scope["result"]["loss"]["overall"], abs=1e-6)  # bf16 or not, as `eval` has it
-    assert (tmp_path / "TUNED" / "model.safetensors").read_bytes() == (tmp_path / "RUN" / "model" / "model.safetensors").read_bytes()
+    assert (tmp_path / "TUNED" / "model.safetensors").read_bytes() == (
+        tmp_path / "RUN" / "model" / "model.safetensors"
+    ).read_bytes()
     with pytest.raises(UserError, match="with Session"):
         _ = again["session"].model
     assert isinstance(again["session"].config, TrainConfig)
 
 
-def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine_does(make_model, make_pool, tmp_path, monkeypatch) -> None:
+def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine_does(
+    make_model, make_pool, tmp_path, monkeypatch
+) -> None:
     import torch
 
     import lead_engine
@@ -109,12 +116,15 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
 
     longest = int(scope["store"].lengths.max())
     config = TrainConfig(
-        pool=pool, model=str(model), out=tmp_path, budget=0.1,
+        pool=pool,
+        model=str(model),
+        out=tmp_path,
+        budget=0.1,
         batch=BatchConfig(capacity=12 * longest, slots=12),
         selection=SelectionConfig(round_steps=4),
         optimizer=OptimizerConfig(lr=1e-3, warmup=0.0, schedule="constant"),
         runtime=RuntimeConfig(precision="fp32"),
-    )  # fmt: skip
+    )
     with lead_engine.Session(config) as session:  # left after its first round, and gone on with
         losses = [next(session.rounds()).losses, *(report.losses for report in session.rounds())]
         assert len(losses) > 2

@@ -1,4 +1,5 @@
 """What Python callers give as text, paths, lists and mappings: converted where it is clear what is meant, else UserError."""
+
 from __future__ import annotations
 
 import json
@@ -27,7 +28,10 @@ def selector(**changed: Any) -> Selector:
     [
         (lambda: engine.train("RUN"), r"train\(config\) 'RUN': must be a TrainConfig, or a mapping of its options"),
         (lambda: engine.train({"pool": "p"}), r"train\(config\) .*TrainConfig needs: model, out missing"),
-        (lambda: engine.train({"pool": "p", "model": "m", "out": "o", "budgt": 1}), r"train\(config\) .*has no 'budgt'"),
+        (
+            lambda: engine.train({"pool": "p", "model": "m", "out": "o", "budgt": 1}),
+            r"train\(config\) .*has no 'budgt'",
+        ),
         (lambda: engine.prepare_pool(TrainConfig(pool="p", model="m", out="o")), r"prepare_pool\(config\)"),
         (lambda: engine.evaluate(None), r"evaluate\(config\) None: must be a EvalConfig"),
         (lambda: engine.Session(3), r"Session\(config\) 3"),
@@ -50,7 +54,10 @@ def selector(**changed: Any) -> Selector:
         (lambda: selector(device="gpu"), r"Selector\(device\) 'gpu': must be a device"),
         (lambda: selector(layout=(1, 1, 2, 32)), r"Selector\(layout\) .*: must be a Layout"),
         (lambda: Layout(0, 1, 2, 32), "Layout.steps 0: must be at least 1"),
-        (lambda: engine.make_loss_change({}, "x", 1, "cpu", 0), r"make_loss_change\(hidden_size\) 'x': must be a whole number"),
+        (
+            lambda: engine.make_loss_change({}, "x", 1, "cpu", 0),
+            r"make_loss_change\(hidden_size\) 'x': must be a whole number",
+        ),
         (lambda: engine.make_loss_change({}, 8, 1, "cpu", -1), r"make_loss_change\(seed\) -1: must be between"),
     ],
 )
@@ -65,9 +72,21 @@ def test_text_for_paths_and_paths_for_text_through_whole_runs(make_model, tmp_pa
     model = make_model()
     lines = [json.dumps({"instruction": f"say {i}", "output": f"{i} and {i}"}) + "\n" for i in range(24)]
     Path("pool.jsonl").write_text("".join(lines))
-    assert len(read_records("pool.jsonl", skip_bad=False)[0]) == len(read_records([Path("pool.jsonl")], skip_bad=False)[0]) == 24
+    assert (
+        len(read_records("pool.jsonl", skip_bad=False)[0])
+        == len(read_records([Path("pool.jsonl")], skip_bad=False)[0])
+        == 24
+    )
     engine.prepare_pool(
-        PrepareConfig(pool=Path("pool.jsonl"), model=model, out="P", scoring="ngram", clusters=1, max_length=64, batch={"capacity": 64})
+        PrepareConfig(
+            pool=Path("pool.jsonl"),
+            model=model,
+            out="P",
+            scoring="ngram",
+            clusters=1,
+            max_length=64,
+            batch={"capacity": 64},
+        )
     )
     assert TokenStore.open("P/store").num_samples == TokenStore.open(Path("P") / "store", "mmap").num_samples == 24
     assert PoolState.exists("P")
@@ -75,6 +94,8 @@ def test_text_for_paths_and_paths_for_text_through_whole_runs(make_model, tmp_pa
     with engine.Session(options | {"out": "unused"}) as session:
         assert sum(len(report.losses) for report in session.rounds()) > 1
         session.save("SAVED/model")
-    loss = engine.evaluate({"model": Path("SAVED/model"), "data": "pool.jsonl", "max_length": 64.0, "batch": {"capacity": 64}})
+    loss = engine.evaluate(
+        {"model": Path("SAVED/model"), "data": "pool.jsonl", "max_length": 64.0, "batch": {"capacity": 64}}
+    )
     assert loss["loss"]["overall"] > 0
     assert not Path("unused").exists()

@@ -53,7 +53,9 @@ def test_lines_of_progress_come_by_time_where_no_total_is_known(
     assert [line.split(",")[0] for line in lines] == ["reading: 75", "reading: 150", "reading: 200"]
 
 
-def test_time_left_is_by_the_speed_of_this_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_is_by_the_speed_of_this_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A resumed run begins in the middle; what was done before it says nothing about its speed."""
     now = 0.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)

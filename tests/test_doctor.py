@@ -53,7 +53,9 @@ class LosesHalfAChunk(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("fault", ["upstream", "gradient", "loss"])
-def test_a_wrong_loss_op_is_found(fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_loss_op_is_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(hidden: Tensor, weight: Tensor, targets: Tensor, **options: object) -> HeadLoss:
         hidden = LosesHalfAChunk.apply(hidden) if fault == "gradient" else hidden
         result = linear_cross_entropy(hidden, weight, targets, **options)

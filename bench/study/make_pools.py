@@ -7,6 +7,7 @@ exchanged with each other, so that they answer other instructions; their ids end
 `--near` are copies of a twentieth of the others with one word of the instruction or answer dropped, doubled or moved; their ids end in
 "~nearN". OUT/heldout.jsonl: at most `--per-task` held-out records of each data set.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -15,6 +15,7 @@ changes, and differ in what they believe of samples that were not trained yet:
 At points of the run the true loss of `--sample` samples of the pool (drawn at random; all, if it is not larger) is measured, and compared:
 Spearman's rank correlation over all of them and over the unseen ones, and the mean of U - loss.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,8 +39,13 @@ from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import process_group
 from lead_engine.training.session import Session, build
 
-BELIEFS = {"initial": ("model", "initial"), "drift": ("model", "drift"), "estimate": ("model", "estimate"),
-           "ngram": ("ngram", "initial"), "ngram, drift": ("ngram", "drift")}  # fmt: skip
+BELIEFS = {
+    "initial": ("model", "initial"),
+    "drift": ("model", "drift"),
+    "estimate": ("model", "estimate"),
+    "ngram": ("ngram", "initial"),
+    "ngram, drift": ("ngram", "drift"),
+}
 
 
 def shadows(session: Session, ngram: Path | None) -> dict[str, Selector]:
@@ -50,9 +56,15 @@ def shadows(session: Session, ngram: Path | None) -> dict[str, Selector]:
         if states[judge] is not None:
             options = replace(session.config.selection, unseen=unseen, optimism=0.0)
             found[name] = Selector(
-                states[judge], store.lengths, store.response_rows,
-                method="lead", config=options, layout=session.engine.layout, seed=session.config.seed, device=store.device,
-            )  # fmt: skip
+                states[judge],
+                store.lengths,
+                store.response_rows,
+                method="lead",
+                config=options,
+                layout=session.engine.layout,
+                seed=session.config.seed,
+                device=store.device,
+            )
     return found
 
 
@@ -61,7 +73,9 @@ def believed(selector: Selector) -> Tensor:
     return (selector.samples.utility if unseen is None else unseen.utility())[:-1]
 
 
-def compare(selectors: dict[str, Selector], ids: Tensor, loss: Tensor, last: Tensor | None) -> dict[str, dict[str, float]]:
+def compare(
+    selectors: dict[str, Selector], ids: Tensor, loss: Tensor, last: Tensor | None
+) -> dict[str, dict[str, float]]:
     beliefs = {name: believed(selector)[ids].double().numpy() for name, selector in selectors.items()}
     if last is not None:
         beliefs["rescored"] = last.double().numpy()
@@ -107,9 +121,18 @@ def follow(config: TrainConfig, ngram: Path | None, points: list[float], sample:
                 loss = engine.scorer.given(ids).cpu()
                 trained = int((engine.selector.samples.visits[:-1] > 0).sum())
                 beliefs = compare(selectors, ids, loss, last)
-                rows.append({"share": round(share, 3), "samples_trained": trained, "true_loss": float(loss.mean()), "beliefs": beliefs})
+                rows.append(
+                    {
+                        "share": round(share, 3),
+                        "samples_trained": trained,
+                        "true_loss": float(loss.mean()),
+                        "beliefs": beliefs,
+                    }
+                )
                 last = loss
-                short = {name: (round(v["spearman"], 3), round(v["mean_error_unseen"], 2)) for name, v in beliefs.items()}
+                short = {
+                    name: (round(v["spearman"], 3), round(v["mean_error_unseen"], 2)) for name, v in beliefs.items()
+                }
                 print(f"seed {config.seed}, {share:.0%}:", short, flush=True)
         return rows
 
@@ -137,9 +160,15 @@ def main() -> None:
     runs = {}
     for seed in flags.seeds:
         config = TrainConfig(
-            pool=flags.pool, model=flags.model, out=Path("unused"), budget=flags.budget, seed=seed,
-            batch=BatchConfig(capacity=flags.capacity), selection=SelectionConfig(), optimizer=OptimizerConfig(lr=flags.lr),
-        )  # fmt: skip
+            pool=flags.pool,
+            model=flags.model,
+            out=Path("unused"),
+            budget=flags.budget,
+            seed=seed,
+            batch=BatchConfig(capacity=flags.capacity),
+            selection=SelectionConfig(),
+            optimizer=OptimizerConfig(lr=flags.lr),
+        )
         runs[seed] = follow(config, flags.ngram_pool, sorted(flags.points), flags.sample)
     result = {"budget": flags.budget, "sample": flags.sample, "means": means(list(runs.values())), "runs": runs}
     write("utility_fidelity", result, flags.out)
@@ -150,8 +179,17 @@ def means(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     found = []
     for rows in zip(*runs, strict=True):
         first = rows[0]["beliefs"]
-        beliefs = {name: {key: float(np.mean([row["beliefs"][name][key] for row in rows])) for key in first[name]} for name in first}
-        found.append({"share": rows[0]["share"], "true_loss": float(np.mean([row["true_loss"] for row in rows])), "beliefs": beliefs})
+        beliefs = {
+            name: {key: float(np.mean([row["beliefs"][name][key] for row in rows])) for key in first[name]}
+            for name in first
+        }
+        found.append(
+            {
+                "share": rows[0]["share"],
+                "true_loss": float(np.mean([row["true_loss"] for row in rows])),
+                "beliefs": beliefs,
+            }
+        )
     return found
 
 

@@ -6,6 +6,7 @@ q sketch width, N samples in the pool, K bandit arms, R response rows of a packe
 Every operator with kernels is a `torch.library` operator with a fake kernel: it runs under FakeTensorMode and in a graph of
 `torch.compile`. On a GPU none reads the device from the host, except where a docstring says so.
 """
+
 from lead_kernels.exp3 import draw_arm, exp3_probabilities, exp3_update
 from lead_kernels.gather_batch import PackedBatch, gather_batch
 from lead_kernels.grad_inner_product import grad_inner_product

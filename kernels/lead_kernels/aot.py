@@ -17,6 +17,7 @@ that a thread takes in one turn of them; for kernels that state how many these a
 instruction a clock: this says whether a kernel waits for memory. A loop that ptxas unrolled counts every copy. For sm_90,
 aligned, there may be a limit.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -129,7 +130,11 @@ def _usage_on_hip(asm: str) -> tuple[int, int, int]:
         return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", asm))
 
     scratch = field("private_segment_fixed_size")
-    return field("vgpr_count") + field("agpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count") + scratch, scratch
+    return (
+        field("vgpr_count") + field("agpr_count"),
+        field("vgpr_spill_count") + field("sgpr_spill_count") + scratch,
+        scratch,
+    )
 
 
 def _may_be_aligned(kind: str) -> bool:
@@ -215,19 +220,25 @@ def _task(job: tuple[int, str, bool]) -> Result:
     try:
         usage = _compile(build, target, aligned)
         error = _fault(usage, target, build.instructions if name == "sm_90" and aligned else float("inf"))
-    except Exception as failure:  # whatever the compiler raises is this line's result, and the other kernels are still compiled
+    except (
+        Exception
+    ) as failure:  # whatever the compiler raises is this line's result, and the other kernels are still compiled
         error = f"DOES NOT COMPILE: {type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
     return Result(build.name, name, warps(build.threads, target.wave), aligned, usage, error)
 
 
-def compile_builds(builds: Sequence[KernelBuild], targets: Sequence[str] = tuple(TARGETS), jobs: int = 2) -> Iterator[Result]:
+def compile_builds(
+    builds: Sequence[KernelBuild], targets: Sequence[str] = tuple(TARGETS), jobs: int = 2
+) -> Iterator[Result]:
     """Compile `builds` for `targets`, aligned and not, in `jobs` processes and an empty cache; results in order, as they come."""
     global _builds
     _builds = list(builds)
     names = [build.name for build in _builds]
     if len(set(names)) < len(names):
         raise ValueError(f"builds with one name: {sorted({name for name in names if names.count(name) > 1})}")
-    work = [(i, target, aligned) for i, build in enumerate(_builds) for target in targets for aligned in _alignments(build)]
+    work = [
+        (i, target, aligned) for i, build in enumerate(_builds) for target in targets for aligned in _alignments(build)
+    ]
     with tempfile.TemporaryDirectory(prefix="lead_kernels_aot_") as cache:
         os.environ.update(TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -246,7 +257,9 @@ def report(builds: Sequence[KernelBuild], targets: Sequence[str] = tuple(TARGETS
         print(f"a compiler process died after {len(results)} results: an assertion of LLVM's, or out of memory")
         return 1
     faults = [result for result in results if result.error]
-    print(f"{len(builds)} kernels and configurations, {len(results)} compilations, {len(faults)} faults, {time.monotonic() - start:.0f} s")
+    print(
+        f"{len(builds)} kernels and configurations, {len(results)} compilations, {len(faults)} faults, {time.monotonic() - start:.0f} s"
+    )
     for result in faults:
         print(f"FAULT {result.line()}")
     return 1 if faults else 0

@@ -1,4 +1,5 @@
 """Where an operator runs: its Triton kernels on a GPU, its plain PyTorch form in host memory; what a kernel is to the compiler."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """Argument checks that cost no device read, and the one question on which the operators branch: may the host look at this tensor?"""
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext

@@ -2,6 +2,7 @@
 
 Legend: T rows, V vocabulary, B samples.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -2,6 +2,7 @@
 
 Source: Auer, Cesa-Bianchi, Freund, Schapire, "The nonstochastic multiarmed bandit problem", SIAM J. Comput. 32 (2002), figures 1 and 5.
 """
+
 from __future__ import annotations
 
 import math

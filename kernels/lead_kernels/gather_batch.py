@@ -1,4 +1,5 @@
 """Packs pool samples into one micro-batch of fixed capacity, from the device that holds the pool or over the bus from pinned memory."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -37,7 +38,9 @@ class PackedBatch(NamedTuple):
 
 
 @triton.jit
-def _segments_kernel(id_ptr, offset_ptr, start_ptr, cu_ptr, status_ptr, num_samples, slots, capacity, BLOCK: tl.constexpr):
+def _segments_kernel(
+    id_ptr, offset_ptr, start_ptr, cu_ptr, status_ptr, num_samples, slots, capacity, BLOCK: tl.constexpr
+):
     """One program: where the samples of the B slots begin in the pool (start [B]) and in the micro-batch (cu [B+2]).
 
     status[0]: tokens of all samples; status[1]: ids outside [0, N]. Segments end at `capacity` also where samples do not fit, so that the
@@ -128,7 +131,9 @@ def _rows_kernel(
     tl.store(row_slot_ptr + place, slots - 1, mask=padding)
 
 
-def _on_gpu(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+def _on_gpu(
+    tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int
+) -> list[Tensor]:
     for name, tensor in (("tokens", tokens), ("response", response), ("offsets", offsets)):
         if tensor.device != sample_ids.device and not tensor.is_pinned():
             raise ValueError(f"{name} is on {tensor.device}, where the GPU reads only pinned memory")
@@ -141,9 +146,13 @@ def _on_gpu(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tenso
 
     _segments_kernel[(1,)](sample_ids, offsets, start, cu, status, num_samples, slots, capacity, **launch)
     steps = slots.bit_length()
-    _tokens_kernel[(num_counts,)](tokens, response, start, cu, inputs, positions, marks, counts, slots, steps, capacity, **launch)
+    _tokens_kernel[(num_counts,)](
+        tokens, response, start, cu, inputs, positions, marks, counts, slots, steps, capacity, **launch
+    )
     grid = (triton.cdiv(max(capacity, num_rows), BLOCK),)
-    _rows_kernel[grid](marks, counts, inputs, rows, targets, row_slots, status, capacity, num_rows, slots, num_counts, **launch)
+    _rows_kernel[grid](
+        marks, counts, inputs, rows, targets, row_slots, status, capacity, num_rows, slots, num_counts, **launch
+    )
     torch._assert_async(status[1] == 0, UNKNOWN)
     torch._assert_async(status[0] <= capacity, TOO_LONG)
     torch._assert_async(status[2] <= num_rows, TOO_MANY)
@@ -153,7 +162,9 @@ def _on_gpu(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tenso
 # --- in host memory ---
 
 
-def _on_host(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+def _on_host(
+    tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int
+) -> list[Tensor]:
     num_samples, slots = offsets.shape[0] - 1, sample_ids.shape[0]
     if bool(((sample_ids < 0) | (sample_ids > num_samples)).any()):
         raise RuntimeError(UNKNOWN)
@@ -197,18 +208,24 @@ def _empty(sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
 
 
 @torch.library.custom_op("lead_kernels::gather_batch", mutates_args=())
-def _gather_batch(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+def _gather_batch(
+    tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int
+) -> list[Tensor]:
     gather = _on_gpu if uses_kernels(sample_ids) else _on_host
     with current_device(sample_ids):
         return gather(tokens, response, offsets, sample_ids, capacity, num_rows)
 
 
 @_gather_batch.register_fake
-def _(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
+def _(
+    tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, capacity: int, num_rows: int
+) -> list[Tensor]:
     return _empty(sample_ids, capacity, num_rows)
 
 
-def gather_batch(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, *, capacity: int, num_rows: int) -> PackedBatch:
+def gather_batch(
+    tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, *, capacity: int, num_rows: int
+) -> PackedBatch:
     """Lay samples one after another in `capacity` token places and list the positions at which a loss is taken.
 
     tokens: integer [total]; response: bool [total], True on tokens to be learnt (a sample's first token never counts, as nothing
@@ -229,7 +246,9 @@ def gather_batch(tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: 
             raise ValueError(f"{name} is on {tensor.device}, expected {sample_ids.device} or pinned host memory")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
-    inputs, positions, cu, rows, targets, row_slots = _gather_batch(tokens, response, offsets, sample_ids.contiguous(), capacity, num_rows)
+    inputs, positions, cu, rows, targets, row_slots = _gather_batch(
+        tokens, response, offsets, sample_ids.contiguous(), capacity, num_rows
+    )
     return PackedBatch(inputs, positions, cu, rows, targets, row_slots, sample_ids)
 
 

@@ -7,6 +7,7 @@ tile, so that the [T, H] product is never written: what leaves is a number per r
 model on as many tokens (6 FLOP per parameter and token), and as much again where M is computed. It reads g, M and h, 300 MB, and
 writes 2 MB.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -63,7 +64,9 @@ def row_products(
             product += tl.sum(g[:, :, None] * m[None, :, :], 1)
         grad_tile += DEPTH
         matrix_tile += DEPTH * width.to(tl.int64)
-    h = tl.load(hidden_ptr + row[:, None] * width + column[None, :], mask=row_mask & column_mask, other=0.0).to(product.dtype)
+    h = tl.load(hidden_ptr + row[:, None] * width + column[None, :], mask=row_mask & column_mask, other=0.0).to(
+        product.dtype
+    )
     tl.store(partials_ptr + column_tile.to(tl.int64) * num_rows + row, tl.sum(product * h, 1), mask=row < num_rows)
 
 
@@ -173,7 +176,9 @@ def grad_inner_product(
     check_shape("mean_grad", mean_grad, (width, width))
     check_shape("sample_ids", sample_ids, (rows,), (torch.int64, torch.int32))
     check_shape("sample_weight", sample_weight, (num_samples,))
-    check_device(hidden.device, hidden_grad=hidden_grad, mean_grad=mean_grad, sample_ids=sample_ids, sample_weight=sample_weight)
+    check_device(
+        hidden.device, hidden_grad=hidden_grad, mean_grad=mean_grad, sample_ids=sample_ids, sample_weight=sample_weight
+    )
     detached = (hidden.detach(), hidden_grad.detach(), mean_grad.detach())
     return _grad_inner_product(*detached, sample_ids, num_samples, sample_weight.detach())
 
@@ -181,10 +186,27 @@ def grad_inner_product(
 def builds() -> list[KernelBuild]:
     """One configuration a dtype."""
     listed = []
-    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32"), (torch.float64, "fp64")):
+    for dtype, kind in (
+        (torch.bfloat16, "bf16"),
+        (torch.float16, "fp16"),
+        (torch.float32, "fp32"),
+        (torch.float64, "fp64"),
+    ):
         cut, out = tiles(dtype), "*fp64" if kind == "fp64" else "*fp32"
-        sizes = {"ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth, "GROUP": GROUP, "USE_DOT": kind != "fp64"}
-        pointers = dict.fromkeys(("grad_ptr", "matrix_ptr", "hidden_ptr"), f"*{kind}:16") | {"partials_ptr": f"{out}:16"}
+        sizes = {
+            "ROWS": cut.rows,
+            "COLUMNS": cut.columns,
+            "DEPTH": cut.depth,
+            "GROUP": GROUP,
+            "USE_DOT": kind != "fp64",
+        }
+        pointers = dict.fromkeys(("grad_ptr", "matrix_ptr", "hidden_ptr"), f"*{kind}:16") | {
+            "partials_ptr": f"{out}:16"
+        }
         signature = {**pointers, "num_rows": "i32", "width": "i32:16", **dict.fromkeys(sizes, "constexpr")}
-        listed.append(KernelBuild(f"grad_inner_product.row_products {kind}", row_products, signature, sizes, cut.threads, cut.stages))
+        listed.append(
+            KernelBuild(
+                f"grad_inner_product.row_products {kind}", row_products, signature, sizes, cut.threads, cut.stages
+            )
+        )
     return listed

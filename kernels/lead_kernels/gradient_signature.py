@@ -5,6 +5,7 @@ at (T, H) = (16384, 4096), q = 64, bf16. The outer products are another 0.13 GFL
 16 KiB a sample. The head's three products are 51.6 TFLOP there (V = 128256): the signature adds 0.03 % to the arithmetic and, being
 bound by memory, some 75 us at 4 TB/s to their 74 ms at 700 TFLOP/s, 0.1 %.
 """
+
 from __future__ import annotations
 
 import torch
@@ -42,7 +43,9 @@ def outer_piece(
     for start in range(first, last, STEP):
         row = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
         left = tl.load(left_ptr + row * num_left + i[None, :], mask=(row < last) & (i < num_left)[None, :], other=0.0)
-        right = tl.load(right_ptr + row * num_right + j[None, :], mask=(row < last) & (j < num_right)[None, :], other=0.0)
+        right = tl.load(
+            right_ptr + row * num_right + j[None, :], mask=(row < last) & (j < num_right)[None, :], other=0.0
+        )
         if USE_DOT:
             total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
         else:
@@ -120,7 +123,9 @@ def _gradient_signature(
 
 @_gradient_signature.register_fake
 def _(hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
-    return hidden.new_empty(num_samples, left.shape[1], right.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return hidden.new_empty(
+        num_samples, left.shape[1], right.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32)
+    )
 
 
 def gradient_signature(
@@ -140,7 +145,9 @@ def gradient_signature(
     check_shape("right", right, (width, right.shape[-1]))
     check_shape("sample_ids", sample_ids, (rows,), (torch.int64, torch.int32))
     check_device(hidden.device, hidden_grad=hidden_grad, left=left, right=right, sample_ids=sample_ids)
-    return _gradient_signature(hidden.detach(), hidden_grad.detach(), left.detach(), right.detach(), sample_ids, num_samples)
+    return _gradient_signature(
+        hidden.detach(), hidden_grad.detach(), left.detach(), right.detach(), sample_ids, num_samples
+    )
 
 
 def builds() -> list[KernelBuild]:
@@ -151,6 +158,14 @@ def builds() -> list[KernelBuild]:
         step, side = outer_tile(width, width, dtype)
         sizes = {"ROWS": tile(width * width).rows, "STEP": step, "SIDE": side, "USE_DOT": dtype != torch.float64}
         pointers = {"left_ptr": f"*{kind}", "right_ptr": f"*{kind}", "bounds_ptr": "*i64", "partials_ptr": f"*{kind}"}
-        signature = {**pointers, "num_segments": "i32", "num_left": "i32", "num_right": "i32", **dict.fromkeys(sizes, "constexpr")}
-        listed.append(KernelBuild(f"gradient_signature.outer_piece {kind} q={width}", outer_piece, signature, sizes, THREADS))
+        signature = {
+            **pointers,
+            "num_segments": "i32",
+            "num_left": "i32",
+            "num_right": "i32",
+            **dict.fromkeys(sizes, "constexpr"),
+        }
+        listed.append(
+            KernelBuild(f"gradient_signature.outer_piece {kind} q={width}", outer_piece, signature, sizes, THREADS)
+        )
     return listed

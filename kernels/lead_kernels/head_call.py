@@ -2,6 +2,7 @@
 
 Legend: T rows, H hidden size, V vocabulary, B samples, R rank, q sketch width.
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

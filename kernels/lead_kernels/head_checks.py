@@ -1,5 +1,6 @@
 """What `linear_cross_entropy` refuses before it computes: shapes, dtypes, devices, plain numbers; no tensor's
 values."""
+
 from __future__ import annotations
 
 import math

@@ -4,6 +4,7 @@ Legend: T rows, C rows of a chunk, H hidden size, V vocabulary, R rank of an ada
 
 A chunk is one product (logits), the row pass over it, and a product for each gradient: g W for the hidden states, g^T h for the weight.
 """
+
 from __future__ import annotations
 
 import functools
@@ -212,7 +213,9 @@ class _Pass:
         self.predicted_T = torch.empty_like(self.nll_T, dtype=torch.int64) if statistics.predicted else None
         needs_loss_grad = wanted.hidden or (wanted.nll_hidden and loss.plain)
         self.loss_grad_TH = torch.empty_like(hidden_TH) if needs_loss_grad else None
-        self.nll_grad_TH = self.loss_grad_TH if loss.plain else torch.empty_like(hidden_TH) if wanted.nll_hidden else None
+        self.nll_grad_TH = (
+            self.loss_grad_TH if loss.plain else torch.empty_like(hidden_TH) if wanted.nll_hidden else None
+        )
         lora = head.lora
         narrow = narrow_sums(rows if full_rows is None else full_rows, most_rows, hidden_TH.dtype)
         self.dweight, self.dbias, self.da, self.db = (
@@ -233,7 +236,9 @@ class _Pass:
             add_product(z_CV, thin_product(h_CH, lora.a.t(), lora.scale), lora.b.t())
 
         loss_g_CV = g_CV if self.wants_loss_gradient else None
-        nll_g_CV = self.nll_g[:size] if self.nll_g is not None else None if self.loss.plain or not wanted.nll_hidden else g_CV
+        nll_g_CV = (
+            self.nll_g[:size] if self.nll_g is not None else None if self.loss.plain or not wanted.nll_hidden else g_CV
+        )
         row_pass(z_CV, loss_g_CV, nll_g_CV, self.columns, rows, self.loss, self.ignore_index)
         if self.gaps:  # of old logits between its rows, harmless to a GPU's products
             g_CV = left_operand(g_CV)

@@ -1,4 +1,5 @@
 """An LM head whose forward is the loss."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -32,7 +33,9 @@ class LinearCrossEntropy(nn.Linear):
             self._add_adapter(lora_rank, lora_rank if lora_alpha is None else lora_alpha)
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, lora_rank: int = 0, lora_alpha: float | None = None, **loss_options: Any) -> LinearCrossEntropy:
+    def of(
+        cls, linear: nn.Linear, *, lora_rank: int = 0, lora_alpha: float | None = None, **loss_options: Any
+    ) -> LinearCrossEntropy:
         """The same parameters (not copies, so that tied embeddings stay tied) behind the loss."""
         head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", **loss_options)
         head.weight, head.bias = linear.weight, linear.bias

@@ -10,6 +10,7 @@ A weight that scaled what is rounded already would round it once more. fp32 and 
 
 Legend: T rows, H hidden size, V vocabulary, B samples, R rank, q sketch width.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,5 @@
 """The running estimate of every sample's utility (instance-level dynamic uncertainty)."""
+
 from __future__ import annotations
 
 import torch
@@ -21,13 +22,17 @@ def _idu_kernel(
     inside = place < num_ids
     sample = tl.load(sample_ids + place, mask=inside, other=0)
     real = inside & (sample < num_samples)
-    seen = tl.load(loss + place, mask=real, other=0.0).to(tl.float32) + tl.load(change + place, mask=real, other=0.0).to(tl.float32)
+    seen = tl.load(loss + place, mask=real, other=0.0).to(tl.float32) + tl.load(
+        change + place, mask=real, other=0.0
+    ).to(tl.float32)
     old = tl.load(utility + sample, mask=real, other=0.0)
     tl.store(utility + sample, share_new * seen + share_old * old, mask=real)
     tl.store(visits + sample, tl.load(visits + sample, mask=real, other=0) + 1, mask=real)
 
 
-def _on_gpu(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float) -> None:
+def _on_gpu(
+    utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float
+) -> None:
     num_ids = sample_ids.numel()
     _idu_kernel[(triton.cdiv(num_ids, BLOCK),)](
         utility, visits, sample_ids.contiguous(), loss.contiguous(), change.contiguous(), 1.0 - smoothing, smoothing, num_ids,
@@ -35,7 +40,9 @@ def _on_gpu(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, c
     )  # fmt: skip
 
 
-def _on_host(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float) -> None:
+def _on_host(
+    utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float
+) -> None:
     ids = sample_ids.flatten()
     real = ids < utility.shape[0] - 1
     ids, seen = ids[real], loss.flatten()[real].float() + change.flatten()[real].float()
@@ -44,7 +51,9 @@ def _on_host(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, 
 
 
 @torch.library.custom_op("lead_kernels::idu_update", mutates_args=("utility", "visits"))
-def _idu_update(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float) -> None:
+def _idu_update(
+    utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float
+) -> None:
     if sample_ids.numel() > 0:
         with current_device(utility):
             (_on_gpu if uses_kernels(utility) else _on_host)(utility, visits, sample_ids, loss, change, smoothing)
@@ -55,7 +64,9 @@ def _(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change:
     return None
 
 
-def idu_update(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float) -> None:
+def idu_update(
+    utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float
+) -> None:
     """In place: U_i <- (1 - b) (L_i + dL_i) + b U_i and one more visit, for the samples of one optimizer step.
 
     utility: fp32 [N+1]; visits: int32 [N+1], both contiguous; sample_ids: int64 of any shape, each real id at most once; loss, change:
@@ -80,6 +91,15 @@ def builds() -> list[KernelBuild]:
     numbers = {"share_new": "fp32", "share_old": "fp32", "num_ids": "i32", "num_samples": "i32", "BLOCK": "constexpr"}
     found = []
     for kind in ("fp32", "bf16", "fp16"):
-        signature = {"utility": "*fp32", "visits": "*i32", "sample_ids": "*i64", "loss": f"*{kind}", "change": "*fp32", **numbers}
-        found.append(KernelBuild(f"idu_update {kind}", _idu_kernel, signature, {"BLOCK": BLOCK}, THREADS, options=NO_FUSION))
+        signature = {
+            "utility": "*fp32",
+            "visits": "*i32",
+            "sample_ids": "*i64",
+            "loss": f"*{kind}",
+            "change": "*fp32",
+            **numbers,
+        }
+        found.append(
+            KernelBuild(f"idu_update {kind}", _idu_kernel, signature, {"BLOCK": BLOCK}, THREADS, options=NO_FUSION)
+        )
     return found

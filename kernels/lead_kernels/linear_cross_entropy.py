@@ -3,6 +3,7 @@
 Legend: T rows, H hidden size, V vocabulary, B samples, R rank, q sketch width; e_t the gradient of row t's NLL at its
 hidden state.
 """
+
 from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args

@@ -8,6 +8,7 @@ samples, the longest that still fits, until none does: 0.2 and 0.3 %. bench/pack
 A bin depends on nothing but the samples that remain when it is opened. How bins are grouped into optimizer steps and rounds is then of
 no account, and a round that ends anywhere is continued by the next as if it had not ended.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -87,7 +88,9 @@ def _pack_kernel(id_ptr, length_ptr, kept_ptr, out_ptr, tokens_ptr, num_bins, ca
         out_ptr += slots
 
 
-def _on_gpu(order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int) -> tuple[Tensor, Tensor]:
+def _on_gpu(
+    order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int
+) -> tuple[Tensor, Tensor]:
     length_k, real_k = _lengths(order, lengths)
     torch._assert_async((length_k <= capacity).all(), TOO_LONG)
     # Both conditions hold for a prefix: dummies come last, and the running total never falls.
@@ -104,7 +107,9 @@ def _on_gpu(order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, c
 # --- in host memory ---
 
 
-def _on_host(order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int) -> tuple[Tensor, Tensor]:
+def _on_host(
+    order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int
+) -> tuple[Tensor, Tensor]:
     length_k, real_k = _lengths(order, lengths)
     if bool((length_k > capacity).any()):
         raise RuntimeError(TOO_LONG)
@@ -143,14 +148,18 @@ def _lengths(order: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("lead_kernels::pack_plan", mutates_args=())
-def _pack_plan(order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int) -> tuple[Tensor, Tensor]:
+def _pack_plan(
+    order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int
+) -> tuple[Tensor, Tensor]:
     pack = _on_gpu if uses_kernels(order) else _on_host
     with current_device(order):
         return pack(order, lengths, max_tokens, num_bins, capacity, slots)
 
 
 @_pack_plan.register_fake
-def _(order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int) -> tuple[Tensor, Tensor]:
+def _(
+    order: Tensor, lengths: Tensor, max_tokens: Tensor, num_bins: int, capacity: int, slots: int
+) -> tuple[Tensor, Tensor]:
     return order.new_empty(num_bins, slots), order.new_empty(num_bins)
 
 

@@ -1,4 +1,5 @@
 """Matrix products that keep their fp32 accumulator where the library hands it out: cuBLAS does, a CPU's rounds to the operands' dtype."""
+
 from __future__ import annotations
 
 import torch
@@ -90,7 +91,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def row_blocks(matrix: Tensor) -> list[slice]:
     """Blocks of rows for an operation of mixed dtypes: on a CPU, PyTorch first copies whole operands to the wider dtype."""
     rows, width = matrix.shape[0], matrix.numel() // max(matrix.shape[0], 1)
-    return split(rows, max(1, CPU_TILE_BYTES // (4 * max(width, 1)))) if matrix.device.type == "cpu" else [slice(0, rows)]
+    return (
+        split(rows, max(1, CPU_TILE_BYTES // (4 * max(width, 1)))) if matrix.device.type == "cpu" else [slice(0, rows)]
+    )
 
 
 def scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

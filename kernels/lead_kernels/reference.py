@@ -2,6 +2,7 @@
 
 Loops over samples, dense [T, V] logits, Python arithmetic. Each has the arguments and the result of the operator of the same name.
 """
+
 from __future__ import annotations
 
 from fractions import Fraction
@@ -126,7 +127,13 @@ def grad_inner_product(
 
 
 def select_topk(
-    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None, offset: Tensor | None = None
+    utility: Tensor,
+    eligible: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    k: int,
+    weight: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     entries = []
     for label in range(num_tasks):
@@ -179,12 +186,18 @@ def gather_batch(
     tail, padding = capacity - len(input_ids), num_rows - len(rows)
     cu_seqlens.append(capacity)
     input_ids, position_ids = input_ids + [0] * tail, position_ids + list(range(tail))
-    rows, targets, row_slots = rows + [capacity - 1] * padding, targets + [-100] * padding, row_slots + [slots - 1] * padding
+    rows, targets, row_slots = (
+        rows + [capacity - 1] * padding,
+        targets + [-100] * padding,
+        row_slots + [slots - 1] * padding,
+    )
     long = [torch.tensor(x, dtype=torch.int64) for x in (input_ids, position_ids, rows, targets, row_slots)]
     return PackedBatch(long[0], long[1], torch.tensor(cu_seqlens, dtype=torch.int32), *long[2:], sample_ids)
 
 
-def idu_update(utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float) -> None:
+def idu_update(
+    utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float
+) -> None:
     for sample, value, delta in zip(sample_ids.flatten().tolist(), loss.flatten(), change.flatten(), strict=True):
         if sample < len(utility) - 1:
             utility[sample] = (1 - smoothing) * (value + delta) + smoothing * utility[sample]

@@ -14,6 +14,7 @@ With class weights w, of sum W, it is  a [(1 - s) w_y NLL + s / V sum_j w_j (lse
 then through the cap, z = c tanh(x / c) with dz/dx = 1 - (z / c)^2, and the scale. The one-hot is subtracted in fp32,
 before any rounding: rounded first, a small 1 - p_y would be lost.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@ their place; on a GPU by one kernel. See `row_loss` for what it computes.
 
 Legend: C rows of a chunk, V vocabulary. z logits, p = softmax(z).
 """
+
 from __future__ import annotations
 
 import torch
@@ -367,7 +368,13 @@ def _build(logits: str, gradient: str, vocabulary: int, mode: str) -> KernelBuil
         "SMOOTHING": 0.1 if everything else 0.0, "Z_LOSS": 1e-4 if everything else 0.0, "NARROWS": logits != gradient and mode != "loss",
         "ACC": tl.float32, "BLOCK": block,
     }  # fmt: skip
-    sizes = {"z_stride": "i32:16", "gradient_stride": "i32:16", "width": "i32:16", "vocabulary": "i32", "ignore_index": "i32"}
+    sizes = {
+        "z_stride": "i32:16",
+        "gradient_stride": "i32:16",
+        "width": "i32:16",
+        "vocabulary": "i32",
+        "ignore_index": "i32",
+    }
     if vocabulary == 1:  # an argument of 1 is a constant to the compiler
         constants["vocabulary"] = 1
     signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}

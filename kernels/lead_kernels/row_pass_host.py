@@ -2,6 +2,7 @@
 
 Legend: C rows of a chunk or tile, V vocabulary.
 """
+
 from __future__ import annotations
 
 import torch

@@ -5,6 +5,7 @@ the rows of every piece, the second the pieces of every segment, so that one seg
 Going through the rows, the next piece lies in the next block, in the next segment, or in both: block + segment grows from piece to
 piece. It is the piece's number, which makes a segment's pieces neighbours and needs no table.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -36,7 +37,16 @@ def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_segments"])
-def sum_piece(values_ptr, bounds_ptr, partials_ptr, num_segments, width, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr):
+def sum_piece(
+    values_ptr,
+    bounds_ptr,
+    partials_ptr,
+    num_segments,
+    width,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """One piece and COLUMNS columns: partials[piece] = sum of the piece's rows, STEP rows at a time, then over the STEP lanes."""
     piece = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -175,8 +185,16 @@ def builds() -> list[KernelBuild]:
         sizes = {"ROWS": rows, "STEP": step, "COLUMNS": columns} | ({"width": 1} if width == 1 else {})
         kinds = {"width": "i32"} | dict.fromkeys(sizes, "constexpr")
         for dtype in ("bf16", "fp16", "fp32"):
-            signature = {"values_ptr": f"*{dtype}", "bounds_ptr": "*i64", "partials_ptr": "*fp32", "num_segments": "i32", **kinds}
-            listed.append(KernelBuild(f"segment_reduce.sum_piece {dtype} {label}", sum_piece, signature, sizes, THREADS))
+            signature = {
+                "values_ptr": f"*{dtype}",
+                "bounds_ptr": "*i64",
+                "partials_ptr": "*fp32",
+                "num_segments": "i32",
+                **kinds,
+            }
+            listed.append(
+                KernelBuild(f"segment_reduce.sum_piece {dtype} {label}", sum_piece, signature, sizes, THREADS)
+            )
         signature = {"partials_ptr": "*fp32", "bounds_ptr": "*i64", "out_ptr": "*fp32", **kinds}
         listed.append(KernelBuild(f"segment_reduce.sum_pieces {label}", sum_pieces, signature, sizes, THREADS))
     return listed

@@ -10,6 +10,7 @@ of their numbers of samples change the c_j (`_weighted_quota`) and that last ord
 Source of the select: Alabi, Blanchard, Gordon, Steinbach, "Fast k-selection algorithms for graphics processing units", ACM JEA 17 (2012),
 here for all tasks at once.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -74,7 +75,17 @@ def _histogram_kernel(
 
 @triton.jit(do_not_specialize=["num_tasks", "copies", "shift", "width"])
 def _choose_kernel(
-    histogram, prefix, need, threshold, closed, num_tasks, copies, shift, width, DIGITS: tl.constexpr, ROWS: tl.constexpr
+    histogram,
+    prefix,
+    need,
+    threshold,
+    closed,
+    num_tasks,
+    copies,
+    shift,
+    width,
+    DIGITS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """One task: add up the copies of its histogram, leave them empty for the next pass, and take the digit that holds the `need`-th key.
     A task is closed when that digit's samples are all needed: prefix -1, and the largest key with its digits as threshold."""
@@ -107,7 +118,18 @@ def _choose_kernel(
 
 @triton.jit(do_not_specialize=["id_bits", "tiles"])
 def _winners_kernel(
-    utility, eligible, task, threshold, place, sort_key, sample, num_samples, id_bits, tiles, WRITE: tl.constexpr, BLOCK: tl.constexpr
+    utility,
+    eligible,
+    task,
+    threshold,
+    place,
+    sort_key,
+    sample,
+    num_samples,
+    id_bits,
+    tiles,
+    WRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Counts the samples up to their task's threshold into place[program]; or, with WRITE, copies them out from place[program] on."""
     program = tl.program_id(0)
@@ -155,7 +177,11 @@ def _share_kernel(
     high = (above << 31) // below
     low = (((above << 31) - high * below) << 31) // below
     tl.store(share + position, tl.where(real, (high << 31) | low, 0x7FFFFFFFFFFFFFFF), mask=inside)
-    tl.store(sample_by_task + position, tl.load(sample + tl.load(by_task + position, mask=inside, other=0), mask=inside), mask=inside)
+    tl.store(
+        sample_by_task + position,
+        tl.load(sample + tl.load(by_task + position, mask=inside, other=0), mask=inside),
+        mask=inside,
+    )
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -295,7 +321,13 @@ def _ascending(above: Tensor, below: Tensor) -> Tensor:
 
 
 def _on_gpu(
-    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None, offset: Tensor | None
+    utility: Tensor,
+    eligible: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    k: int,
+    weight: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
     utility, eligible, task = utility.contiguous(), eligible.contiguous(), task.contiguous()
     num_samples, device = utility.shape[0], utility.device
@@ -330,7 +362,9 @@ def _on_gpu(
     count = torch.empty(launch.programs, dtype=torch.int64, device=device)
     arguments = (sort_key, sample, num_samples, id_bits, launch.tiles)
     _winners_kernel[grid](*pool, threshold, count, *arguments, WRITE=False, BLOCK=launch.block, num_warps=num_warps)
-    _winners_kernel[grid](*pool, threshold, count.cumsum(0) - count, *arguments, WRITE=True, BLOCK=launch.block, num_warps=num_warps)
+    _winners_kernel[grid](
+        *pool, threshold, count.cumsum(0) - count, *arguments, WRITE=True, BLOCK=launch.block, num_warps=num_warps
+    )
 
     sort_key, by_task = torch.sort(sort_key, stable=True)
     share, sample_by_task = torch.empty_like(sort_key), torch.empty_like(sample)
@@ -355,7 +389,13 @@ def _descending_on_host(utility: Tensor) -> Tensor:
 
 
 def _on_host(
-    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None, offset: Tensor | None
+    utility: Tensor,
+    eligible: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    k: int,
+    weight: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
     """Here the eligible samples are known by number, and sorting all of them as integers costs no more than selecting among them."""
     num_samples = utility.shape[0]
@@ -380,7 +420,13 @@ def _on_host(
 
 @torch.library.custom_op("lead_kernels::select_topk", mutates_args=())
 def _select_topk(
-    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None, offset: Tensor | None = None
+    utility: Tensor,
+    eligible: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    k: int,
+    weight: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     with current_device(utility):
         if weight is not None:  # a wrong one would give more candidates than there is room for
@@ -392,7 +438,13 @@ def _select_topk(
 
 @_select_topk.register_fake
 def _(
-    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None, offset: Tensor | None = None
+    utility: Tensor,
+    eligible: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    k: int,
+    weight: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     return utility.new_empty((k,), dtype=torch.int64)
 
@@ -418,7 +470,13 @@ def _(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def select_topk(
-    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, weight: Tensor | None = None, offset: Tensor | None = None
+    utility: Tensor,
+    eligible: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    k: int,
+    weight: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """The first `k` eligible samples, tasks interleaved in proportion to their eligible samples or to `weight`, the highest utility first.
 
@@ -454,7 +512,9 @@ def select_topk(
             raise ValueError("offset: needs weights")
     check_device(utility.device, eligible=eligible, task=task, weight=weight, offset=offset)
     if not 1 <= num_samples <= MAX_SAMPLES or num_tasks < 1 or k < 1:
-        raise ValueError(f"{num_samples} samples, num_tasks {num_tasks}, k {k}: expected 1 to 2^30 samples, and at least 1 of the others")
+        raise ValueError(
+            f"{num_samples} samples, num_tasks {num_tasks}, k {k}: expected 1 to 2^30 samples, and at least 1 of the others"
+        )
     return _select_topk(utility, eligible, task, num_tasks, k, weight, offset)
 
 
@@ -478,14 +538,37 @@ def builds() -> list[KernelBuild]:
     for kind in ("u8", "i16", "i32", "i64"):
         state = {**pool, "task": f"*{kind}", "threshold": "*i64", "place": "*i64", "sort_key": "*i64", "sample": "*i64"}
         for write in (False, True):
-            signature = {**state, "num_samples": "i32", "id_bits": "i32", "tiles": "i32", "WRITE": "constexpr", "BLOCK": "constexpr"}
+            signature = {
+                **state,
+                "num_samples": "i32",
+                "id_bits": "i32",
+                "tiles": "i32",
+                "WRITE": "constexpr",
+                "BLOCK": "constexpr",
+            }
             name = f"select_topk {'copy' if write else 'count'} {kind}"
             found.append(KernelBuild(name, _winners_kernel, signature, {"WRITE": write, "BLOCK": block}, THREADS))
         numbers = ("num_samples", "num_tasks", "copies", "shift", "width", "bits", "id_bits", "tiles")
-        signature = {**pool, "task": f"*{kind}", "prefix": "*i64", "closed": "*i32", "histogram": "*i32", **dict.fromkeys(numbers, "i32")}
+        signature = {
+            **pool,
+            "task": f"*{kind}",
+            "prefix": "*i64",
+            "closed": "*i32",
+            "histogram": "*i32",
+            **dict.fromkeys(numbers, "i32"),
+        }
         signature |= {"BLOCK": "constexpr"}
-        found.append(KernelBuild(f"select_topk histogram {kind}", _histogram_kernel, signature, {"BLOCK": block}, THREADS))
-        signature = {"mask": "*i1", "group": f"*{kind}", "present": "*u8", "num_samples": "i32", "tiles": "i32", "BLOCK": "constexpr"}
+        found.append(
+            KernelBuild(f"select_topk histogram {kind}", _histogram_kernel, signature, {"BLOCK": block}, THREADS)
+        )
+        signature = {
+            "mask": "*i1",
+            "group": f"*{kind}",
+            "present": "*u8",
+            "num_samples": "i32",
+            "tiles": "i32",
+            "BLOCK": "constexpr",
+        }
         found.append(KernelBuild(f"groups_present {kind}", _present_kernel, signature, {"BLOCK": block}, THREADS))
     vectors = {**dict.fromkeys(("prefix", "need", "threshold"), "*i64"), "closed": "*i32"}
     numbers = dict.fromkeys(("num_tasks", "copies", "shift", "width"), "i32")
@@ -495,8 +578,18 @@ def builds() -> list[KernelBuild]:
         found.append(KernelBuild(f"select_topk choose {bits} bits", _choose_kernel, signature, constants, THREADS))
     names = ("sorted_key", "by_task", "sample", "weight", "offset", "start", "whole", "share", "sample_by_task")
     vectors = dict.fromkeys(names, "*i64")
-    signature = {**vectors, "num_candidates": "i32", "WEIGHTED": "constexpr", "OFFSET": "constexpr", "BLOCK": "constexpr"}
-    for name, weighted, offset in (("share", False, False), ("weighted share", True, False), ("weighted share with offsets", True, True)):
+    signature = {
+        **vectors,
+        "num_candidates": "i32",
+        "WEIGHTED": "constexpr",
+        "OFFSET": "constexpr",
+        "BLOCK": "constexpr",
+    }
+    for name, weighted, offset in (
+        ("share", False, False),
+        ("weighted share", True, False),
+        ("weighted share with offsets", True, True),
+    ):
         constants = {"WEIGHTED": weighted, "OFFSET": offset, "BLOCK": block}
         found.append(KernelBuild(f"select_topk {name}", _share_kernel, signature, constants, THREADS))
     return found

@@ -64,7 +64,9 @@ def _make_all(study: Study, runs: list[StudyRun], base: EvalConfig | None, folde
         if base is not None:
             results["base"] = base
             run_tasks([Task("base", _evaluate_base(base, folder / "base.log", threads_of(jobs, 1)))], 1, completed)
-        run_tasks([Task(each.name, _make(each, jobs, study.options.ranks), each.after) for each in runs], jobs, completed)
+        run_tasks(
+            [Task(each.name, _make(each, jobs, study.options.ranks), each.after) for each in runs], jobs, completed
+        )
 
 
 def _evaluate_base(base: EvalConfig, log: Path, threads: int | None) -> Iterator[Child]:
@@ -89,5 +91,5 @@ def _make(run: StudyRun, jobs: int, ranks: int) -> Iterator[Child]:
 
 
 def _again(why: list[str] | None) -> str:
-    """" again: ..." where a result is there that does not hold any more."""
+    """ " again: ..." where a result is there that does not hold any more."""
     return f" again: {'; '.join(why)}" if why else ""

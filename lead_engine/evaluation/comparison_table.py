@@ -20,9 +20,14 @@ def group_rows(results: dict[str, Any], *, compact: bool) -> Table:
     """A row per variant and budget, the untrained base first. Compact: losses without intervals, costs in one column."""
     rows = [_base_row(results["base"])] if results["base"] else []
     differences = {
-        (each["a"], each["budgets"][0]): each for each in results["comparisons"] if each["b"] == results["reference"] and not each["pooled"]
+        (each["a"], each["budgets"][0]): each
+        for each in results["comparisons"]
+        if each["b"] == results["reference"] and not each["pooled"]
     }
-    rows += [_group_row(group, differences.get((group["variant"], group["budget"])), results["reference"]) for group in results["groups"]]
+    rows += [
+        _group_row(group, differences.get((group["variant"], group["budget"])), results["reference"])
+        for group in results["groups"]
+    ]
     dropped = set() if any(group["whole"] for group in results["groups"]) else {"exact match"}
     if results["reference"] is None:
         dropped.add("difference to None")
@@ -48,7 +53,10 @@ def comparison_rows(comparisons: Sequence[dict[str, Any]], *, compact: bool) -> 
 def show(results: dict[str, Any]) -> None:
     """Print the table of losses, one line for every two variants compared, and warnings."""
     _print("Held-out loss (nats per response token), means over seeds", group_rows(results, compact=True))
-    _print("Difference in loss, a minus b, mean over budgets", comparison_rows(summing_up(results["comparisons"]), compact=True))
+    _print(
+        "Difference in loss, a minus b, mean over budgets",
+        comparison_rows(summing_up(results["comparisons"]), compact=True),
+    )
     for warning in results["warnings"][:SHOWN_WARNINGS]:
         console.say(f"warning: {warning}")
     if len(results["warnings"]) > SHOWN_WARNINGS:

@@ -24,7 +24,9 @@ RESAMPLES = 2000
 Groups = Mapping[tuple[str, float | None], Sequence["Outcome"]]
 
 
-def pairs_of(names: Sequence[str], reference: str | None, contrasts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def pairs_of(
+    names: Sequence[str], reference: str | None, contrasts: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
     """Every variant against the reference, then the contrasts; each pair once."""
     against = [(name, reference) for name in names if reference is not None and name != reference]
     return list(dict.fromkeys([*against, *contrasts]))
@@ -62,7 +64,9 @@ def _match(groups: Groups, a: str, b: str, budget: float | None) -> Pairing:
 def _at_one_budget(a: str, b: str, budget: float, pairing: Pairing) -> dict[str, Any]:
     pairs = list(pairing.values())
     intervals = {
-        measure: paired_interval([getattr(x, measure) for x, _ in pairs], [getattr(y, measure) for _, y in pairs]).to_json()
+        measure: paired_interval(
+            [getattr(x, measure) for x, _ in pairs], [getattr(y, measure) for _, y in pairs]
+        ).to_json()
         for measure in MEASURES
     }
     samples = pairs[0][0].samples
@@ -76,11 +80,15 @@ def _pooled(a: str, b: str, matched: Mapping[float, Pairing], seeds: list[int]) 
     """The mean over budgets within each of the seeds first, so that one seed is one observation."""
     by_seed = [[pairing[seed] for pairing in matched.values()] for seed in seeds]
     intervals = {
-        measure: mean_interval([np.mean([getattr(x, measure) - getattr(y, measure) for x, y in pairs]) for pairs in by_seed]).to_json()
+        measure: mean_interval(
+            [np.mean([getattr(x, measure) - getattr(y, measure) for x, y in pairs]) for pairs in by_seed]
+        ).to_json()
         for measure in MEASURES
     }
     names = by_seed[0][0][0].tasks
-    tasks = {task: float(np.mean([x.tasks[task] - y.tasks[task] for pairs in by_seed for x, y in pairs])) for task in names}
+    tasks = {
+        task: float(np.mean([x.tasks[task] - y.tasks[task] for pairs in by_seed for x, y in pairs])) for task in names
+    }
     return _comparison(a, b, list(matched), seeds, intervals, None, tasks)
 
 
@@ -119,7 +127,10 @@ def verdict(interval: Mapping[str, Any]) -> str:
 def sentence(comparison: Mapping[str, Any]) -> str:
     """One sentence on a comparison: the verdict on every measure with its numbers."""
     where = " and ".join(f"{100 * budget:g} %" for budget in comparison["budgets"])
-    told = [f"{title} {verdict(comparison[m])} ({signed(comparison[m]['mean'])} {bracket(comparison[m])})" for m, title in MEASURES.items()]
+    told = [
+        f"{title} {verdict(comparison[m])} ({signed(comparison[m]['mean'])} {bracket(comparison[m])})"
+        for m, title in MEASURES.items()
+    ]
     seeds = len(comparison["seeds"])
     mean = ", mean over budgets" if comparison["pooled"] else ""
     return (
@@ -140,7 +151,9 @@ def bracket(interval: Mapping[str, Any]) -> str:
 
 def _unequal(a: str, b: str, budget: float, pairing: Pairing) -> str | None:
     """A sentence if two variants were compared at a budget that turned out not to be equal."""
-    mine, theirs = (float(np.mean([pair[side].summary["tokens_trained"] for pair in pairing.values()])) for side in (0, 1))
+    mine, theirs = (
+        float(np.mean([pair[side].summary["tokens_trained"] for pair in pairing.values()])) for side in (0, 1)
+    )
     if abs(mine - theirs) <= UNEQUAL_TOKENS * theirs:
         return None
     return (

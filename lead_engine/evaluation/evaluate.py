@@ -143,14 +143,20 @@ def _percent(shares: dict[str, Any] | None) -> tuple[str | None, str | None]:
 # --- loss ---
 
 
-def _score(model: PackedLM, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig, problems: Problems) -> Scored:
+def _score(
+    model: PackedLM, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig, problems: Problems
+) -> Scored:
     source = " ".join(config.data)
     samples = encode_records(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad, source=source)
     with tempfile.TemporaryDirectory(prefix="lead-eval-") as folder:
         TokenStore.write(Path(folder) / "store", samples)
         device = next(model.parameters()).device
         with TokenStore.open(Path(folder) / "store", config.runtime.placement, device) as store:
-            names = {"model": f"--model {config.model}", "source": f"--data {' '.join(config.data)}", "tokens": len(tokenizer)}
+            names = {
+                "model": f"--model {config.model}",
+                "source": f"--data {' '.join(config.data)}",
+                "tokens": len(tokenizer),
+            }
             check_vocabulary(store.max_token_id, rows_of(model.config), **names)
             nll, rows = score_store(model, store, batch=config.batch, description="held-out loss")
     scored = Scored([sample.record for sample in samples], nll.double().numpy(), rows.numpy())

@@ -70,7 +70,9 @@ def generate_answers(
     """
     ends = stop_tokens(tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=padding)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=padding
+    )
     model.generation_config = settings
     answers = [""] * len(prompts)
     with console.progress(len(prompts), "answers") as bar:

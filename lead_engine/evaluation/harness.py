@@ -4,6 +4,7 @@ Task names are lm-eval's own; `tydiqa` is understood too. Of those most asked fo
 subjects, 0 shots unless --shots says otherwise; papers report 5), `humaneval` (runs what the model wrote: --allow-code) and `tydiqa_goldp`
 (9 languages).
 """
+
 from __future__ import annotations
 
 import difflib
@@ -59,7 +60,9 @@ def evaluate(config: HarnessConfig) -> dict[str, Any]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(load_hf(folder), tokenizer=tokenizer, batch_size=config.batch_size, max_length=config.max_length or None)
+    model = HFLM(
+        load_hf(folder), tokenizer=tokenizer, batch_size=config.batch_size, max_length=config.max_length or None
+    )
     try:
         return lm_eval.simple_evaluate(
             model=model,
@@ -105,7 +108,11 @@ def _names(manager: TaskManager, asked: Sequence[str]) -> list[str]:
         found = [name] if name in known else manager.match_tasks([name])
         if not found:
             close = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else "`python -m lm_eval ls tasks` lists them; own ones need --include-path"
+            hint = (
+                f"did you mean {', '.join(close)}?"
+                if close
+                else "`python -m lm_eval ls tasks` lists them; own ones need --include-path"
+            )
             raise UserError(f"--tasks {word}: lm-eval has no such task; {hint}")
         names += [each for each in found if each not in names]
     return names
@@ -158,13 +165,26 @@ def rows(results: dict[str, Any]) -> list[list[object]]:
     for name, values in {**(results.get("groups") or {}), **results["results"]}.items():
         for key, value in values.items():
             metric, _, filters = key.partition(",")
-            if not isinstance(value, (int, float)) or metric.endswith("_stderr") or metric in ("sample_len", "sample_count"):
+            if (
+                not isinstance(value, (int, float))
+                or metric.endswith("_stderr")
+                or metric in ("sample_len", "sample_count")
+            ):
                 continue
             error = values.get(f"{metric}_stderr,{filters}")
             label = metric if filters in ("", "none") else f"{metric} ({filters})"
             samples = results.get("n-samples", {}).get(name, {}).get("effective")
             shots = results.get("n-shot", {}).get(name)
-            table.append([("  " if name in members else "") + name, shots, samples, label, float(value), error if _number(error) else None])
+            table.append(
+                [
+                    ("  " if name in members else "") + name,
+                    shots,
+                    samples,
+                    label,
+                    float(value),
+                    error if _number(error) else None,
+                ]
+            )
     return table
 
 

@@ -59,7 +59,9 @@ class _Crew:
         ready = next((task for task in self.waiting if task.after is None or task.after in self.complete), None)
         if ready is None:
             if self.waiting and not self.running:
-                raise RuntimeError(f"{self.waiting[0].name} waits for {self.waiting[0].after}, which will never be complete")
+                raise RuntimeError(
+                    f"{self.waiting[0].name} waits for {self.waiting[0].after}, which will never be complete"
+                )
             return False
         self.waiting.remove(ready)
         self._next_step(ready)
@@ -95,5 +97,7 @@ class _Crew:
 
     def _fail(self, error: UserError) -> None:
         if self.running:
-            console.warn(f"{error}\nno other run is started; waiting for {', '.join(task.name for task in self.running)}")
+            console.warn(
+                f"{error}\nno other run is started; waiting for {', '.join(task.name for task in self.running)}"
+            )
         self.failure = self.failure or error

@@ -54,7 +54,9 @@ class Child:
             return False
         if status != 0:
             how = f"exit status {status}" if status > 0 else f"signal {-status}"
-            raise UserError(f"{self.what} failed ({how}); what is complete is kept. {self.log} ends:\n{_tail(self.log, self.start)}")
+            raise UserError(
+                f"{self.what} failed ({how}); what is complete is kept. {self.log} ends:\n{_tail(self.log, self.start)}"
+            )
         return True
 
     def wait(self, seconds: float) -> bool:
@@ -80,7 +82,9 @@ def start(command: list[str], log: Path, what: str, threads: int | None = None) 
         environment = child_environment(threads)
         if command[1:3] == ENGINE:
             return Child(what, log, begin, _fork(command[3:], log, environment))
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
         return Child(what, log, begin, process)
 
 
@@ -119,7 +123,9 @@ def _fork(arguments: list[str], log: Path, environment: dict[str, str]) -> BaseP
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run_command, args=(arguments, str(log)))
-    with _environment(environment):  # the server inherits it when the first process starts it: before torch is imported there
+    with _environment(
+        environment
+    ):  # the server inherits it when the first process starts it: before torch is imported there
         process.start()
     return process
 

@@ -36,7 +36,9 @@ class Samples(NamedTuple):
 def comparable_options(config: EvalConfig) -> dict[str, Any]:
     """The options that decide the result (not where it is written): results with the same ones may be compared."""
     options = to_dict(config)
-    return {name: options[name] for name in ("data", "generate", "max_new_tokens", "max_length", "skip_bad", "fold_system")}
+    return {
+        name: options[name] for name in ("data", "generate", "max_new_tokens", "max_length", "skip_bad", "fold_system")
+    }
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,14 @@ from lead_engine.evaluation.study import COMPLETE, StudyRun
 from lead_engine.evaluation.variants import Study
 from lead_engine.files import read_json
 
-COSTS = ("tokens_trained", "response_tokens_trained", "samples_trained", "seconds", "selection_seconds", "scoring_seconds")
+COSTS = (
+    "tokens_trained",
+    "response_tokens_trained",
+    "samples_trained",
+    "seconds",
+    "selection_seconds",
+    "scoring_seconds",
+)
 """What a run's summary says of its cost; runs of an older version lack some."""
 
 
@@ -72,7 +79,11 @@ def read_outcome(run: StudyRun) -> Outcome:
 def read_base(folder: Path) -> dict[str, Any]:
     """The untrained model's evaluation: {"loss", "exact_match", "per_sample"}."""
     result = read_result(folder)
-    return {"loss": result["loss"], "exact_match": result["exact_match"], "per_sample": mean_over_samples(read_samples(folder))}
+    return {
+        "loss": result["loss"],
+        "exact_match": result["exact_match"],
+        "per_sample": mean_over_samples(read_samples(folder)),
+    }
 
 
 def mean_over_samples(samples: Samples) -> float:
@@ -136,10 +147,15 @@ def _group(outcomes: list[Outcome]) -> dict[str, Any]:
         "epochs": run.train.epochs,
         "seeds": [outcome.run.seed for outcome in outcomes],
         **{name: _mean_or_none([outcome.costs[name] for outcome in outcomes]) for name in outcomes[0].costs},
-        **{measure: mean_interval([getattr(outcome, measure) for outcome in outcomes]).to_json() for measure in MEASURES},
+        **{
+            measure: mean_interval([getattr(outcome, measure) for outcome in outcomes]).to_json()
+            for measure in MEASURES
+        },
         "whole": _share_interval(outcomes, "whole"),
         "final": _share_interval(outcomes, "final"),
-        "tasks": {task: mean_interval([outcome.tasks[task] for outcome in outcomes]).to_json() for task in outcomes[0].tasks},
+        "tasks": {
+            task: mean_interval([outcome.tasks[task] for outcome in outcomes]).to_json() for task in outcomes[0].tasks
+        },
     }
 
 

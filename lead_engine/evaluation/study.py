@@ -66,13 +66,14 @@ class StudyRun:
         return (self.folder / "config.yaml").exists()
 
 
-
 def plan_runs(study: Study, out: Path) -> list[StudyRun]:
     """Every run of the study; all variants of one seed stand together, so that pairs are complete early.
 
     Raises UserError where two runs would share a folder, and for a pool that is none.
     """
-    seeds = dict.fromkeys([*study.options.seeds, *(seed for variant in study.variants for seed in variant.options.seeds)])
+    seeds = dict.fromkeys(
+        [*study.options.seeds, *(seed for variant in study.variants for seed in variant.options.seeds)]
+    )
     runs = [
         _make_run(study.options, out, variant, budget, seed)
         for seed in seeds
@@ -119,7 +120,9 @@ def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | N
         lora=options.lora,
         runtime=options.runtime,
     )
-    return StudyRun(variant.name, options.method, budget, seed, folder, train, eval_config(study, str(folder), folder / "eval"))
+    return StudyRun(
+        variant.name, options.method, budget, seed, folder, train, eval_config(study, str(folder), folder / "eval")
+    )
 
 
 def eval_config(study: StudyConfig, model: str, out: Path) -> EvalConfig:

@@ -111,7 +111,9 @@ def read_study(path: Path) -> Study:
     if not options.heldout:
         raise UserError(f"{path}: heldout: name at least one held-out file")
     if STDIN in options.heldout:
-        raise UserError(f"{path}: heldout: every run reads these records, and standard input can be read once; name a file")
+        raise UserError(
+            f"{path}: heldout: every run reads these records, and standard input can be read once; name a file"
+        )
     named = [(name, "methods", {"method": name}) for name in options.methods]
     named += [(name, f"variants.{name}", values) for name, values in options.variants.items()]
     variants = tuple(_variant(name, values, options, said, f"{path}: {key}") for name, key, values in named)
@@ -130,7 +132,9 @@ def _variant(name: str, values: Mapping[str, Any], study: StudyConfig, said: Map
     """`said` is the study's YAML: a recipe gives way to what it says, but not to defaults that it leaves as they are."""
     if not NAME.fullmatch(name):
         raise UserError(f"{source}: {name!r} cannot be part of a folder's name; use letters, digits, '.', '_' and '-'")
-    draft_from_mapping(VariantOptions, values, source=source, missing=None)  # so that mistakes are named where they were made
+    draft_from_mapping(
+        VariantOptions, values, source=source, missing=None
+    )  # so that mistakes are named where they were made
     if "match" in values.get("selection", {}):
         raise UserError(f"{source}: selection.match: the study fills it in; name a variant: match: lead")
     shared = {key: said[key] for key in OVERLAID if key in said}
@@ -172,7 +176,9 @@ def _check_names(study: Study, path: Path) -> None:
     names = [variant.name for variant in study.variants]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{path}: methods, variants: {', '.join(twice)} is there twice; give every variant a name of its own")
+        raise UserError(
+            f"{path}: methods, variants: {', '.join(twice)} is there twice; give every variant a name of its own"
+        )
     options = study.options
     if options.reference is not None:
         _check_known(options.reference, names, f"{path}: reference")
@@ -201,9 +207,13 @@ def _check_match(variant: Variant, study: Study, path: Path) -> None:
         raise UserError(f"{place}: {options.match} is {MATCHED} itself; name a variant of another method")
     absent = sorted(set(options.budgets) - set(other.budgets)) if other.method != "full" else list(options.budgets)
     if absent:
-        raise UserError(f"{place}: {options.match} has no run with budget {absent[0]:g}; give both variants the same budgets")
+        raise UserError(
+            f"{place}: {options.match} has no run with budget {absent[0]:g}; give both variants the same budgets"
+        )
     absent = sorted(set(options.seeds) - set(other.seeds))
     if absent:
         raise UserError(f"{place}: {options.match} has no run with seed {absent[0]}; give both variants the same seeds")
     if other.pool != options.pool:
-        raise UserError(f"{place}: {options.match} selects from another pool, {other.pool}; give both variants the same pool")
+        raise UserError(
+            f"{place}: {options.match} selects from another pool, {other.pool}; give both variants the same pool"
+        )

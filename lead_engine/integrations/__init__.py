@@ -7,6 +7,7 @@
 docs/API.md says what follows from it. Needs transformers 5.19 or later and, where a pool's tokens are the data set, datasets; TRL only when
 its trainer is given. Tested with transformers 5.23, TRL 1.16, peft 0.21, accelerate 1.15, datasets 5.2.
 """
+
 from __future__ import annotations
 
 from lead_engine.integrations.selection import Selection, lead

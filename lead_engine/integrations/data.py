@@ -54,9 +54,7 @@ class WithRows(Trainer):
         check_learnable(measured.counts)
         rows_of_model = self.model.get_input_embeddings().weight.shape[0]
         size = None if tokenizer is None else len(tokenizer)
-        check_vocabulary(
-            int(measured.largest.max()), rows_of_model, model="model", source="train_dataset", tokens=size
-        )
+        check_vocabulary(int(measured.largest.max()), rows_of_model, model="model", source="train_dataset", tokens=size)
         self._lead_measured = measured
         self._lead_lengths, self._lead_counts = measured.lengths, measured.counts
         ends = {int(measured.lengths.argmin()), int(measured.lengths.argmax())}
@@ -83,9 +81,7 @@ class WithRows(Trainer):
         """The collated samples `ids`, and under "lead" where they lie. No ids: a batch with nothing to learn."""
         places = self._lead_row_of[ids or [0]].tolist()
         together = getattr(self._lead_rows, "__getitems__", None)  # as torch's own loader does
-        batch = dict(
-            self._lead_collate(together(places) if together else [self._lead_rows[place] for place in places])
-        )
+        batch = dict(self._lead_collate(together(places) if together else [self._lead_rows[place] for place in places]))
         where = locate(batch, max(1, len(ids)))
         rows, targets, slots = where.rows, where.targets, where.row_slots
         if ids:

@@ -3,6 +3,7 @@
 The model is called as ever, so that whatever wraps it (DDP, peft, autocast) takes part; with the argument `lead` its forward goes through
 the decoder and the loss op, and makes no logits.
 """
+
 from __future__ import annotations
 
 import functools
@@ -87,9 +88,13 @@ def projection_of(base: nn.Module) -> nn.Module:
     if head is not None and hasattr(head, "modules_to_save"):  # peft's: a trained copy of the whole head
         head = head.modules_to_save[head.active_adapters[0]]
     if hasattr(head, "base_layer"):
-        raise UserError("model: an adapter on the LM head is not computed here; take lm_head out of target_modules (modules_to_save works)")
+        raise UserError(
+            "model: an adapter on the LM head is not computed here; take lm_head out of target_modules (modules_to_save works)"
+        )
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or not hasattr(base, "get_decoder"):
-        raise UserError(f"model: a {kind} model with the head {type(head).__name__}; decoders with a linear LM head in floating point work")
+        raise UserError(
+            f"model: a {kind} model with the head {type(head).__name__}; decoders with a linear LM head in floating point work"
+        )
     return head
 
 
@@ -144,7 +149,10 @@ def _check_head(model: nn.Module, inputs: dict[str, Any], call: HeadCall, ours: 
     """One row of the batch, so that the logits take little memory."""
     length = inputs["input_ids"].shape[1]
     mine = (call.rows < length).nonzero()[:CHECKED_ROWS, 0]
-    one = {k: v[:1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == inputs["input_ids"].shape[0] else v for k, v in inputs.items()}
+    one = {
+        k: v[:1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == inputs["input_ids"].shape[0] else v
+        for k, v in inputs.items()
+    }
     few = "logits_to_keep" in inspect.signature(type(base_of(model)).forward).parameters
     logits = model(**one, **({"logits_to_keep": call.rows[mine]} if few else {})).logits[0].float()
     logits = logits if few else logits[call.rows[mine]]
@@ -161,7 +169,9 @@ def _check_head(model: nn.Module, inputs: dict[str, Any], call: HeadCall, ours: 
 
 def _check_isolation(model: nn.Module, inputs: dict[str, Any], call: HeadCall, ours: Tensor) -> None:
     """Other tokens in the first sample must leave the other samples' losses as they are: same shapes, so even rounding is the same."""
-    start = int((inputs["position_ids"][0] == 0).nonzero()[1]) if bool((inputs["position_ids"][0] == 0).sum() > 1) else 0
+    start = (
+        int((inputs["position_ids"][0] == 0).nonzero()[1]) if bool((inputs["position_ids"][0] == 0).sum() > 1) else 0
+    )
     if start == 0:
         return
     tokens = inputs["input_ids"].clone()

@@ -35,7 +35,9 @@ def announce(trainer: _WithLead, tokens: int | None) -> None:
     if tokens is None:
         say(f"{long}, by max_steps")
         return
-    long, unread = (long, "; num_train_epochs is not read") if trainer._lead_own_steps else (f"{long}, by max_steps", "")
+    long, unread = (
+        (long, "; num_train_epochs is not read") if trainer._lead_own_steps else (f"{long}, by max_steps", "")
+    )
     budget = f"{tokens:,} tokens, by lead(budget={trainer.lead_selection.budget:g})"
     say(f"{long}, or {budget}, whichever comes first{unread}")
 
@@ -56,9 +58,7 @@ class PlannedBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rounds, given = self._trainer.lead_rounds, None
-        while (
-            rounds.steps_done < self._trainer.state.max_steps and rounds.ahead()
-        ):  # a resumed run may have been over
+        while rounds.steps_done < self._trainer.state.max_steps and rounds.ahead():  # a resumed run may have been over
             if given == rounds.steps_done:
                 raise RuntimeError("the trainer asked for a step's batches before the step in hand was trained")
             given = rounds.steps_done
@@ -92,9 +92,7 @@ class AroundTheStep(TrainerCallback):
         if state.global_step < state.max_steps and not rounds.ahead():
             last = copy(state)
             last.max_steps = state.global_step
-            DefaultFlowCallback().on_step_end(
-                args, last, control
-            )  # stops, and saves and evaluates as at any run's end
+            DefaultFlowCallback().on_step_end(args, last, control)  # stops, and saves and evaluates as at any run's end
             tokens = f"{rounds.tokens:,}" + ("" if rounds.budget is None else f" of {rounds.budget:,}")
             say(f"nothing is left to train after step {state.global_step} of {state.max_steps}, {tokens} tokens")
 

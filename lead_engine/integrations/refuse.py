@@ -1,4 +1,5 @@
 """What cannot be right together with a selection that follows every sample's loss: refused before the first step, with the way out."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -16,25 +17,39 @@ def refuse_arguments(args: Any) -> None:
     strategy = getattr(args, "train_sampling_strategy", "random")
     optim = getattr(args.optim, "value", str(args.optim))
     wrong = {
-        "packing=True: merged samples' losses cannot be told apart; padding_free=True keeps them apart": getattr(args, "packing", False),
-        f"train_sampling_strategy='{strategy}': the order of samples is the selection's; leave it out": strategy != "random",
-        "group_by_length=True: the order of samples is the selection's; leave it out": getattr(args, "group_by_length", False),
+        "packing=True: merged samples' losses cannot be told apart; padding_free=True keeps them apart": getattr(
+            args, "packing", False
+        ),
+        f"train_sampling_strategy='{strategy}': the order of samples is the selection's; leave it out": strategy
+        != "random",
+        "group_by_length=True: the order of samples is the selection's; leave it out": getattr(
+            args, "group_by_length", False
+        ),
         "use_liger_kernel=True: Liger's fused loss takes the place of the forward that gives per-sample losses; add "
         "liger_kernel_config={'fused_linear_cross_entropy': False}": liger and fused,
-        "label_smoothing_factor: utility is the plain loss; leave it at 0": bool(getattr(args, "label_smoothing_factor", 0)),
+        "label_smoothing_factor: utility is the plain loss; leave it at 0": bool(
+            getattr(args, "label_smoothing_factor", 0)
+        ),
         "loss_type: utility is the plain loss; take 'nll'": getattr(args, "loss_type", "nll") != "nll",
         "fp16=True: gradients are scaled, and steps skipped, where nobody sees it; take bf16=True or neither": args.fp16,
-        "dataloader_num_workers: a round is known once the one before it is over; leave it at 0": args.dataloader_num_workers > 0,
-        "torch_compile=True: batches hold another number of learned tokens each, for which all would be compiled anew; leave it out":
-            getattr(args, "torch_compile", False),
+        "dataloader_num_workers: a round is known once the one before it is over; leave it at 0": args.dataloader_num_workers
+        > 0,
+        "torch_compile=True: batches hold another number of learned tokens each, for which all would be compiled anew; "
+        "leave it out": getattr(args, "torch_compile", False),
         "auto_find_batch_size=True: a round is planned for one batch size; leave it out": args.auto_find_batch_size,
-        f"optim='{optim}': it steps while it goes backward, so no gradient of the whole step is left to measure; take another":
-            "lomo" in optim or "layerwise" in optim,
-        "accelerator_config: split_batches=True gives per_device_train_batch_size another meaning; leave it out":
-            bool(getattr(getattr(args, "accelerator_config", None), "split_batches", False)),
-        "deepspeed: its optimizer keeps gradients to itself; take DDP, or `lead-engine train`, which shards": bool(args.deepspeed),
-        "fsdp: the LM head's weight is sharded where its loss is computed; take DDP, or `lead-engine train`, which shards": bool(args.fsdp),
-    }  # fmt: skip
+        f"optim='{optim}': it steps while it goes backward, so no gradient of the whole step is left to measure; take another": "lomo"
+        in optim
+        or "layerwise" in optim,
+        "accelerator_config: split_batches=True gives per_device_train_batch_size another meaning; leave it out": bool(
+            getattr(getattr(args, "accelerator_config", None), "split_batches", False)
+        ),
+        "deepspeed: its optimizer keeps gradients to itself; take DDP, or `lead-engine train`, which shards": bool(
+            args.deepspeed
+        ),
+        "fsdp: the LM head's weight is sharded where its loss is computed; take DDP, or `lead-engine train`, which shards": bool(
+            args.fsdp
+        ),
+    }
     for reason, holds in wrong.items():
         if holds:
             raise UserError(f"args.{reason}")
@@ -61,7 +76,9 @@ def refuse_dataset(dataset: Any) -> None:
         names = ", ".join(map(str, dataset))
         raise UserError(f"train_dataset: holds several ({names}); give one of them, dataset['train']")
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise UserError("train_dataset: a stream has no rows to choose from; give a data set with a length and rows by number")
+        raise UserError(
+            "train_dataset: a stream has no rows to choose from; give a data set with a length and rows by number"
+        )
     if not len(dataset):
         raise UserError("train_dataset: has no rows")
 
@@ -77,8 +94,12 @@ def refuse_trainer(trainer: Any) -> None:
     if trainer.compute_loss_func is not None:
         raise UserError("compute_loss_func: the loss is computed here, a sample at a time; leave it out")
     if trainer.args.n_gpu > 1:
-        raise UserError("several GPUs in one process (nn.DataParallel): start the script with torchrun or accelerate launch")
+        raise UserError(
+            "several GPUs in one process (nn.DataParallel): start the script with torchrun or accelerate launch"
+        )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise UserError("accelerate's configuration names DeepSpeed or FSDP; take DDP, or `lead-engine train`, which shards")
+        raise UserError(
+            "accelerate's configuration names DeepSpeed or FSDP; take DDP, or `lead-engine train`, which shards"
+        )
     if max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
         raise UserError("tensor, context and sequence parallelism split samples or the LM head; take DDP")

@@ -3,6 +3,7 @@
 The trainer's loop asks for a step's micro-batches, trains them, and reports; this side plans a round when the one before it is over and
 not earlier. Every rank holds the same state and reaches the same plan.
 """
+
 from __future__ import annotations
 
 import json
@@ -37,9 +38,16 @@ class Rounds:
     """
 
     def __init__(
-        self, selector: Selector, change: LossChange, *, budget: int | None, identity: dict[str, Any], rank: int = 0, world: int = 1,
+        self,
+        selector: Selector,
+        change: LossChange,
+        *,
+        budget: int | None,
+        identity: dict[str, Any],
+        rank: int = 0,
+        world: int = 1,
         log: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.selector, self.change, self.budget, self.identity = selector, change, budget, identity
         self.rank, self.world, self.log = rank, world, log
         self.accumulation = selector.layout.micro_batches // world
@@ -56,7 +64,11 @@ class Rounds:
 
     def ids(self, place: int) -> list[int]:
         """Samples of this rank's micro-batch `place` of the step that is next."""
-        return [i for i in self._ids[self.step][self.rank * self.accumulation + place] if i < self.selector.samples.num_samples]
+        return [
+            i
+            for i in self._ids[self.step][self.rank * self.accumulation + place]
+            if i < self.selector.samples.num_samples
+        ]
 
     @property
     def rows(self) -> int:
@@ -73,7 +85,9 @@ class Rounds:
         assert self.plan is not None
         change = self.change.estimate(self.cluster, lr, self.sum_over_ranks, first_order, norm)
         loss, change = gather_statistics(torch.stack([torch.stack(list(losses)), change]), self.world)
-        change = torch.maximum(change, -loss)  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
+        change = torch.maximum(
+            change, -loss
+        )  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
         self.selector.observe(self.plan.sample_ids[self.step], loss, change)
 
     def end_step(self) -> None:
@@ -94,7 +108,10 @@ class Rounds:
         cluster = int(plan.cluster)
         self.last = {"lead_round": self.round, "lead_reward": float(stats.reward)}
         if self.log is not None:
-            trained = [[i for micro in step for i in micro if i < self.selector.samples.num_samples] for step in self._ids[: self.step]]
+            trained = [
+                [i for micro in step for i in micro if i < self.selector.samples.num_samples]
+                for step in self._ids[: self.step]
+            ]
             line = {
                 "round": self.round,
                 "step": self.steps_done - self.step,
@@ -125,8 +142,10 @@ class Rounds:
             tensors |= {f"plan.{name}": value for name, value in self.plan._asdict().items()}
         counters = {name: getattr(self, name) for name in ("round", "step", "steps_done", "tokens", "last")}
         folder.mkdir(parents=True, exist_ok=True)
-        data = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, {"lead": json.dumps(
-            {"counters": counters, "identity": self.identity})})  # fmt: skip
+        data = save(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            {"lead": json.dumps({"counters": counters, "identity": self.identity})},
+        )
         write_bytes(folder / FILE, data)
 
     def load(self, folder: Path) -> None:
@@ -141,7 +160,9 @@ class Rounds:
         for name, now in self.identity.items():
             before = header["identity"].get(name)
             if before != now:
-                raise UserError(f"resume_from_checkpoint {folder}: the run began with {name} = {before}, now it is {now}; use the same")
+                raise UserError(
+                    f"resume_from_checkpoint {folder}: the run began with {name} = {before}, now it is {now}; use the same"
+                )
         parts: dict[str, dict[str, Tensor]] = {"selector": {}, "change": {}, "plan": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")

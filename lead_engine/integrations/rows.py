@@ -2,6 +2,7 @@
 
 Everything here is on the host, on what the collator gives before it goes to the device.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -32,7 +33,9 @@ def locate(batch: Mapping[str, Any], samples: int) -> Located:
     UserError where they cannot be told apart.
     """
     if "labels" not in batch or "input_ids" not in batch:
-        raise UserError(f"data_collator: gives {', '.join(batch)}; batches need input_ids and labels (-100 where nothing is to be learned)")
+        raise UserError(
+            f"data_collator: gives {', '.join(batch)}; batches need input_ids and labels (-100 where nothing is to be learned)"
+        )
     labels = batch["labels"]
     learn = labels[:, 1:] != -100
     flattened = "position_ids" in batch and "attention_mask" not in batch and len(labels) == 1

@@ -3,6 +3,7 @@
 Two forward passes over the rows: the answer given its instruction (initial utility), and the answer alone; their ratio is the difficulty
 (arXiv 2505.07437). Where `lead-engine prepare` warms a copy of the model up before the second, this does not.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -26,9 +27,18 @@ Sample = tuple[Tensor, Tensor]
 
 
 def score_rows(
-    model: torch.nn.Module, sample: Callable[[int], Sample], lengths: Tensor, prompt: list[int],
-    tasks: list[str | None] | None, *, batch: int, device: torch.device, rank: int = 0, world: int = 1, seed: int = 0,
-) -> PoolState:  # fmt: skip
+    model: torch.nn.Module,
+    sample: Callable[[int], Sample],
+    lengths: Tensor,
+    prompt: list[int],
+    tasks: list[str | None] | None,
+    *,
+    batch: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+) -> PoolState:
     """The state of rows 0 to N - 1. sample(i): a row; prompt: tokens that ask for an answer without an instruction; tasks: names [N]."""
 
     def alone(i: int) -> Sample:
@@ -46,7 +56,9 @@ def score_rows(
         model.train(training)
     bad = (~given.isfinite() | ~without.isfinite()).nonzero()
     if len(bad):
-        raise UserError(f"train_dataset: the model's loss on row {int(bad[0])} is not a finite number; {len(bad):,} such rows")
+        raise UserError(
+            f"train_dataset: the model's loss on row {int(bad[0])} is not a finite number; {len(bad):,} such rows"
+        )
     ratio = difficulty(given, without)
     dropped = ratio >= 1
     different = len(ratio[~dropped].unique())
@@ -61,7 +73,12 @@ def score_rows(
 
 @torch.no_grad()
 def _losses(
-    model: torch.nn.Module, make: Callable[[int], Sample], groups: list[list[int]], count: int, device: torch.device, world: int
+    model: torch.nn.Module,
+    make: Callable[[int], Sample],
+    groups: list[list[int]],
+    count: int,
+    device: torch.device,
+    world: int,
 ) -> Tensor:
     """Mean loss of every row: fp32 [N] on the host, the same on every rank."""
     found = torch.zeros(count, device=device)

@@ -1,4 +1,5 @@
 """What the user's script holds: which pool, which budget, which method; and the trainer class made of the user's own."""
+
 from __future__ import annotations
 
 import os
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 class Selection:
     """See `lead`. One selection serves any number of trainers."""
 
-    def __init__(self, pool: Path | None, budget: float | None, method: Method, options: SelectionConfig, seed: int | None) -> None:
+    def __init__(
+        self, pool: Path | None, budget: float | None, method: Method, options: SelectionConfig, seed: int | None
+    ) -> None:
         self.pool, self.budget, self.method, self.options, self.seed = pool, budget, method, options, seed
         self.store = TokenStore.open(pool / "store", "mmap") if pool is not None else None
         """The pool's tokens, left on disk; None where the trainer's own rows are scored."""
@@ -98,9 +101,13 @@ def lead(
     options = argument(SelectionConfig, SelectionConfig() if options is None else options, "lead(options=...)")
     seed = argument(Seed | None, seed, "lead(seed=...)")
     chosen = _Chosen(method, options)
-    reads.refuse_unread(chosen, reads.SELECTION, lambda option: reads.value_of(_Chosen("lead", SelectionConfig()), option))
+    reads.refuse_unread(
+        chosen, reads.SELECTION, lambda option: reads.value_of(_Chosen("lead", SelectionConfig()), option)
+    )
     if METHODS[method].refresh is not MethodBase.refresh:
-        raise UserError(f"lead(method={method!r}): measures the pool again while it trains, which only `lead-engine train` does")
+        raise UserError(
+            f"lead(method={method!r}): measures the pool again while it trains, which only `lead-engine train` does"
+        )
     if METHODS[method].whole_pool:
         raise UserError(f"lead(method={method!r}): selects nothing; the trainer without lead() is that")
     return Selection(pool, budget, method, options, seed)

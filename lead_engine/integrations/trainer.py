@@ -10,6 +10,7 @@
 A sample's identity is never read from a batch: this side knows which rows it asked for, and checks that what the collator made has their
 lengths and masks.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -49,10 +50,14 @@ def with_lead(cls: type, selection: Selection) -> type:
     """`cls` with LEAD in it. UserError unless it is a Trainer."""
     if not (isinstance(cls, type) and issubclass(cls, Trainer)):
         name = getattr(cls, "__name__", cls)
-        raise UserError(f"selection.trainer({name}): give a class made of transformers' Trainer, as TRL's SFTTrainer is")
+        raise UserError(
+            f"selection.trainer({name}): give a class made of transformers' Trainer, as TRL's SFTTrainer is"
+        )
     refuse_class(cls)
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
-        raise UserError("lead_engine.integrations: needs transformers 5.19 or later (in older ones a loss cannot say how it is scaled)")
+        raise UserError(
+            "lead_engine.integrations: needs transformers 5.19 or later (in older ones a loss cannot say how it is scaled)"
+        )
     return type(f"Lead{cls.__name__}", (_WithLead, cls), {"lead_selection": selection, "__doc__": cls.__doc__})
 
 
@@ -128,21 +133,38 @@ class _WithLead(WithRows):
             slots=args.per_device_train_batch_size,
             capacity=args.per_device_train_batch_size * int(self._lead_lengths.max()),
         )
-        options = selection.options if METHODS[selection.method].uses_loss_change else replace(selection.options, loss_change="none")
+        options = (
+            selection.options
+            if METHODS[selection.method].uses_loss_change
+            else replace(selection.options, loss_change="none")
+        )
         state = selection.state() or self._lead_score(checkpoint, seed=seed)
         selector = Selector(
-            state, self._lead_lengths, self._lead_counts, method=selection.method, config=options, layout=layout, seed=seed,
+            state,
+            self._lead_lengths,
+            self._lead_counts,
+            method=selection.method,
+            config=options,
+            layout=layout,
+            seed=seed,
             device=args.device,
-        )  # fmt: skip
+        )
         hidden_size = base_of(self.model).config.get_text_config().hidden_size
         change = make_loss_change(options, hidden_size, selector.method.num_arms, args.device, seed)
         tokens = int(self._lead_lengths.sum())
         budget = None if selection.budget is None else round(selection.budget * tokens)
         identity = {
-            "samples": len(self._lead_lengths), "tokens": tokens, "method": selection.method, "options": to_dict(options),
-            "budget": budget, "seed": seed, "layout": asdict(layout), "ranks": args.world_size,
-            "the hash of all rows": self._lead_measured.digest, "the hash of their scores": state.digest(),
-        }  # fmt: skip
+            "samples": len(self._lead_lengths),
+            "tokens": tokens,
+            "method": selection.method,
+            "options": to_dict(options),
+            "budget": budget,
+            "seed": seed,
+            "layout": asdict(layout),
+            "ranks": args.world_size,
+            "the hash of all rows": self._lead_measured.digest,
+            "the hash of their scores": state.digest(),
+        }
         log = Path(args.output_dir) / LOG if self.is_world_process_zero() else None
         self.lead_rounds = Rounds(
             selector, change, budget=budget, identity=identity, rank=args.process_index, world=args.world_size, log=log
@@ -182,25 +204,38 @@ class _WithLead(WithRows):
         if getattr(tokenizer, "chat_template", None):
             prompt = generation_prompt_ids(tokenizer)
         else:
-            starts = [getattr(owner, name, None) for name in ("bos_token_id", "eos_token_id") for owner in (tokenizer, config)]
+            starts = [
+                getattr(owner, name, None) for name in ("bos_token_id", "eos_token_id") for owner in (tokenizer, config)
+            ]
             prompt = [next((token for token in starts if isinstance(token, int)), 0)]
         names = getattr(self.train_dataset, "column_names", None) or []
         with self.accelerator.autocast():
             state = score_rows(
-                self.model, lambda i: one_sample(self._lead_rows[i], self._lead_collate), self._lead_lengths, prompt,
-                self.train_dataset["dataset"][:] if "dataset" in names else None, batch=args.per_device_eval_batch_size,
-                device=args.device, rank=args.process_index, world=args.world_size, seed=seed,
-            )  # fmt: skip
+                self.model,
+                lambda i: one_sample(self._lead_rows[i], self._lead_collate),
+                self._lead_lengths,
+                prompt,
+                self.train_dataset["dataset"][:] if "dataset" in names else None,
+                batch=args.per_device_eval_batch_size,
+                device=args.device,
+                rank=args.process_index,
+                world=args.world_size,
+                seed=seed,
+            )
         if self.is_world_process_zero():
             state.save(folder)
         return state
 
     # --- a step ---
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """In training, the loss op's; in evaluation, the trainer's own."""
         if "lead" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         where = inputs.pop("lead")
         inputs["use_cache"] = False  # with a cache, sdpa takes position_ids for the places of one long sample
@@ -208,15 +243,23 @@ class _WithLead(WithRows):
         # DDP averages gradients over the ranks; the denominator counts all of them.
         weight = self.args.world_size / self.lead_rounds.rows
         call = HeadCall(
-            where["rows"], where["targets"], where["row_slots"], slots, weight, change.signature, change.wants_hidden,
+            where["rows"],
+            where["targets"],
+            where["row_slots"],
+            slots,
+            weight,
+            change.signature,
+            change.wants_hidden,
             with_metrics=hasattr(self, "_metrics"),
-        )  # fmt: skip
+        )
         if not self._lead_checked:
             check(self.model, inputs, call, where["flattened"])
             self._lead_checked = True
         head = model(**inputs, lead=call)
         self._lead_pending = (head, call)
-        loss = head.loss * torch.where(head.sample_nll.isfinite().all(), 1.0, torch.nan)  # so that all ranks' gradients tell of it
+        loss = head.loss * torch.where(
+            head.sample_nll.isfinite().all(), 1.0, torch.nan
+        )  # so that all ranks' gradients tell of it
         return (loss, head) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -256,7 +299,9 @@ class _WithLead(WithRows):
         for place, losses in enumerate(self._lead_losses):
             ids = self.lead_rounds.ids(place)
             bad += [i for i, fine in zip(ids, losses.isfinite().tolist(), strict=False) if not fine]
-        rows = f"the loss of train_dataset's rows {bad}" if bad else "the gradient, on rows whose losses are finite here,"
+        rows = (
+            f"the loss of train_dataset's rows {bad}" if bad else "the gradient, on rows whose losses are finite here,"
+        )
         raise UserError(
             f"step {self.lead_rounds.steps_done}: {rows} is not a finite number; look at the rows, lower learning_rate, or go on from the "
             "last checkpoint without them"

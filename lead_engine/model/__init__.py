@@ -1,4 +1,5 @@
 """Hugging Face models as the engine trains and scores them: loading, packing, sharding, saving."""
+
 from transformers.utils import logging
 
 from lead_engine.model.bnb import quieten

@@ -4,6 +4,7 @@ An adapter is what is trained beside a frozen base: low-rank layers (`lora_A`, `
 that are trained whole (`modules_to_save`). These are the base's own parameters here, not a copy beside them: what the
 base's file says is replaced by what the adapter's says, and the adapter's file is where they are written.
 """
+
 from __future__ import annotations
 
 import math
@@ -113,7 +114,9 @@ def inject(model: PreTrainedModel, config: PeftLoraConfig, file: Path | None = N
         if last_name in saved:
             raise UserError(f"--lora.head: --lora.modules-to-save {last_name} trains the head whole already; give one")
         if isinstance(config.target_modules, str):
-            raise UserError("--lora.head: beside a pattern of targets, let the pattern name the head too, and leave this off")
+            raise UserError(
+                "--lora.head: beside a pattern of targets, let the pattern name the head too, and leave this off"
+            )
         config.target_modules = set(config.target_modules) | {last_name}
     config.inference_mode = False  # as it is saved; peft would freeze the adapters, too
     try:
@@ -123,7 +126,9 @@ def inject(model: PreTrainedModel, config: PeftLoraConfig, file: Path | None = N
     except Exception as error:  # of any type: peft reads names and patterns as it goes along
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         kind = model.config.model_type
-        raise UserError(f"{at(file, 'target_modules')}: this {kind} model cannot have that adapter ({reason})") from None
+        raise UserError(
+            f"{at(file, 'target_modules')}: this {kind} model cannot have that adapter ({reason})"
+        ) from None
     check_layers(model, file)
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and NAME in layer.lora_magnitude_vector:

@@ -1,4 +1,5 @@
 """What adapters a model can have: targets, modules to save and LM heads that would be computed wrongly are refused."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 An option that is not known to be computed here is refused by name, whatever it is: what peft adds later is never ignored.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,11 +20,32 @@ from lead_engine.model.find import ADAPTER_CONFIG, find_model, hub_name
 
 INSTEAD = "merge it into its base with peft (merge_and_unload), if peft can, and give the merged model"
 READ = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "modules_to_save",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias",
-    "megatron_core", "qalora_group_size", "eva_config",
-}  # fmt: skip
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "use_rslora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "lora_bias",
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",
+}
 """Options that are computed here, or that change nothing once an adapter is trained."""
 WHY = {
     "bias": "it trains biases of the base in place, which no adapter could leave again",

@@ -4,6 +4,7 @@ A packed forward pass that skips something (a scale after the last norm, a state
 architectures are taken whose packed losses and gradients tests/model/test_architectures.py compares with transformers' own; docs/MODELS.md
 has the table.
 """
+
 from __future__ import annotations
 
 import copy
@@ -14,9 +15,31 @@ from transformers import PreTrainedConfig
 from lead_engine.errors import UserError
 
 DENSE = (
-    "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3", "olmo",
-    "olmo2", "olmo3", "granite", "cohere", "cohere2", "glm", "glm4", "starcoder2", "seed_oss", "ernie4_5", "exaone4",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "ministral",
+    "ministral3",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "smollm3",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "cohere",
+    "cohere2",
+    "glm",
+    "glm4",
+    "starcoder2",
+    "seed_oss",
+    "ernie4_5",
+    "exaone4",
+)
 MIXTURES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "dots1", "minimax_m2")
 WITH_IMAGES = ("gemma3",)
 """Multimodal ones, of which the text part is trained and all else is kept."""
@@ -40,7 +63,9 @@ def why_not(config: PreTrainedConfig) -> str | None:
     if getattr(config, "quantization_config", None):
         return "its checkpoint is quantised; give the one that is not (--lora.quantize nf4 quantises it while loading)"
     if layers:
-        return f"it has layers of other kinds than attention within a sample and its window ({', '.join(sorted(layers))})"
+        return (
+            f"it has layers of other kinds than attention within a sample and its window ({', '.join(sorted(layers))})"
+        )
     if getattr(text, "use_bidirectional_attention", None):
         return "its attention is bidirectional (use_bidirectional_attention)"
     if text is not config and config.model_type not in WITH_IMAGES:

@@ -10,6 +10,7 @@ blind across samples. Four ways, one contract:
 
 Layers with soft-capped scores take another way where the kind's own has no cap: softcap.py.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -64,7 +65,9 @@ class Packing:
     def mask(self, length: int, window: int | None) -> Tensor:
         """Bool [length, length], True where query i may see key j: same segment, j <= i, i - j < window."""
         if torch.compiler.is_compiling():
-            return self._make_mask(length, window)  # in every compiled layer: one kept would be an output of that layer's graph
+            return self._make_mask(
+                length, window
+            )  # in every compiled layer: one kept would be an output of that layer's graph
         if window not in self._masks:
             self._masks[window] = self._make_mask(length, window)
         return self._masks[window]
@@ -143,9 +146,13 @@ def packed_attention(
     Raises UserError for attention sinks, which no kind computes.
     """
     if s_aux is not None:
-        raise UserError(f"--model: {type(module).__name__} has attention sinks, which packed attention does not compute")
+        raise UserError(
+            f"--model: {type(module).__name__} has attention sinks, which packed attention does not compute"
+        )
     kind, tracing = packing.kind, torch.compiler.is_compiling()
-    if kind == "segment" and not (tracing and softcap is not None):  # soft-capped and traced: the mask's form below is the same
+    if kind == "segment" and not (
+        tracing and softcap is not None
+    ):  # soft-capped and traced: the mask's form below is the same
         if tracing:
             return traceable_segment_attention(query, key, value, packing.cu_seqlens, scaling, sliding_window), None
         return segment_attention(query, key, value, packing.bounds(), scaling, sliding_window, softcap), None
@@ -156,7 +163,9 @@ def packed_attention(
         mask = packing.mask(query.shape[2], sliding_window)
         if softcap is not None:
             return capped_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
         return out.transpose(1, 2), None
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     if kind == "flash":
@@ -167,12 +176,16 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     bounds = (packing.kernel_bounds, packing.kernel_bounds, packing.max_length, packing.max_length)
     size = (-1, -1) if window is None else (window - 1, 0)
-    return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0)
+    return flash_attn_varlen_func(
+        q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0
+    )
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None) -> Tensor:
@@ -186,7 +199,18 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | 
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     size = (-1 if window is None else window - 1, 0)
     cu, longest = packing.kernel_bounds, packing.max_length
-    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, scale=scaling, window_size=size, **extra)
+    return varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        cu,
+        cu,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=size,
+        **extra,
+    )
 
 
 def _varlen_extras(varlen_attn: Callable) -> dict[str, bool]:

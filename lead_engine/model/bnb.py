@@ -1,4 +1,5 @@
 """bitsandbytes, which 8-bit optimizers and 4-bit bases need, and which may be missing."""
+
 from __future__ import annotations
 
 import importlib
@@ -13,7 +14,9 @@ def bitsandbytes_functional(flag: str) -> ModuleType:
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:
-        raise UserError(f"{flag}: needs bitsandbytes, which cannot be imported ({error}); pip install 'lead-engine[quant]'") from None
+        raise UserError(
+            f"{flag}: needs bitsandbytes, which cannot be imported ({error}); pip install 'lead-engine[quant]'"
+        ) from None
 
 
 def quieten() -> None:
@@ -21,4 +24,6 @@ def quieten() -> None:
 
     It speaks of a kernel for inference on 4-bit weights, which nothing here calls; without it bitsandbytes takes its own.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "gemm_4bit_forward" not in str(record.msg)
+    )

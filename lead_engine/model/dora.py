@@ -8,6 +8,7 @@ As peft's, with its norms kept out of the gradient, and its file. Three things d
   made, and the move of the norm is not a difference of two large numbers.
 - The weight may be in 4 bits. FSDP has gathered it, with everything else of its block, when this runs.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -52,7 +53,11 @@ class Dora(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        base, dropout, scaling = module.get_base_layer(), module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        base, dropout, scaling = (
+            module.get_base_layer(),
+            module.lora_dropout[active_adapter],
+            module.scaling[active_adapter],
+        )
         weight = base.dense(x.dtype) if isinstance(base, nf4.NF4Linear) else base.weight
         gain = module.lora_magnitude_vector[active_adapter].gain(weight, a.weight, b.weight, scaling).to(result.dtype)
         product = result

@@ -4,6 +4,7 @@ The generator of torch that layers draw from is seeded before each micro-batch. 
 it, on what was drawn before it, or on whether the run was resumed; what is recomputed in the backward pass is given the same
 numbers (recompute.py). It does depend on how samples are packed, and on the kind of device.
 """
+
 from __future__ import annotations
 
 import torch

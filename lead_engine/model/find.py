@@ -1,4 +1,5 @@
 """From the name of a model to its folder, and back from a folder of the hub's cache to the name that holds on any machine."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -28,7 +29,9 @@ def find_model(model: str, flag: str = "--model") -> Path:
     try:
         wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
         copies = ["consolidated*", "original/*"]  # the same weights once more
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=copies))
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=copies)
+        )
     except Exception as error:  # the hub client raises a dozen types; to the user they are one: not to be had
         # Offline, it looks for a revision that does not look like a commit among the names of branches alone.
         cached = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots" / revision

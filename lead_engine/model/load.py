@@ -1,4 +1,5 @@
 """From a name to a model: hub names, folders, run folders and `scratch:NAME` all become a Hugging Face folder first."""
+
 from __future__ import annotations
 
 import json
@@ -65,7 +66,9 @@ def build_model(
     config = load_config(base)
     architectures.check(config, base)
     if trainable and (noise := architectures.noise_of(config)):
-        say(f"{base}: trained without the {', '.join(f'{name} {value:g}' for name, value in noise.items())} of its config.json")
+        say(
+            f"{base}: trained without the {', '.join(f'{name} {value:g}' for name, value in noise.items())} of its config.json"
+        )
     options = {"attn_implementation": NAME, "dtype": torch.float32, **architectures.experts_option(config)}
     with init_empty_weights(include_buffers=False):  # parameters on the meta device, rotary tables real
         hf = AutoModelForCausalLM.from_config(architectures.as_trained(config), **options)
@@ -91,7 +94,9 @@ def build_model(
     return model.requires_grad_(False) if not trainable else model
 
 
-def load_for_inference(folder: Path, runtime: RuntimeConfig, max_length: int) -> tuple[PackedLM, PreTrainedTokenizerBase]:
+def load_for_inference(
+    folder: Path, runtime: RuntimeConfig, max_length: int
+) -> tuple[PackedLM, PreTrainedTokenizerBase]:
     """An unsharded model in the compute dtype for scoring, and its tokenizer."""
     model = build_model(folder, device=default_device(), runtime=runtime, max_length=max_length, trainable=False)
     return model, load_tokenizer(folder)
@@ -117,7 +122,9 @@ def load_config(folder: Path):
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a transformers model config ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{folder / 'config.json'}: not a transformers model config ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def default_device() -> torch.device:
@@ -130,5 +137,8 @@ def default_device() -> torch.device:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trained) parameters, a shared one counted once; global sizes where they are sharded. In 4 bits a weight counts as one, too."""
     parameters = list(model.parameters())
-    extra = sum(layer.in_features * layer.out_features - layer.weight.numel() - layer.scale_codes.numel() for _, layer in nf4.layers(model))
+    extra = sum(
+        layer.in_features * layer.out_features - layer.weight.numel() - layer.scale_codes.numel()
+        for _, layer in nf4.layers(model)
+    )
     return sum(p.numel() for p in parameters) + extra, sum(p.numel() for p in parameters if p.requires_grad)

@@ -1,4 +1,5 @@
 """`lead-engine merge`: an adapter into its base."""
+
 from __future__ import annotations
 
 import shutil
@@ -37,5 +38,7 @@ def run(config: MergeConfig) -> None:
     write_stop_tokens(building, tokenizer, base)
     fingerprint.write(building, {"merged from": parts})
     publish(building, config.out)
-    rounded = ", its weights rounded to NF4 as in training (not the checkpoint's own)" if nf4.was_trained_on(folder) else ""
+    rounded = (
+        ", its weights rounded to NF4 as in training (not the checkpoint's own)" if nf4.was_trained_on(folder) else ""
+    )
     say(f"merged {folder} into {base}{rounded}: {config.out}")

@@ -7,6 +7,7 @@ result does not depend on the number of ranks, and is what `bitsandbytes.nn.Line
 
 Memory: 4 bits a weight, 8 / 64 of its block's scale, 32 / (64 x 256) of the scale's scale: 4.127 bits.
 """
+
 from __future__ import annotations
 
 import json
@@ -45,7 +46,10 @@ class NF4Linear(nn.Linear):
     def __init__(self, out_features: int, in_features: int, bias: nn.Parameter | None):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight of floats
         self.out_features, self.in_features = out_features, in_features
-        codes, scales = (torch.empty(out_features, n, dtype=torch.uint8, device="meta") for n in (in_features // 2, in_features // _BLOCK))
+        codes, scales = (
+            torch.empty(out_features, n, dtype=torch.uint8, device="meta")
+            for n in (in_features // 2, in_features // _BLOCK)
+        )
         self.weight = nn.Parameter(codes, requires_grad=False)
         """uint8 [out, in / 2]: two weights' codes a byte."""
         self.scale_codes = nn.Parameter(scales, requires_grad=False)
@@ -57,7 +61,9 @@ class NF4Linear(nn.Linear):
         self.register_buffer("levels", _levels(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.bias, self.weight, self.scale_codes, self.scale_scales, self.scale_offset, self.levels)
+        return _Product.apply(
+            x, self.bias, self.weight, self.scale_codes, self.scale_scales, self.scale_offset, self.levels
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,7 +84,9 @@ class NF4Linear(nn.Linear):
             read(weight, (rows, slice(0, self.in_features)))
         own_codes, own_scales = _quantize(weight)
         codes.copy_(own_codes)
-        scales, self.scale_scales[...], self.scale_offset[...] = _quantize_scales(_whole(own_scales, self.scale_codes), self.levels)
+        scales, self.scale_scales[...], self.scale_offset[...] = _quantize_scales(
+            _whole(own_scales, self.scale_codes), self.levels
+        )
         local_part(self.scale_codes)[0].copy_(scales[rows])
 
 
@@ -87,7 +95,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, bias: Tensor | None, codes: Tensor, scale_codes: Tensor, scale_scales: Tensor, scale_offset: Tensor, levels: Tensor
+        ctx,
+        x: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        scale_codes: Tensor,
+        scale_scales: Tensor,
+        scale_offset: Tensor,
+        levels: Tensor,
     ) -> Tensor:
         weight = (codes, scale_codes, scale_scales, scale_offset, levels)
         if ctx.needs_input_grad[0]:
@@ -105,7 +120,9 @@ def dequantize(
 ) -> Tensor:
     """A weight [out, in] from what an NF4Linear holds."""
     shape = [codes.shape[0], 2 * codes.shape[1]]
-    scales = torch.ops.bitsandbytes.dequantize_blockwise(scale_codes.reshape(-1), scale_scales, levels, _NESTED_BLOCK, torch.float32)
+    scales = torch.ops.bitsandbytes.dequantize_blockwise(
+        scale_codes.reshape(-1), scale_scales, levels, _NESTED_BLOCK, torch.float32
+    )
     return torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), scales + scale_offset, _BLOCK, "nf4", shape, dtype)
 
 
@@ -131,7 +148,9 @@ def _whole(local: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return local
     shape, stride = like.shape, (like.shape[1], 1)
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride).full_tensor()
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    ).full_tensor()
 
 
 def _levels() -> Tensor:

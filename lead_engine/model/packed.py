@@ -4,6 +4,7 @@ The final norm and the LM head become one module whose forward *is* the loss, ap
 and to no others. Under FSDP it is a unit of its own, so the head's weight is an ordinary unsharded tensor while the loss op reads
 it (taking `full_tensor()` of a sharded weight instead gives a wrong gradient under mixed precision).
 """
+
 from __future__ import annotations
 
 import torch
@@ -27,7 +28,15 @@ class LossHead(nn.Module):
     keep_gradient: keep the normed rows and, after the backward pass, the loss gradient there (for the exact inner product).
     """
 
-    def __init__(self, norm: nn.Module, projection: nn.Module, *, softcap: float | None, logit_scale: float, chunk_bytes: int | None):
+    def __init__(
+        self,
+        norm: nn.Module,
+        projection: nn.Module,
+        *,
+        softcap: float | None,
+        logit_scale: float,
+        chunk_bytes: int | None,
+    ):
         super().__init__()
         self.norm, self.projection = norm, projection
         self.softcap, self.logit_scale, self.chunk_bytes = softcap, logit_scale, chunk_bytes
@@ -36,7 +45,11 @@ class LossHead(nn.Module):
         self.hidden_grad_RH: Tensor | None = None
 
     def forward(
-        self, hidden_TH: Tensor, batch: PackedBatch, token_weight: Tensor | float | None, signature: tuple[Tensor, Tensor] | None
+        self,
+        hidden_TH: Tensor,
+        batch: PackedBatch,
+        token_weight: Tensor | float | None,
+        signature: tuple[Tensor, Tensor] | None,
     ) -> HeadLoss:
         hidden_RH = self.norm(hidden_TH.index_select(0, batch.rows))
         if self.keep_gradient and hidden_RH.requires_grad:
@@ -76,10 +89,14 @@ class PackedLM(nn.Module):
         final_norm = next((name for name in FINAL_NORMS if hasattr(decoder, name)), FINAL_NORMS[0])
         for name in (final_norm, "layers", "embed_tokens"):
             if not hasattr(decoder, name):
-                raise UserError(f"--model: a {model.config.model_type} model has no decoder.{name}; Llama-like decoders are supported")
+                raise UserError(
+                    f"--model: a {model.config.model_type} model has no decoder.{name}; Llama-like decoders are supported"
+                )
         if not isinstance(adapter.base_layer(projection), nn.Linear):
             kind = type(projection).__name__
-            raise UserError(f"--model: the LM head of a {model.config.model_type} model is a {kind}, not a linear layer")
+            raise UserError(
+                f"--model: the LM head of a {model.config.model_type} model is a {kind}, not a linear layer"
+            )
         self.config, self.generation_config = model.config, model.generation_config
         self.peft_config = getattr(model, "peft_config", {}).get("default")
         self.stored: Layout | None = None
@@ -116,12 +133,20 @@ class PackedLM(nn.Module):
         """Last block's output, before the final norm: [T, H]."""
         packing = Packing(batch.cu_seqlens, self.max_length, self.attention, batch.input_ids.shape[0])
         output = self.decoder(
-            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, return_dict=True, packing=packing
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            return_dict=True,
+            packing=packing,
         )
         return output.last_hidden_state[0]
 
     def forward(
-        self, batch: PackedBatch, *, token_weight: Tensor | float | None = None, signature: tuple[Tensor, Tensor] | None = None
+        self,
+        batch: PackedBatch,
+        *,
+        token_weight: Tensor | float | None = None,
+        signature: tuple[Tensor, Tensor] | None = None,
     ) -> HeadLoss:
         """Loss of one micro-batch; see `lead_kernels.linear_cross_entropy` for the result (its T is the batch's R rows here)."""
         return self.head(self.hidden(batch), batch, token_weight, signature)

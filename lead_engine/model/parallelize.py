@@ -1,4 +1,5 @@
 """How a model is wrapped: what is recomputed, what is compiled, how it is cut into FSDP units."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,7 +15,9 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.model.recompute import recompute
 
 
-def parallelize(model: PackedLM, runtime: RuntimeConfig, dtype: torch.dtype, mesh: DeviceMesh | None, *, trainable: bool = True) -> None:
+def parallelize(
+    model: PackedLM, runtime: RuntimeConfig, dtype: torch.dtype, mesh: DeviceMesh | None, *, trainable: bool = True
+) -> None:
     """Wrap a model in place, from the inside out: blocks recomputed and compiled (where it is trained), sharded (with a mesh)."""
     for block in model.decoder.layers if trainable else ():
         recompute(block, runtime.checkpointing)
@@ -40,7 +43,9 @@ def compile_block(block: nn.Module) -> None:
             return compiled(*args, **kwargs)
         except TorchDynamoException as error:
             reason = next(line.strip() for line in str(error).splitlines() if line.strip())
-            raise UserError(f"--runtime.compile: {name} cannot be compiled as one graph ({reason}); leave the flag out") from error
+            raise UserError(
+                f"--runtime.compile: {name} cannot be compiled as one graph ({reason}); leave the flag out"
+            ) from error
 
     block.forward = call
 

@@ -1,4 +1,5 @@
 """Compute precision. Master weights and gradient reductions are fp32 whatever is chosen here."""
+
 from __future__ import annotations
 
 import torch

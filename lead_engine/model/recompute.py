@@ -7,6 +7,7 @@ mode: the same operations see the same numbers twice.
 `block.forward` is replaced, not the block: parameter names stay, and the hooks that FSDP puts around the call stay outside of what runs
 twice (they would gather the block's parameters twice).
 """
+
 from __future__ import annotations
 
 import functools

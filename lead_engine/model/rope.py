@@ -2,6 +2,7 @@
 
 transformers looks at the largest position in the whole call, so a long sample would change the frequencies of its short neighbours.
 """
+
 from __future__ import annotations
 
 import copy
@@ -55,4 +56,7 @@ class LongRope(nn.Module):
         sample = (position_ids == 0).long().cumsum(-1)
         last = position_ids.new_zeros(1, position_ids.shape[1] + 1).scatter_reduce(1, sample, position_ids, "amax")
         is_long = (last.gather(1, sample) >= self.limit)[..., None]
-        return tuple(torch.where(is_long, *both) for both in zip(self.long(x, position_ids), self.short(x, position_ids), strict=True))
+        return tuple(
+            torch.where(is_long, *both)
+            for both in zip(self.long(x, position_ids), self.short(x, position_ids), strict=True)
+        )

@@ -1,4 +1,5 @@
 """Writing a trained model in Hugging Face format: a whole model, or a peft adapter folder."""
+
 from __future__ import annotations
 
 import json
@@ -133,16 +134,22 @@ class _Files:
                 self._write(file)
         if list(files) != [weights.SINGLE]:
             index = {"metadata": {"total_size": sum(self.sizes)}, "weight_map": self.stored.file_of}
-            (self.folder / f"{weights.SINGLE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (self.folder / f"{weights.SINGLE}.index.json").write_text(
+                json.dumps(index, indent=2, sort_keys=True) + "\n"
+            )
 
     def _write(self, file: str) -> None:
         tensors = self.begun.pop(file, {})
-        unused = [name for name, there in self.stored.file_of.items() if there == file and name not in self.stored.dtype_of]
+        unused = [
+            name for name, there in self.stored.file_of.items() if there == file and name not in self.stored.dtype_of
+        ]
         if unused:
             try:
                 checkpoint = Checkpoint(self.stored.folder, weights.SINGLE)
                 tensors |= {name: checkpoint.tensor(name)[...] for name in unused}
             except (KeyError, UserError) as error:
-                raise UserError(f"{self.stored.folder}: {unused[0]} is to be copied from it beside the trained weights; {error}") from None
+                raise UserError(
+                    f"{self.stored.folder}: {unused[0]} is to be copied from it beside the trained weights; {error}"
+                ) from None
         self.sizes += [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
         save_file(tensors, self.folder / file, {"format": "pt"})

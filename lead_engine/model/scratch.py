@@ -2,6 +2,7 @@
 
 Llama architecture (transformers' own classes), so that everything that works on them works on Llama checkpoints.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -27,7 +28,9 @@ def is_scratch(model: str) -> bool:
     return model.startswith(PREFIX)
 
 
-def make_scratch(model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_length: int = 4096) -> None:
+def make_scratch(
+    model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_length: int = 4096
+) -> None:
     """Write a randomly initialised model and its tokenizer to `folder` in Hugging Face format; the folder appears whole.
 
     Raises UserError for an unknown name.

@@ -1,4 +1,5 @@
 """Attention over packed samples one sample at a time, for the CPU: reading the segments' bounds waits for nothing there."""
+
 from __future__ import annotations
 
 import itertools
@@ -11,7 +12,13 @@ from lead_engine.model.softcap import capped_attention
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: list[int],
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """[1, heads, T, D] -> [1, T, heads, D]; segment s is [bounds[s], bounds[s + 1]), the last one the dummy tail."""
     sizes = [end - start for start, end in itertools.pairwise(bounds)]
@@ -29,7 +36,9 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
     """One sample: [1, heads, L, D] -> the same."""
     length = q.shape[2]
     if softcap is not None or (window is not None and length > window):
@@ -43,7 +52,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int 
     # The CPU's bf16 flash kernel spends most of its backward pass on a fixed cost: at 128 tokens, forward and backward take 1.6 ms
     # there and 0.4 ms as plain matrix products (fp32: 0.6 and 0.6). At 512 the two meet.
     hidden = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
-    scores = torch.baddbmm(hidden, q[0], k[0].transpose(1, 2), alpha=q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.baddbmm(
+        hidden, q[0], k[0].transpose(1, 2), alpha=q.shape[-1] ** -0.5 if scaling is None else scaling
+    )
     return torch.bmm(scores.softmax(-1, dtype=torch.float32).to(q.dtype), v[0])[None]
 
 
@@ -56,14 +67,22 @@ def traceable_segment_attention(
 
 
 @traceable_segment_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
     _, heads, length, width = query.shape
     return query.new_empty(1, length, heads, width)
 
 
 @torch.library.custom_op("lead_engine::segment_attention_backward", mutates_args=())
 def _backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, all contiguous; arithmetic is fp32."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -86,13 +105,21 @@ def _backward(
         of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * scale
         parts = (of_scores @ k, of_scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ upstream)
         for whole, part in zip(found, parts, strict=True):
-            whole[0, :, start:end] = part.view(whole.shape[1], -1, *part.shape[1:]).sum(1)  # grouped heads share their keys and values
+            whole[0, :, start:end] = part.view(whole.shape[1], -1, *part.shape[1:]).sum(
+                1
+            )  # grouped heads share their keys and values
     return tuple(whole.to(query.dtype) for whole in found)
 
 
 @_backward.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 

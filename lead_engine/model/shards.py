@@ -1,4 +1,5 @@
 """Which part of a parameter this rank holds, and the whole of it."""
+
 from __future__ import annotations
 
 from torch import Tensor

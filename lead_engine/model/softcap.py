@@ -4,6 +4,7 @@ On a CPU, and under a mask, the products are written out. On a GPU that would co
 backward pass (T = 8192, 8 heads, fp32: 2 GiB each); FlexAttention fuses cap, window and segments into one kernel of O(T) memory that skips
 blocks between samples.
 """
+
 from __future__ import annotations
 
 import functools
@@ -25,7 +26,9 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: 
     return torch.matmul(shares.to(v.dtype), v)
 
 
-def flex_capped_attention(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, scaling: float | None, softcap: float) -> Tensor:
+def flex_capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, scaling: float | None, softcap: float
+) -> Tensor:
     """The same by FlexAttention, under a block mask."""
 
     def cap(score: Tensor, _batch: Tensor, _head: Tensor, _i: Tensor, _j: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ says of that (its conversion mapping) is worked out here on names and shapes alo
 one stored tensor. Reading and writing both follow that list, so a rank reads only what its slices need, and what is saved has the
 names, shapes and dtypes of what was loaded.
 """
+
 from __future__ import annotations
 
 import json
@@ -43,7 +44,9 @@ class Checkpoint:
         elif (folder / single).exists():
             self.file_of = dict.fromkeys(self._file(single).keys(), single)
         else:
-            raise UserError(f"{folder}: no {single} (only safetensors weights are read; convert .bin files with transformers first)")
+            raise UserError(
+                f"{folder}: no {single} (only safetensors weights are read; convert .bin files with transformers first)"
+            )
 
     def path(self, name: str) -> Path:
         return self.folder / self.file_of[name]
@@ -53,7 +56,9 @@ class Checkpoint:
         try:
             return self._file(self.file_of[name]).get_slice(name)
         except SafetensorError:
-            raise UserError(f"{self.path(name)}: no tensor {name}, though the index says so; copy or download the file again") from None
+            raise UserError(
+                f"{self.path(name)}: no tensor {name}, though the index says so; copy or download the file again"
+            ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensor(name).get_shape())
@@ -62,7 +67,9 @@ class Checkpoint:
         """Raises UserError for what is not a plain floating-point tensor."""
         stored = self.tensor(name).get_dtype()
         if stored not in DTYPES:
-            raise UserError(f"{self.path(name)}: {name} is stored as {stored}; give the checkpoint that is not quantised")
+            raise UserError(
+                f"{self.path(name)}: {name} is stored as {stored}; give the checkpoint that is not quantised"
+            )
         return DTYPES[stored]
 
     def _file(self, name: str):
@@ -70,7 +77,9 @@ class Checkpoint:
             try:
                 self._open[name] = safe_open(self.folder / name, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.folder / name}: not a readable safetensors file ({error}); copy or download it again") from None
+                raise UserError(
+                    f"{self.folder / name}: not a readable safetensors file ({error}); copy or download it again"
+                ) from None
         return self._open[name]
 
 
@@ -118,7 +127,9 @@ def find_layout(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], tran
         if array.shape != shapes[name]:
             first = array.pieces[0].name
             what = name if first == name else f"{name} (from {first} and {len(array.pieces) - 1} more)"
-            raise UserError(f"{checkpoint.path(first)}: {what} has shape {list(array.shape)}, the model wants {list(shapes[name])}")
+            raise UserError(
+                f"{checkpoint.path(first)}: {what} has shape {list(array.shape)}, the model wants {list(shapes[name])}"
+            )
     pieces = {name: array.pieces for name, array in found.items()}
     dtypes = {piece.name: checkpoint.dtype(piece.name) for some in pieces.values() for piece in some}
     return Layout(pieces, dtypes, dict(checkpoint.file_of), checkpoint.folder)
@@ -159,7 +170,9 @@ class _Array:
     pieces: list[Piece]
 
 
-def _rename(stored: str, shapes: dict, transforms: list, prefix: str) -> tuple[str | None, WeightConverter | None, str | None]:
+def _rename(
+    stored: str, shapes: dict, transforms: list, prefix: str
+) -> tuple[str | None, WeightConverter | None, str | None]:
     """(transformers' name for a stored tensor, the converter it goes through, the pattern it matched); (None, ...) if there is none."""
     name = stored
     for transform in transforms:
@@ -185,19 +198,29 @@ def _convert(converter: WeightConverter, arrays: dict[str, list[_Array]], name: 
                 arrays = {pattern: [_stack(some, operation.dim)] for pattern, some in arrays.items()}
             elif type(operation) is Concatenate:
                 # In the order of the patterns, not of the names: gate before up.
-                arrays = {name: [_concatenate([x for p in converter.source_patterns for x in arrays.get(p, [])], operation.dim)]}
+                arrays = {
+                    name: [
+                        _concatenate([x for p in converter.source_patterns for x in arrays.get(p, [])], operation.dim)
+                    ]
+                }
             else:
-                raise UserError(f"{checkpoint.folder}: {name} is stored in a form ({operation!r}) that is not read a slice at a time")
+                raise UserError(
+                    f"{checkpoint.folder}: {name} is stored in a form ({operation!r}) that is not read a slice at a time"
+                )
     except ValueError:
         names = ", ".join(converter.source_patterns)
-        raise UserError(f"{checkpoint.folder}: not all of {names} are there, or their shapes differ (for {name})") from None
+        raise UserError(
+            f"{checkpoint.folder}: not all of {names} are there, or their shapes differ (for {name})"
+        ) from None
     (array,) = (x for some in arrays.values() for x in some)
     return array
 
 
 def _stack(arrays: list[_Array], dim: int) -> _Array:
     (shape,) = {array.shape for array in arrays}
-    pieces = [Piece(p.name, (*p.index[:dim], i, *p.index[dim:])) for i, array in enumerate(arrays) for p in array.pieces]
+    pieces = [
+        Piece(p.name, (*p.index[:dim], i, *p.index[dim:])) for i, array in enumerate(arrays) for p in array.pieces
+    ]
     return _Array((*shape[:dim], len(arrays), *shape[dim:]), pieces)
 
 

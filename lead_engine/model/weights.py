@@ -2,6 +2,7 @@
 
 Every rank opens the files and reads only the slices that its shards hold: no rank ever has the whole model.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -28,7 +29,9 @@ def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype, froze
     """
     buffers, tied = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.tied
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    model._apply(lambda t: t.to(dtype if frozen is None or id(t) in trained else frozen) if t.is_floating_point() else t)
+    model._apply(
+        lambda t: t.to(dtype if frozen is None or id(t) in trained else frozen) if t.is_floating_point() else t
+    )
     model.to_empty(device=device)
     for name, value in buffers.items():
         owner, _, attribute = name.rpartition(".")
@@ -45,7 +48,9 @@ def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
     checkpoint = Checkpoint(base, SINGLE)
     tensors, aliases = dict(base_tensors(model)), aliases_of(model)
     quantised = {f"{name}.weight": layer for name, layer in nf4.layers(model)}
-    shapes = {alias: tuple(quantised.get(name, tensors[name]).shape) for name, some in aliases.items() for alias in some}
+    shapes = {
+        alias: tuple(quantised.get(name, tensors[name]).shape) for name, some in aliases.items() for alias in some
+    }
     model.stored = find_layout(checkpoint, shapes, model.transforms, model.base_prefix)
     _name_strangers(model)
     for name, tensor in tensors.items():
@@ -59,10 +64,14 @@ def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
 def _name_strangers(model: PackedLM) -> None:
     """Warn of stored tensors that the model has no place for, unless that is as it should be: biases that config.json forgot, say."""
     stored, text = model.stored, model.config.get_text_config()
-    strangers = [name for name in stored.file_of if name not in stored.dtype_of and not name.endswith("rotary_emb.inv_freq")]
+    strangers = [
+        name for name in stored.file_of if name not in stored.dtype_of and not name.endswith("rotary_emb.inv_freq")
+    ]
     if strangers and text is model.config:  # the rest of a multimodal model is known to be there
         what = f"{len(strangers)} of its tensors are" if len(strangers) > 1 else "one of its tensors is"
-        warn(f"{stored.folder}: {what} not in the model that config.json describes, and kept as stored: {', '.join(strangers[:3])}")
+        warn(
+            f"{stored.folder}: {what} not in the model that config.json describes, and kept as stored: {', '.join(strangers[:3])}"
+        )
 
 
 def base_tensors(model: PackedLM) -> Iterator[tuple[str, Tensor]]:
@@ -86,7 +95,9 @@ def aliases_of(model: PackedLM) -> dict[str, list[str]]:
 def _fill(tensor: Tensor | nf4.NF4Linear, checkpoint: Checkpoint, aliases: list[str], model: PackedLM) -> None:
     stored = [alias for alias in aliases if alias in model.stored.pieces]
     if not stored:
-        raise UserError(f"{checkpoint.folder}: no tensor {aliases[0]}; the files do not fit the model that config.json describes")
+        raise UserError(
+            f"{checkpoint.folder}: no tensor {aliases[0]}; the files do not fit the model that config.json describes"
+        )
     if isinstance(tensor, nf4.NF4Linear):
         tensor.fill(lambda rows, place: read(checkpoint, model.stored.pieces[stored[0]], rows, place))
         return

@@ -1,4 +1,5 @@
 """The ids that users gave their records, by place in the pool."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

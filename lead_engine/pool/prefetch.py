@@ -98,7 +98,9 @@ class Prefetcher:
     def take(self, sample_ids: Tensor, *, capacity: int, num_rows: int) -> PackedBatch:
         """The next micro-batch asked for, gathered on the device; see TokenStore.batch."""
         if self._closed or not self._pending:
-            raise RuntimeError("no micro-batch was asked for: call prefetch with the same sample ids first (and before close)")
+            raise RuntimeError(
+                "no micro-batch was asked for: call prefetch with the same sample ids first (and before close)"
+            )
         staging = self._ready.get()
         if isinstance(staging, BaseException):
             self.close()
@@ -111,7 +113,8 @@ class Prefetcher:
 
     def _to_device(self, staging: Staging, sample_ids: Tensor, capacity: int, num_rows: int) -> PackedBatch:
         tokens, response, offsets, ids = (
-            x.to(self.device, non_blocking=True) for x in (staging.tokens, staging.response, staging.offsets, staging.ids)
+            x.to(self.device, non_blocking=True)
+            for x in (staging.tokens, staging.response, staging.offsets, staging.ids)
         )
         if self.device.type == "cuda":
             staging.copied = torch.cuda.Event()
@@ -126,7 +129,11 @@ class Prefetcher:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # else pinning memory opens a context on the first GPU
-            while (row := self._requests.get()) is not None and (staging := self._free.get()) is not None and not self._closed:
+            while (
+                (row := self._requests.get()) is not None
+                and (staging := self._free.get()) is not None
+                and not self._closed
+            ):
                 staging.fill(self._pool, row)
                 self._ready.put(staging)
         except BaseException as error:  # handed to the consumer, who would wait for ever otherwise

@@ -95,7 +95,9 @@ def make_pool(
         write_text(path, text)
 
 
-def _items(rng: random.Random, world: World, count: int, trivial_share: float, taken: set[tuple[Any, ...]]) -> list[Item]:
+def _items(
+    rng: random.Random, world: World, count: int, trivial_share: float, taken: set[tuple[Any, ...]]
+) -> list[Item]:
     """`count` questions with different prompts and no key in `taken`, the tasks in equal parts."""
     trivial = round(count * trivial_share)
     rest = [round((count - trivial) * share) for share in LEVEL_SHARES[:2]]
@@ -111,19 +113,25 @@ def _items(rng: random.Random, world: World, count: int, trivial_share: float, t
     return shuffled
 
 
-def _new_item(rng: random.Random, world: World, task: str, level: int, taken: set[tuple[Any, ...]], items: dict[Any, Item]) -> Item:
+def _new_item(
+    rng: random.Random, world: World, task: str, level: int, taken: set[tuple[Any, ...]], items: dict[Any, Item]
+) -> Item:
     for _ in range(ATTEMPTS):
         item = Item(task, level, TASKS[task](rng, world, level))
         if item.question.key not in taken and item.prompt not in items:
             return item
-    raise UserError(f"--samples: the world has too few different questions of task {task}, level {level}; ask for fewer")
+    raise UserError(
+        f"--samples: the world has too few different questions of task {task}, level {level}; ask for fewer"
+    )
 
 
 def _with_noise(rng: random.Random, fresh: list[Item], copies: int, wrong: int) -> list[Item]:
     """Some answers made wrong, and near-duplicates of right ones (up to four of the same record) mixed in."""
     wrong_ones = set(rng.sample(range(len(fresh)), wrong))
     items = [
-        item._replace(question=item.question._replace(output=item.question.wrong), note="wrong_answer") if i in wrong_ones else item
+        item._replace(question=item.question._replace(output=item.question.wrong), note="wrong_answer")
+        if i in wrong_ones
+        else item
         for i, item in enumerate(fresh)
     ]
     originals = rng.sample([item for item in items if not item.note], -(-copies // 4))

@@ -32,7 +32,9 @@ def _other(rng: random.Random, values: Sequence[str], value: str) -> str:
     return rng.choice([v for v in values if v != value])
 
 
-def _ask(rng: random.Random, key: tuple[Any, ...], wordings: Sequence[str], output: object, wrong: object, **fields: object) -> Question:
+def _ask(
+    rng: random.Random, key: tuple[Any, ...], wordings: Sequence[str], output: object, wrong: object, **fields: object
+) -> Question:
     """One of the wordings, filled in; what follows a "|" in it is the record's input."""
     instruction, _, addition = rng.choice(wordings).partition("|")
     return Question(key, instruction.format(**fields), addition.format(**fields), str(output), str(wrong))
@@ -44,7 +46,9 @@ def _ask(rng: random.Random, key: tuple[Any, ...], wordings: Sequence[str], outp
 def arithmetic(rng: random.Random, world: World, level: int) -> Question:
     if level == 0:
         n = rng.randint(10, 999)
-        return _ask(rng, ("write", n), ("Write the number {n}.", "Say {n}.", "Copy this number.|{n}"), n, _near(rng, n), n=n)
+        return _ask(
+            rng, ("write", n), ("Write the number {n}.", "Say {n}.", "Copy this number.|{n}"), n, _near(rng, n), n=n
+        )
     low, high = ((2, 20), (21, 99), (101, 499))[level - 1]
     a, b = rng.randint(low, high), rng.randint(low, high)
     if rng.random() < 0.35 and level < 3:
@@ -92,9 +96,15 @@ def sequences(rng: random.Random, world: World, level: int) -> Question:
 
 
 UNITS = {
-    "weeks": ("days", 7), "metres": ("centimetres", 100), "kilograms": ("grams", 1000), "dollars": ("cents", 100),
-    "hours": ("minutes", 60), "days": ("hours", 24), "dozens": ("eggs", 12), "feet": ("inches", 12),
-}  # fmt: skip
+    "weeks": ("days", 7),
+    "metres": ("centimetres", 100),
+    "kilograms": ("grams", 1000),
+    "dollars": ("cents", 100),
+    "hours": ("minutes", 60),
+    "days": ("hours", 24),
+    "dozens": ("eggs", 12),
+    "feet": ("inches", 12),
+}
 EASY_UNITS = ("metres", "kilograms", "dollars")
 COMPOUND_UNITS = ("hours", "feet", "weeks", "days")
 
@@ -126,7 +136,9 @@ def units(rng: random.Random, world: World, level: int) -> Question:
     )
     answer = f"{n} {large} are {n * factor} {small}, and {rest} more are {{}} {small}."
     key = ("units", large, n, rest)
-    return _ask(rng, key, wordings, answer.format(total), answer.format(_near(rng, total)), n=n, u=large, s=small, r=rest)
+    return _ask(
+        rng, key, wordings, answer.format(total), answer.format(_near(rng, total)), n=n, u=large, s=small, r=rest
+    )
 
 
 # --- words ---
@@ -264,7 +276,9 @@ def formatting(rng: random.Random, world: World, level: int) -> Question:
     words = rng.sample(WORDS, (1, 3, 4, 3)[level])
     if level == 0:
         w = words[0]
-        return _ask(rng, ("say", w), ("Say only the word {w}.", "Answer with {w}.", "Your answer is {w}."), w, w + " " + w, w=w)
+        return _ask(
+            rng, ("say", w), ("Say only the word {w}.", "Answer with {w}.", "Your answer is {w}."), w, w + " " + w, w=w
+        )
     if level == 1:
         phrase = " ".join(words)
         wordings = ('Repeat exactly: "{p}"', "Copy this text.|{p}", "Say the words {p} again.")
@@ -327,7 +341,9 @@ def _unit_example(rng: random.Random) -> tuple[list[tuple[Any, ...]], str]:
 
 def _word_example(rng: random.Random) -> tuple[list[tuple[Any, ...]], str]:
     w = _word(rng, 3, 8)
-    text = rng.choice(("The word {w} is spelled {s}.", "Backwards {w} reads {r}.", "In capitals {w} is {u}.", "{w} has {n} letters."))
+    text = rng.choice(
+        ("The word {w} is spelled {s}.", "Backwards {w} reads {r}.", "In capitals {w} is {u}.", "{w} has {n} letters.")
+    )
     keys = [(name, w) for name in ("reverse", "letters", "capitals", "first")]
     return keys, text.format(w=w, s=" ".join(w), r=w[::-1], u=w.upper(), n=len(w))
 

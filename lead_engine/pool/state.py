@@ -53,11 +53,15 @@ class PoolState:
         for name, dtype in DTYPES.items():
             value = getattr(self, name)
             if value.shape != (n,) or value.dtype != dtype or value.device.type != "cpu":
-                raise ValueError(f"{name}: expected {dtype} [{n}] on the CPU, got {value.dtype} {list(value.shape)} on {value.device}")
+                raise ValueError(
+                    f"{name}: expected {dtype} [{n}] on the CPU, got {value.dtype} {list(value.shape)} on {value.device}"
+                )
         for name, limit in (("cluster", self.num_clusters), ("task", len(self.task_names))):
             value = getattr(self, name)
             if n and not 0 <= int(value.min()) <= int(value.max()) < limit:
-                raise ValueError(f"{name}: values must lie in [0, {limit}), found {int(value.min())} to {int(value.max())}")
+                raise ValueError(
+                    f"{name}: values must lie in [0, {limit}), found {int(value.min())} to {int(value.max())}"
+                )
 
     @property
     def ifd(self) -> Tensor:
@@ -105,7 +109,9 @@ class PoolState:
         try:
             header = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if header["version"] != VERSION:
-                raise UserError(f"{folder / 'state.json'}: version {header['version']}, this program reads {VERSION}; {again}")
+                raise UserError(
+                    f"{folder / 'state.json'}: version {header['version']}, this program reads {VERSION}; {again}"
+                )
             expected, names, clusters = (
                 int(header["num_samples"]),
                 list(header["task_names"]),
@@ -119,7 +125,9 @@ class PoolState:
             raise UserError(f"{folder / 'state.safetensors'}: damaged ({error}); {again}") from None
         for wanted, source in ((expected, "state.json"), (num_samples, "the token store")):
             if wanted is not None and state.num_samples != wanted:
-                raise UserError(f"{folder / 'state.safetensors'}: has {state.num_samples} samples, {source} has {wanted}; {again}")
+                raise UserError(
+                    f"{folder / 'state.safetensors'}: has {state.num_samples} samples, {source} has {wanted}; {again}"
+                )
         return state
 
     @staticmethod
@@ -133,4 +141,6 @@ class PoolState:
         and `full`.
         """
         zeros, places = torch.zeros(num_samples), torch.zeros(num_samples, dtype=torch.int64)
-        return PoolState(zeros, zeros + 1, zeros, places, places, torch.zeros(num_samples, dtype=torch.bool), ["all"], 1)
+        return PoolState(
+            zeros, zeros + 1, zeros, places, places, torch.zeros(num_samples, dtype=torch.bool), ["all"], 1
+        )

@@ -50,7 +50,9 @@ class TokenStore:
     int64 [N] (tokens with a loss; a sample's first token never has one): on the CPU.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any], placement: Placement, device: torch.device) -> None:
+    def __init__(
+        self, arrays: dict[str, np.ndarray], meta: dict[str, Any], placement: Placement, device: torch.device
+    ) -> None:
         self.placement: Placement = placement
         self.device = device
         self.num_samples: int = meta["num_samples"]
@@ -140,7 +142,9 @@ class TokenStore:
         RuntimeError where none was asked for, and whatever the background thread failed with.
         """
         if self._prefetcher is None:
-            return gather_batch(self.tokens, self.response, self.offsets, sample_ids, capacity=capacity, num_rows=num_rows)
+            return gather_batch(
+                self.tokens, self.response, self.offsets, sample_ids, capacity=capacity, num_rows=num_rows
+            )
         return self._prefetcher.take(sample_ids, capacity=capacity, num_rows=num_rows)
 
     def close(self) -> None:
@@ -236,7 +240,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     if not path.is_file():
         cut = folder.with_name(folder.name + ".partial").exists()
-        raise UserError(f"{path}: no such file; {'preparing was interrupted' if cut else 'this is no token store'}, {AGAIN}")
+        raise UserError(
+            f"{path}: no such file; {'preparing was interrupted' if cut else 'this is no token store'}, {AGAIN}"
+        )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version, _ = (
@@ -258,7 +264,9 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}); {AGAIN}") from None
     if array.dtype != dtype or array.ndim != 1:
-        raise UserError(f"{path}: damaged (holds {array.dtype} {array.shape}, not {np.dtype(dtype).name} in one dimension); {AGAIN}")
+        raise UserError(
+            f"{path}: damaged (holds {array.dtype} {array.shape}, not {np.dtype(dtype).name} in one dimension); {AGAIN}"
+        )
     return array
 
 
@@ -271,7 +279,9 @@ def _check(folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) ->
         ("response_rows", samples),
     ):
         if len(arrays[name]) != length:
-            raise UserError(f"{folder / name}.npy: damaged (holds {len(arrays[name])} values, meta.json says {length}); {AGAIN}")
+            raise UserError(
+                f"{folder / name}.npy: damaged (holds {len(arrays[name])} values, meta.json says {length}); {AGAIN}"
+            )
     offsets, rows = arrays["offsets"], arrays["response_rows"]
     if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) <= 0).any():
         raise UserError(f"{folder / 'offsets.npy'}: damaged (offsets do not rise from 0 to {tokens}); {AGAIN}")

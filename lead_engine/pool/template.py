@@ -112,7 +112,9 @@ def _samples(
         if spelled:
             problems.add("spelled_control_token", *here, f"its text spells {', '.join(spelled)}: tokenised as text")
         if text.unasked:
-            problems.add("asked_otherwise", *here, f"the model is asked with {text.unasked!r}, the answer begins without")
+            problems.add(
+                "asked_otherwise", *here, f"the model is asked with {text.unasked!r}, the answer begins without"
+            )
         if text.other_end:
             behind = f"{text.other_end} stands behind an earlier answer, another token behind the last"
             problems.add("ended_otherwise", *here, f"{behind}: learned to its text's end")

@@ -22,7 +22,9 @@ CHAT_TEMPLATE = (
 
 # Words with their leading space, digits one at a time (so that arithmetic is learnable), punctuation, white space:
 # Qwen2's split.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -34,7 +36,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     smallest = 256 + len(SPECIAL)
     if vocab_size < smallest:
-        raise UserError(f"--vocab-size {vocab_size}: must be at least {smallest} (256 bytes and {len(SPECIAL)} special tokens)")
+        raise UserError(
+            f"--vocab-size {vocab_size}: must be at least {smallest} (256 bytes and {len(SPECIAL)} special tokens)"
+        )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,5 @@
 """From scores to difficulty, drops, clusters and tasks."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -25,7 +26,9 @@ def cluster_by_difficulty(ratio: Tensor, dropped: Tensor, clusters: int, seed: i
     kept = ratio[~dropped].double().numpy()
     different = len(np.unique(kept))
     if different < clusters:
-        raise UserError(f"--clusters {clusters}: the {len(kept)} kept samples have only {different} different difficulties; ask for fewer")
+        raise UserError(
+            f"--clusters {clusters}: the {len(kept)} kept samples have only {different} different difficulties; ask for fewer"
+        )
     fit = KMeans(n_clusters=clusters, n_init=10, random_state=seed).fit(kept[:, None])
     order = np.argsort(fit.cluster_centers_[:, 0])
     rank = np.empty(clusters, dtype=np.int64)

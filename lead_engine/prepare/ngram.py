@@ -12,6 +12,7 @@ which the pool's response tokens are likeliest (deleted interpolation, Jelinek a
 
 What this measures is how well the *pool* predicts an answer, not how well some base model does.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -81,7 +82,9 @@ def ngram_scores(store: TokenStore) -> tuple[Tensor, Tensor, Tensor]:
     blocks = list(_blocks(store, -(-store.num_tokens // FIT_TOKENS)))
     terms = [alone_terms(block, pool) for block in blocks]
     alone_weights = fit_weights(np.concatenate(terms, axis=1))
-    given = [given_terms(block, pool.vocabulary, alone_weights @ term) for block, term in zip(blocks, terms, strict=True)]
+    given = [
+        given_terms(block, pool.vocabulary, alone_weights @ term) for block, term in zip(blocks, terms, strict=True)
+    ]
     given_weights = fit_weights(np.concatenate(given, axis=1))
     del blocks, terms, given
 
@@ -106,7 +109,9 @@ def count_pool(store: TokenStore) -> Pool:
         token += np.bincount(block.token, minlength=size)
         before += np.bincount(block.before, minlength=size)
         fresh.append(_counts(block.before * size + block.token))
-        if sum(len(table.keys) for table in fresh) > len(pair.keys):  # merging no sooner keeps all merges together linear
+        if sum(len(table.keys) for table in fresh) > len(
+            pair.keys
+        ):  # merging no sooner keeps all merges together linear
             pair, fresh = _merged([pair, *fresh]), []
     return Pool(token, before, _merged([pair, *fresh]))
 
@@ -117,7 +122,9 @@ def alone_terms(block: Block, pool: Pool) -> np.ndarray:
     pair = block.before * size + block.token
     own_tokens = np.bincount(block.sample, minlength=block.size)[block.sample]
     none = np.full(len(pair), 1 / size)
-    one = _ratio(pool.token[block.token] - _repeats(block.sample * size + block.token), pool.token.sum() - own_tokens, none)
+    one = _ratio(
+        pool.token[block.token] - _repeats(block.sample * size + block.token), pool.token.sum() - own_tokens, none
+    )
     of_before = pool.before[block.before] - _repeats(block.sample * size + block.before)
     two = _ratio(pool.pair.of(pair) - _repeats(block.sample * size**2 + pair), of_before, one)
     return np.stack([none, one, two])
@@ -163,9 +170,17 @@ def _blocks(store: TokenStore, every: int = 1) -> Iterator[Block]:
         wanted = (sample + start) % every == 0
         counts, free, pair = wanted & response & second, wanted & ~response, wanted & ~response & second
         yield Block(
-            start, end - start, sample[counts], before[counts], token[counts],
-            sample[free], token[free], sample[pair], before[pair], token[pair],
-        )  # fmt: skip
+            start,
+            end - start,
+            sample[counts],
+            before[counts],
+            token[counts],
+            sample[free],
+            token[free],
+            sample[pair],
+            before[pair],
+            token[pair],
+        )
         start = end
 
 

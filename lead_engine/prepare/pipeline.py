@@ -1,4 +1,5 @@
 """The stages of `lead-engine prepare`, in order; each is skipped if an earlier run finished it."""
+
 from __future__ import annotations
 
 import json
@@ -37,7 +38,9 @@ WARMUP_STEPS = 16
 def run(config: PrepareConfig) -> None:
     """Write config.out; see the README for its files. Raises UserError for everything that the user can mend."""
     with process_group(config.runtime.timeout) as ranks:
-        if config.scoring == "model" and config.warmup_share:  # what the warm-up's training would refuse after a pass over the pool
+        if (
+            config.scoring == "model" and config.warmup_share
+        ):  # what the warm-up's training would refuse after a pass over the pool
             check_combination(replace(config, batch=_warm_up_batch(config, ranks)), ranks.size, ranks.device)
         if not ranks.first_says(lambda: origin.begin(config)):
             _score(config, ranks)
@@ -47,7 +50,12 @@ def _score(config: PrepareConfig, ranks: Ranks) -> None:
     out, work = config.out, config.out / "stages"
     store = TokenStore.open(out / "store", config.runtime.placement, ranks.device)
     base = out / "model" if is_scratch(config.model) else find_model(config.model)
-    options = {"device": ranks.device, "runtime": config.runtime, "max_length": config.batch.capacity, "trainable": False}
+    options = {
+        "device": ranks.device,
+        "runtime": config.runtime,
+        "max_length": config.batch.capacity,
+        "trainable": False,
+    }
 
     if ranks.first and not (out / ANSWERS / "meta.json").exists():
         write_answers(store, out / ANSWERS, generation_prompt_ids(load_tokenizer(base)))
@@ -72,7 +80,9 @@ def _score(config: PrepareConfig, ranks: Ranks) -> None:
         ratio = difficulty(given, alone)
         dropped = ratio >= 1
         if bool(dropped.all()):
-            raise UserError(f"--model {config.model}: no instruction lowers its answer's loss, so nothing is left; the base is too weak")
+            raise UserError(
+                f"--model {config.model}: no instruction lowers its answer's loss, so nothing is left; the base is too weak"
+            )
         cluster, centers = cluster_by_difficulty(ratio, dropped, config.clusters, config.seed)
         state = PoolState(utility, ratio, alone, cluster, task, dropped, names, config.clusters)
         state.save(out)
@@ -125,7 +135,9 @@ def _summarise(config: PrepareConfig, store: TokenStore, state: PoolState, cente
     """summary.json, which marks the folder as prepared, and the same as tables."""
     lengths = store.lengths.cpu()
     kept = ~state.dropped
-    problems = [json.loads(line)["kind"] for line in (config.out / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
+    problems = [
+        json.loads(line)["kind"] for line in (config.out / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     clusters = [
         {
             "cluster": k,
@@ -163,5 +175,3 @@ def _summarise(config: PrepareConfig, store: TokenStore, state: PoolState, cente
     table("Tasks", list(tasks[0]), [list(row.values()) for row in tasks])
     write_text(config.out / "summary.json", json.dumps(summary, indent=1))
     say(f"prepared: {config.out}")
-
-

@@ -1,4 +1,5 @@
 """Stages that are done once: each leaves a file, and a second run goes on where the first was stopped."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -19,7 +20,9 @@ SHARD_TOKENS = 1 << 18
 """Tokens scored between two files: what an interruption can lose."""
 
 
-def score(model: PackedLM, store: TokenStore, folder: Path, ranks: Ranks, batch: BatchConfig, description: str) -> Tensor:
+def score(
+    model: PackedLM, store: TokenStore, folder: Path, ranks: Ranks, batch: BatchConfig, description: str
+) -> Tensor:
     """Mean NLL of every sample, fp32 [N], in shards that the ranks take in turn; a shard that is on disk already is not scored again.
 
     Every rank returns the whole vector.

@@ -1,4 +1,5 @@
 """First stage: records to a token store."""
+
 from __future__ import annotations
 
 import itertools
@@ -77,7 +78,9 @@ def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> 
         for note in [*notes(tokenizer), *ending_notes(tokenizer)]:
             say(note)
         base = load_config(weights_folder(find_model(config.model)))
-    rows: dict[str, list] = {name: [] for name in ("id", "dataset", "file", "line", "tokens", "response_tokens", "truncated")}
+    rows: dict[str, list] = {
+        name: [] for name in ("id", "dataset", "file", "line", "tokens", "response_tokens", "truncated")
+    }
     out.mkdir(parents=True, exist_ok=True)
     TokenStore.write(out / "store", _samples(records, tokenizer, config, problems, rows))
     if not rows["id"]:
@@ -86,7 +89,11 @@ def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> 
         make_scratch(config.model, tokenizer, out / "model", config.seed)
     else:
         largest = TokenStore.open(out / "store", "mmap").max_token_id
-        names = {"model": f"--model {config.model}", "source": f"--pool {' '.join(config.pool)}", "tokens": len(tokenizer)}
+        names = {
+            "model": f"--model {config.model}",
+            "source": f"--pool {' '.join(config.pool)}",
+            "tokens": len(tokenizer),
+        }
         check_vocabulary(largest, rows_of(base), **names)
     tokenizer.save_pretrained(out / "tokenizer")
     pq.write_table(pa.table(rows), out / "records.parquet.writing")
@@ -95,13 +102,25 @@ def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> 
 
 
 def _samples(
-    records: list[Record], tokenizer: PreTrainedTokenizerBase, config: PrepareConfig, problems: Problems, rows: dict[str, list]
+    records: list[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PrepareConfig,
+    problems: Problems,
+    rows: dict[str, list],
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Tokens and response masks; fills `rows`, the columns of records.parquet, on the way."""
     with progress(len(records), "tokenising records") as bar:
         for sample in encode(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad):
             record = sample.record
-            values = (record.id, record.dataset, record.file, record.line, len(sample.ids), sum(sample.response), sample.truncated)
+            values = (
+                record.id,
+                record.dataset,
+                record.file,
+                record.line,
+                len(sample.ids),
+                sum(sample.response),
+                sample.truncated,
+            )
             for column, value in zip(rows.values(), values, strict=True):
                 column.append(value)
             yield sample.ids, sample.response

@@ -35,7 +35,9 @@ def losses_plot(collection: Collection) -> Plot:
     """Training loss against tokens of every variant, with bands over seeds; a panel for each budget."""
     name, title = "compare-loss", "Training loss"
     variants = collection.variants[:TOGETHER]
-    groups = {key: [run for run in runs if run.metrics] for key, runs in collection.groups.items() if key[0] in variants}
+    groups = {
+        key: [run for run in runs if run.metrics] for key, runs in collection.groups.items() if key[0] in variants
+    }
     groups = {key: runs for key, runs in groups.items() if runs}
     if not groups:
         return Plot(name, title, "No optimizer step has been logged yet.")
@@ -56,7 +58,9 @@ def losses_plot(collection: Collection) -> Plot:
         where.set_visible(False)
     for row in range(rows):
         axes[row * columns].set_ylabel("loss (nats per response token)")
-    labelled = {label: handle for where in axes for handle, label in zip(*where.get_legend_handles_labels(), strict=True)}
+    labelled = {
+        label: handle for where in axes for handle, label in zip(*where.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
     text = (
         "Loss on the samples trained, smoothed; lines are means over seeds, bands reach from the lowest to the "
@@ -89,7 +93,9 @@ def budgets_plot(collection: Collection) -> Plot:
     if not groups:
         return Plot(name, title, "No run has been evaluated yet.")
     variants = [variant for variant in collection.variants if any(key[0] == variant for key in groups)]
-    curves = {measure: {variant: _curve(groups, variant, measure) for variant in variants} for measure in ("overall", "macro")}
+    curves = {
+        measure: {variant: _curve(groups, variant, measure) for variant in variants} for measure in ("overall", "macro")
+    }
     text = "Means over seeds with 95 % intervals (Student's t)"
     if len(variants) <= TOGETHER:
         figure, axes = new_figure(1, 2, height=3.9)
@@ -109,7 +115,9 @@ def budgets_plot(collection: Collection) -> Plot:
             if curves["overall"][variant][0][0] is None:
                 reached = [f"{curves[measure][variant][0][1].mean:.4f} {MEASURES[measure]}" for measure in curves]
                 text += f" Training on the whole pool ({variant}) reached {' and '.join(reached)}."
-    text += " Overlapping intervals do not mean that there is no difference: seeds are paired, see the differences below."
+    text += (
+        " Overlapping intervals do not mean that there is no difference: seeds are paired, see the differences below."
+    )
     if collection.base:
         loss = collection.base["loss"]
         text += f" The untrained base has {loss['overall']:.4f} overall and {loss['macro']:.4f} macro."
@@ -143,9 +151,16 @@ def _together(axes: Axes, curves: Mapping[str, Curve]) -> None:
         for place, (_, _, values) in zip(places, curve, strict=True):
             axes.scatter(np.full(len(values), place + 0.05), values, s=12, color=colour, alpha=0.4, linewidth=0)
         axes.errorbar(
-            places, [interval.mean for _, interval, _ in curve], _bars(curve), fmt="o", color=colour, markersize=6, linewidth=1.8,
-            capsize=3, label=variant,
-        )  # fmt: skip
+            places,
+            [interval.mean for _, interval, _ in curve],
+            _bars(curve),
+            fmt="o",
+            color=colour,
+            markersize=6,
+            linewidth=1.8,
+            capsize=3,
+            label=variant,
+        )
     axes.set_xlabel("budget (share of the pool's tokens)")
     _budget_ticks(axes, budgets)
 
@@ -171,7 +186,9 @@ def _small_panels(curves: Mapping[str, Mapping[str, Curve]], reference: str) -> 
             curve = by_variant[variant]
             places = [budgets.index(budget) for budget, _, _ in curve]
             means = [interval.mean for _, interval, _ in curve]
-            panel.errorbar(places, means, _bars(curve), fmt="o-", color=BETTER, markersize=3.5, linewidth=1.4, capsize=2, zorder=4)
+            panel.errorbar(
+                places, means, _bars(curve), fmt="o-", color=BETTER, markersize=3.5, linewidth=1.4, capsize=2, zorder=4
+            )
             panel.set_title(short(variant, 24), fontsize=8.5)
             panel.tick_params(labelsize=7.5)
             panel.set_ylim(low, high)
@@ -207,7 +224,10 @@ def _across(axes: Axes, interval: Interval, colour: str, label: str) -> None:
 def _bars(curve: Curve) -> list[list[float]]:
     """Lengths of error bars down and up; 0 where one seed gives none."""
     intervals = [interval for _, interval, _ in curve]
-    return [[i.mean - i.low if i.known else 0.0 for i in intervals], [i.high - i.mean if i.known else 0.0 for i in intervals]]
+    return [
+        [i.mean - i.low if i.known else 0.0 for i in intervals],
+        [i.high - i.mean if i.known else 0.0 for i in intervals],
+    ]
 
 
 def _budget_ticks(axes: Axes, budgets: list[float]) -> None:
@@ -239,8 +259,15 @@ def tasks_plot(collection: Collection) -> Plot:
     places = np.arange(len(tasks))[::-1].astype(float)
     if collection.base:
         untrained = dict(task_rows(collection.base["loss"]))
-        axes.scatter([untrained.get(task, np.nan) for task in tasks], places, s=34, facecolor="white", edgecolor=GREY,
-                     linewidth=1.4, label="untrained base")  # fmt: skip
+        axes.scatter(
+            [untrained.get(task, np.nan) for task in tasks],
+            places,
+            s=34,
+            facecolor="white",
+            edgecolor=GREY,
+            linewidth=1.4,
+            label="untrained base",
+        )
     for index, ((variant, budget), runs) in enumerate(shown.items()):
         losses = [dict(task_rows(run.evaluation["loss"])) for run in runs]
         means = [np.mean([loss.get(task, np.nan) for loss in losses]) for task in tasks]
@@ -292,7 +319,9 @@ def time_plot(collection: Collection) -> Plot:
         text += f" At {100 * largest:g} % of the pool."
     for (variant, budget), summaries in finished.items():
         if budget is None and largest is not None:
-            text += f" Training on all of it ({variant}) took {np.mean([each['seconds'] for each in summaries]):,.0f} s."
+            text += (
+                f" Training on all of it ({variant}) took {np.mean([each['seconds'] for each in summaries]):,.0f} s."
+            )
     text += " Runs that shared the machine with others took longer than they would alone; the shares tell more than the seconds."
     return finish(name, title, text, figure)
 
@@ -302,5 +331,12 @@ def time_parts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     total = float(np.mean([each["seconds"] for each in summaries]))
     if any(each.get("selection_seconds") is None or each.get("scoring_seconds") is None for each in summaries):
         return dict.fromkeys(PARTS, 0.0) | {"not split": total}
-    selection, scoring = (float(np.mean([each[f"{part}_seconds"] for each in summaries])) for part in ("selection", "scoring"))
-    return {"training": max(0.0, total - selection - scoring), "selection": selection, "scoring": scoring, "not split": 0.0}
+    selection, scoring = (
+        float(np.mean([each[f"{part}_seconds"] for each in summaries])) for part in ("selection", "scoring")
+    )
+    return {
+        "training": max(0.0, total - selection - scoring),
+        "selection": selection,
+        "scoring": scoring,
+        "not split": 0.0,
+    }

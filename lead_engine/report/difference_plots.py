@@ -38,11 +38,20 @@ def differences_plot(collection: Collection) -> Plot:
     """Paired differences to the reference at equal budget."""
     name, title = "compare-difference", f"Difference to {collection.reference} at equal budget"
     rows = [
-        Row(group_name(variant, budget), variant, {m: i for m, (i, _) in by_measure.items()}, {m: s for m, (_, s) in by_measure.items()})
+        Row(
+            group_name(variant, budget),
+            variant,
+            {m: i for m, (i, _) in by_measure.items()},
+            {m: s for m, (_, s) in by_measure.items()},
+        )
         for variant, budget, by_measure in paired_differences(collection)
     ]
     if not rows:
-        return Plot(name, title, f"No variant was evaluated beside {collection.reference} at the same budget and with the same seeds.")
+        return Plot(
+            name,
+            title,
+            f"No variant was evaluated beside {collection.reference} at the same budget and with the same seeds.",
+        )
     text = (
         "Mean over seeds of the difference within each seed (small dots), with its 95 % interval. An interval left of 0 (blue) "
         f"shows that the variant is better than {collection.reference} at the same number of tokens, one right of it (red) that it "
@@ -56,7 +65,9 @@ def contrasts_plot(collection: Collection) -> Plot:
     name, title = "compare-contrasts", "Contrasts of two variants"
     rows = [
         Row(
-            group_name(f"{each['a']} - {each['b']}", each["budgets"][0]) if not each["pooled"] else f"{each['a']} - {each['b']}, pooled",
+            group_name(f"{each['a']} - {each['b']}", each["budgets"][0])
+            if not each["pooled"]
+            else f"{each['a']} - {each['b']}, pooled",
             f"{each['a']} - {each['b']}",
             {measure: _interval(each[measure]) for measure in MEASURES},
             {measure: [] for measure in MEASURES},
@@ -138,16 +149,28 @@ def task_differences_plot(collection: Collection) -> Plot:
     name, title = "compare-task-differences", f"Difference to {collection.reference} per task"
     pairs = _pairs(collection)
     if not pairs:
-        return Plot(name, title, f"No variant was evaluated beside {collection.reference} at the same budget and with the same seeds.")
+        return Plot(
+            name,
+            title,
+            f"No variant was evaluated beside {collection.reference} at the same budget and with the same seeds.",
+        )
     largest = max(budget for _, budget, _ in pairs)
     shown = [(variant, runs) for variant, budget, runs in pairs if budget == largest]
     tasks = [task for task, _ in task_rows(shown[0][1][0][1].evaluation["loss"])[2:]]
-    values = np.array([[np.mean([a.task_losses[task] - b.task_losses[task] for a, b in runs]) for task in tasks] for _, runs in shown])
+    values = np.array(
+        [[np.mean([a.task_losses[task] - b.task_losses[task] for a, b in runs]) for task in tasks] for _, runs in shown]
+    )
     values = np.column_stack([values, values.mean(axis=1)])
     reach = np.abs(values).max() or 1.0
     figure, (axes,) = new_figure(height=2.2 + 0.3 * len(shown))
     image = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
-    axes.set_xticks(range(len(tasks) + 1), [*(short(task, 22) for task in tasks), "macro"], rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        range(len(tasks) + 1),
+        [*(short(task, 22) for task in tasks), "macro"],
+        rotation=40,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axes.set_yticks(range(len(shown)), [short(variant, 32) for variant, _ in shown])
     axes.grid(visible=False)
     axes.axvline(len(tasks) - 0.5, color="white", linewidth=3)

@@ -94,7 +94,22 @@ def runs_table(collection: Collection) -> str:
     rows: list[list[object]] = []
     if collection.base:
         loss = collection.base["loss"]
-        rows.append(["untrained base", None, None, None, None, 0, 0, 0, None, None, _loss(loss["overall"]), _loss(loss["macro"])])
+        rows.append(
+            [
+                "untrained base",
+                None,
+                None,
+                None,
+                None,
+                0,
+                0,
+                0,
+                None,
+                None,
+                _loss(loss["overall"]),
+                _loss(loss["macro"]),
+            ]
+        )
     for run in collection.runs:
         summary, loss = run.summary or {}, (run.evaluation or {}).get("loss", {})
         tokens = summary.get("tokens_trained", run.metrics[-1]["tokens"] if run.metrics else 0)
@@ -128,7 +143,9 @@ def table_html(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     numeric = [any(_is_number(row[i]) for row in rows) and len(columns) > 2 for i in range(len(columns))]
     head = "".join(f"<th{_class(n)}>{escape(column)}</th>" for column, n in zip(columns, numeric, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{_class(n)}>{escape(format_cell(cell))}</td>" for cell, n in zip(row, numeric, strict=True)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{_class(n)}>{escape(format_cell(cell))}</td>" for cell, n in zip(row, numeric, strict=True))
+        + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -70,12 +70,20 @@ class Run:
         if self.evaluation is None:
             return None
         loss = self.evaluation["loss"]
-        return {"overall": loss["overall"], "macro": loss["macro"], "per_sample": mean_over_samples(read_samples(self.folder / "eval"))}
+        return {
+            "overall": loss["overall"],
+            "macro": loss["macro"],
+            "per_sample": mean_over_samples(read_samples(self.folder / "eval")),
+        }
 
     @property
     def task_losses(self) -> dict[str, float]:
         """Held-out loss of each task; empty before it was evaluated."""
-        return {} if self.evaluation is None else {task: values["loss"] for task, values in self.evaluation["loss"]["tasks"].items()}
+        return (
+            {}
+            if self.evaluation is None
+            else {task: values["loss"] for task, values in self.evaluation["loss"]["tasks"].items()}
+        )
 
     @property
     def task_names(self) -> list[str] | None:
@@ -142,7 +150,9 @@ def read_collection(folders: Sequence[Path]) -> Collection:
             continue
         inside = sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
         if not inside:
-            raise UserError(f"{folder}: neither a run folder (config.yaml, metrics.jsonl) nor one written by `lead-engine compare` (runs/)")
+            raise UserError(
+                f"{folder}: neither a run folder (config.yaml, metrics.jsonl) nor one written by `lead-engine compare` (runs/)"
+            )
         found.runs += [read_run(path) for path in inside]
         if (folder / "base" / RESULT).exists():
             found.base = read_result(folder / "base")
@@ -198,7 +208,9 @@ def read_run(folder: Path) -> Run:
     config = read_yaml(folder / "config.yaml")
     missing = [key for key in ("method", "seed", "budget") if key not in config]
     if missing:
-        raise UserError(f"{folder / 'config.yaml'}: no {', '.join(missing)} in it; it is not the configuration of a training run")
+        raise UserError(
+            f"{folder / 'config.yaml'}: no {', '.join(missing)} in it; it is not the configuration of a training run"
+        )
     evaluation, heldout = folder / "eval", folder / "heldout.jsonl"
     return Run(
         folder=folder,

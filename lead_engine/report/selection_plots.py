@@ -32,7 +32,9 @@ def bandit_plot(run: Run) -> Plot:
     name, title = "bandit", "Cluster probabilities and rewards"
     arms = len(run.rounds[0]["probabilities"]) if run.rounds else 0
     if arms < 2:
-        return Plot(name, title, f"There is none: {run.method} draws from the whole pool, no bandit chooses between clusters.")
+        return Plot(
+            name, title, f"There is none: {run.method} draws from the whole pool, no bandit chooses between clusters."
+        )
     rounds = np.array([line["round"] for line in run.rounds]) + 1
     probabilities = np.array([line["probabilities"] for line in run.rounds], dtype=np.float64)
     rewards = np.array([line["reward_raw"] for line in run.rounds], dtype=np.float64)
@@ -44,8 +46,16 @@ def bandit_plot(run: Run) -> Plot:
     below = np.zeros(len(rounds))
     for arm in range(arms):
         above = below + probabilities[:, arm]
-        shares.fill_between(edges, np.append(below, below[-1]), np.append(above, above[-1]), step="post",
-                            facecolor=colours[arm], edgecolor="white", linewidth=0.3, label=f"{arm}")  # fmt: skip
+        shares.fill_between(
+            edges,
+            np.append(below, below[-1]),
+            np.append(above, above[-1]),
+            step="post",
+            facecolor=colours[arm],
+            edgecolor="white",
+            linewidth=0.3,
+            label=f"{arm}",
+        )
         below = above
     shares.set_ylim(0, 1)
     shares.grid(visible=False)
@@ -54,13 +64,17 @@ def bandit_plot(run: Run) -> Plot:
     figure.legend(handles[::-1], labels[::-1], title="cluster\n(0 easiest)", loc="outside right upper")
     reward.axhline(0, color=GREY, linewidth=1)
     reward.vlines(rounds, 0, rewards, color=of_round, linewidth=max(0.6, min(3, 260 / len(rounds))))
-    reward.scatter(rounds, rewards, color=of_round, s=max(4, min(30, 2400 / len(rounds))),
-                   edgecolor=GREY, linewidth=0.4, zorder=3)  # fmt: skip
+    reward.scatter(
+        rounds, rewards, color=of_round, s=max(4, min(30, 2400 / len(rounds))), edgecolor=GREY, linewidth=0.4, zorder=3
+    )
     reward.set_ylabel("reward: mean fall\nof utility (nats)")
     reward.set_xlabel("round")
     reward.set_xlim(edges[0], edges[-1])
     whole_numbers(reward)
-    above, below = "with which probability each difficulty cluster is drawn", "what the cluster drawn (its colour) earned"
+    above, below = (
+        "with which probability each difficulty cluster is drawn",
+        "what the cluster drawn (its colour) earned",
+    )
     if mixture:
         above, below = "each difficulty cluster's share of a round's samples", "what all of them earned together"
     text = (
@@ -94,11 +108,17 @@ def selected_plot(run: Run) -> Plot:
     figure, axes = new_figure(1, 2, height=1.3 + 0.24 * longest, width_ratios=(1.5, 1))
     for index, (where, (heading, labels, counts, pool)) in enumerate(zip(axes, panels, strict=True)):
         by_size = index == 0
-        _dumbbells(where, labels, 100 * counts / max(1, counts.sum()), pool, by_size, method_colour(run.method), run.method)
+        _dumbbells(
+            where, labels, 100 * counts / max(1, counts.sum()), pool, by_size, method_colour(run.method), run.method
+        )
         where.set_title(heading)
     axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
     text = "Shares of the samples trained, every visit counted."
-    text += " Hollow: their shares of the pool." if in_pool else " The run is not finished, so the pool's shares are not known."
+    text += (
+        " Hollow: their shares of the pool."
+        if in_pool
+        else " The run is not finished, so the pool's shares are not known."
+    )
     if len(tasks) > MOST_ROWS:
         text += f" The {MOST_ROWS} largest of {len(tasks)} tasks are shown."
     return finish(name, title, text, figure)
@@ -171,7 +191,9 @@ def _dumbbells(
     places = np.arange(len(order))[::-1]
     if pool is not None:
         axes.hlines(places, pool[order], shares[order], color="#d5d5d5", linewidth=2, zorder=1)
-        axes.scatter(pool[order], places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="pool", zorder=2)
+        axes.scatter(
+            pool[order], places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="pool", zorder=2
+        )
     axes.scatter(shares[order], places, s=40, color=colour, label=f"trained by {method}", zorder=3)
     axes.set_yticks(places, [labels[i] for i in order])
     axes.set_ylim(-0.7, len(order) - 0.3)

@@ -58,7 +58,9 @@ class Plot:
     png: bytes | None = None
 
 
-def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.4, **options: object) -> tuple[Figure, Sequence[Axes]]:
+def new_figure(
+    rows: int = 1, columns: int = 1, *, height: float = 3.4, **options: object
+) -> tuple[Figure, Sequence[Axes]]:
     """A figure of the page's width and its axes, row by row."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -96,7 +98,11 @@ def method_colour(method: str) -> str:
 
 def variant_colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each variant: methods keep theirs in every plot, others take those that are left, over and over."""
-    free = [colour for colour in (*METHOD_COLOURS.values(), *OTHER_COLOURS) if colour not in {METHOD_COLOURS.get(name) for name in names}]
+    free = [
+        colour
+        for colour in (*METHOD_COLOURS.values(), *OTHER_COLOURS)
+        if colour not in {METHOD_COLOURS.get(name) for name in names}
+    ]
     others = [name for name in names if name not in METHOD_COLOURS]
     return METHOD_COLOURS | {name: free[i % len(free)] for i, name in enumerate(others)}
 

@@ -54,9 +54,17 @@ def optimizer_plot(run: Run) -> Plot:
         gradient.set_ylim(bottom=0)
     if limit:
         gradient.axhline(limit, color=GREY, linestyle="--", linewidth=1)
-        gradient.annotate("clipped above", (1, limit), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                          textcoords="offset points", ha="right", color=INK, fontsize=8.5,
-                          bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1})  # fmt: skip
+        gradient.annotate(
+            "clipped above",
+            (1, limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=INK,
+            fontsize=8.5,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
+        )
         clipped = np.mean(norm > limit)
         text += f" Gradients were clipped to a norm of {limit:g} in {100 * clipped:.0f} % of the steps."
     gradient.set_ylabel("gradient norm before clipping")
@@ -83,7 +91,9 @@ def heldout_plot(run: Run, base: dict[str, Any] | None) -> Plot:
     if untrained:
         known = [untrained.get(task, np.nan) for task, _ in rows]
         axes.hlines(places, values, known, color="#d5d5d5", linewidth=2, zorder=1)
-        axes.scatter(known, places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="untrained base", zorder=2)
+        axes.scatter(
+            known, places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="untrained base", zorder=2
+        )
     axes.scatter(values, places, s=40, color=method_colour(run.method), label=run.method, zorder=3)
     axes.set_yticks(places, [task_label(task, loss) for task, _ in rows])
     axes.grid(axis="y", visible=False)

@@ -58,7 +58,9 @@ class Bandit:
     def update(self, arm: Tensor, probabilities: Tensor, reward: Tensor, counts: Tensor) -> None:
         """Learn from a scaled reward (0-d, in [-1, 1]); nothing changes where `counts` (0-d bool) is false."""
         if self.learns:
-            scaled = reward * self.prior.gather(0, arm.view(1))[0] * self.prior.shape[0]  # indexing by a 0-d tensor reads it
+            scaled = (
+                reward * self.prior.gather(0, arm.view(1))[0] * self.prior.shape[0]
+            )  # indexing by a 0-d tensor reads it
             learned = exp3_update(self.log_weights, probabilities, arm, scaled, self.gamma, alpha=self.alpha)
             self.log_weights.copy_(torch.where(counts, learned, self.log_weights))
 
@@ -71,5 +73,7 @@ class Bandit:
         if self.learns:
             new = self.log_weights + torch.where(counts, self.gamma * reward, 0.0)
             if self.alpha > 0:
-                new = torch.logaddexp(new, torch.logsumexp(self.log_weights, 0) + 1.0 + torch.log(self.alpha * self.prior))
+                new = torch.logaddexp(
+                    new, torch.logsumexp(self.log_weights, 0) + 1.0 + torch.log(self.alpha * self.prior)
+                )
             self.log_weights.copy_(new - new.max())

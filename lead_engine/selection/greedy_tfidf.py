@@ -1,4 +1,5 @@
 """IterIT's greedy choice (arXiv 2412.17365): good answers whose n-grams the answers chosen before them have not used up."""
+
 from __future__ import annotations
 
 import heapq
@@ -14,7 +15,9 @@ LEAST_BATCH, MOST_BATCH = 8, 512
 """Rows scored in one go: one costs as much as eight, and more than needed are wasted."""
 
 
-def choose(tfidf: sp.csr_matrix, quality: np.ndarray, costs: np.ndarray, budget: float, decay: float = 0.1) -> np.ndarray:
+def choose(
+    tfidf: sp.csr_matrix, quality: np.ndarray, costs: np.ndarray, budget: float, decay: float = 0.1
+) -> np.ndarray:
     """Row numbers, int64 [m], in the order chosen, until their costs reach `budget` or no row is left.
 
     Each choice is the row i with the greatest quality_i * sum_c tfidf[i, c] * w_c among those not chosen yet, the lowest of equals; then
@@ -27,7 +30,9 @@ def choose(tfidf: sp.csr_matrix, quality: np.ndarray, costs: np.ndarray, budget:
     """
     matrix = _checked(tfidf, quality, costs, decay)
     score = _Scores(matrix, quality, decay)
-    heap = [(-value, row) for row, value in enumerate(score(np.arange(len(quality))).tolist())]  # least first: greatest, then lowest row
+    heap = [
+        (-value, row) for row, value in enumerate(score(np.arange(len(quality))).tolist())
+    ]  # least first: greatest, then lowest row
     heapq.heapify(heap)
     scored_at = [0] * len(heap)
     chosen: list[int] = []
@@ -99,7 +104,9 @@ class _Scores:
         self.weight = np.ones(matrix.shape[1])
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        return self.quality[rows] * (self.matrix[rows] @ self.weight)  # each row from left to right, however many there are
+        return self.quality[rows] * (
+            self.matrix[rows] @ self.weight
+        )  # each row from left to right, however many there are
 
     def use(self, row: int) -> None:
         self.weight[self.matrix.indices[self.matrix.indptr[row] : self.matrix.indptr[row + 1]]] *= self.decay

@@ -25,7 +25,9 @@ from lead_kernels import HeadLoss
 KEEP = 0.7  # share of the old calibration that survives a new measurement
 
 
-def make_loss_change(config: SelectionConfig, hidden_size: int, num_clusters: int, device: torch.device | str, seed: int) -> LossChange:
+def make_loss_change(
+    config: SelectionConfig, hidden_size: int, num_clusters: int, device: torch.device | str, seed: int
+) -> LossChange:
     """The estimator that `config.loss_change` names; `num_clusters` is the selector's `num_arms`.
 
     UserError for arguments that are out of range or of another type.
@@ -76,7 +78,9 @@ class LossChange:
         """
         self._zeros.append(torch.zeros_like(sample_weight))
 
-    def estimate(self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor) -> Tensor:
+    def estimate(
+        self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor
+    ) -> Tensor:
         """Estimated change of each sample's mean loss, fp32 [A, B]; 0 in empty slots.
 
         `cluster` 0-d int64, the round's arm; `lr` the step's learning rate; `all_reduce` sums over the ranks in
@@ -142,17 +146,23 @@ class InnerLossChange(_FromGradient):
         """Every `calibrate_every` steps, and until there is a first measurement."""
         return not self._measured or step % self.calibrate_every == 0
 
-    def estimate(self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor) -> Tensor:
+    def estimate(
+        self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor
+    ) -> Tensor:
         step_D, s_AB, _ = self.gradient.take(all_reduce, per_sample=True)
         norm = step_D.dot(step_D)
-        happened = (norm > 0) & grad_norm.isfinite()  # an empty step has no change and measures nothing, nor has one that was skipped
+        happened = (
+            norm > 0
+        ) & grad_norm.isfinite()  # an empty step has no change and measures nothing, nor has one that was skipped
         if first_order is None or lr == 0:
             first_order = lr * grad_norm * self.ratio_sum / torch.where(self.ratio_weight > 0, self.ratio_weight, 1.0)
         else:
             ratio = first_order / (lr * torch.where(grad_norm > 0, grad_norm, 1.0))
             measured_sum = KEEP * self.ratio_sum + (1 - KEEP) * ratio
             measured_weight = KEEP * self.ratio_weight + (1 - KEEP)
-            counts = happened & first_order.isfinite()  # it is not where a weight is not, though the gradient there is 0
+            counts = (
+                happened & first_order.isfinite()
+            )  # it is not where a weight is not, though the gradient there is 0
             self.ratio_sum.copy_(torch.where(counts, measured_sum, self.ratio_sum))
             self.ratio_weight.copy_(torch.where(counts, measured_weight, self.ratio_weight))
             first_order = torch.where(counts, first_order, 0.0)
@@ -191,7 +201,9 @@ class PaperLossChange(_FromGradient):
         self.round_sum = torch.zeros(gradient.size, device=device)
         self.round_steps = torch.zeros((), device=device)
 
-    def estimate(self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor) -> Tensor:
+    def estimate(
+        self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor
+    ) -> Tensor:
         step_D, _, weight_AB = self.gradient.take(all_reduce, per_sample=False)
         step_D = torch.where(grad_norm.isfinite(), step_D, 0.0)
         self.round_sum += step_D

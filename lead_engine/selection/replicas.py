@@ -1,4 +1,5 @@
 """Selectors on several ranks: every rank's statistics brought together, and the proof that all states are the same."""
+
 from __future__ import annotations
 
 import torch

@@ -100,7 +100,9 @@ class Selector:
         _check_lengths(lengths, len(state.utility), layout)
         self.config, self.layout = config, layout
         self.samples = Samples(state, lengths, response_rows, device)
-        self.method = METHODS[method](self.samples, state, config, layout.steps * layout.micro_batches * layout.slots, seed)
+        self.method = METHODS[method](
+            self.samples, state, config, layout.steps * layout.micro_batches * layout.slots, seed
+        )
 
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
         """Let the method look at the pool before round `round` is planned; `spent` is the share of the budget that is trained."""
@@ -151,7 +153,9 @@ class Selector:
         per_task = pool.count(pool.task, ids, trained, pool.num_tasks)
         per_cluster = pool.count(pool.cluster, ids, trained, pool.num_clusters)
         barred = pool.barred[ids]
-        return RoundStats(mean(fall), reward, mean(plan.utility), mean(now), trained.sum(), per_task, per_cluster, barred)
+        return RoundStats(
+            mean(fall), reward, mean(plan.utility), mean(now), trained.sum(), per_task, per_cluster, barred
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state itself, not a copy: all that later plans depend on besides the constructor's arguments."""
@@ -175,7 +179,11 @@ class Selector:
         """int64 []: a hash of the state's bits. Replicas that agree have the same; it does not depend on device or rank."""
         total = torch.zeros((), dtype=torch.int64, device=self.samples.device)
         for place, tensor in enumerate(self.state_dict().values()):
-            bits = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.bool else _INTEGER[tensor.element_size()]).long()
+            bits = (
+                tensor.contiguous()
+                .view(torch.uint8 if tensor.dtype == torch.bool else _INTEGER[tensor.element_size()])
+                .long()
+            )
             where = torch.arange(bits.numel(), device=bits.device).view(bits.shape)
             total = mix64(total + place + mix64(bits ^ mix64(where + 1)).sum())
         return total

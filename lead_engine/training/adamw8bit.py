@@ -7,6 +7,7 @@ are multiples of 256 long, the blocks are bitsandbytes'.
 
 Legend: n rows, c columns (all further dimensions of a parameter), k blocks in a row.
 """
+
 from __future__ import annotations
 
 import math
@@ -51,7 +52,9 @@ class _Moment(NamedTuple):
             return self.values
         width, block = _blocks(self.values.shape[1])
         codes = _pad(self.values, width)
-        whole = torch.ops.bitsandbytes.dequantize_blockwise(codes, self.scales.reshape(-1), self.levels, block, torch.float32)
+        whole = torch.ops.bitsandbytes.dequantize_blockwise(
+            codes, self.scales.reshape(-1), self.levels, block, torch.float32
+        )
         return whole[:, : self.values.shape[1]].contiguous()
 
     def write(self, moment: Tensor, skip: Tensor | None) -> None:
@@ -77,14 +80,21 @@ class AdamW8bit(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
     ) -> None:
         functional = bitsandbytes_functional("--optimizer.kind adamw8bit")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for parameter in self._parameters():
             _check(parameter)
         maps = [functional.create_dynamic_map(signed=signed) for signed in (True, False)]
-        self._levels = {device: [levels.to(device) for levels in maps] for device in {_local(p).device for p in self._parameters()}}
+        self._levels = {
+            device: [levels.to(device) for levels in maps] for device in {_local(p).device for p in self._parameters()}
+        }
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
@@ -115,7 +125,10 @@ class AdamW8bit(torch.optim.Optimizer):
         levels: list[Tensor | None] = [None, None]
         if "exp_avg_scales" in state:
             levels = [*self._levels[value.device]]
-        moments = [[_rows(state[key]) if key in state else None for key in (name, f"{name}_scales")] for name in ("exp_avg", "exp_avg_sq")]
+        moments = [
+            [_rows(state[key]) if key in state else None for key in (name, f"{name}_scales")]
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
         count = max(1, _PIECE // _blocks(value.shape[1])[0])
         for low in range(0, value.shape[0], count):
             rows = slice(low, low + count)
@@ -152,11 +165,23 @@ def _update(pieces: list[_Piece], group: dict[str, Any], found_inf: Tensor | Non
         torch._foreach_mul_(least, 1 / bound)
         torch._foreach_maximum_([second[place] for place in rounded], least)
     adamw(
-        [piece.parameter for piece in pieces], [piece.gradient for piece in pieces], first, second, [],
+        [piece.parameter for piece in pieces],
+        [piece.gradient for piece in pieces],
+        first,
+        second,
+        [],
         [piece.step.clone() for piece in pieces],  # it counts; a parameter's pieces must all see the same count
-        fused=True, found_inf=found_inf, grad_scale=grad_scale, amsgrad=False, maximize=False, beta1=group["betas"][0],
-        beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-    )  # fmt: skip
+        fused=True,
+        found_inf=found_inf,
+        grad_scale=grad_scale,
+        amsgrad=False,
+        maximize=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+    )
     skip = None if found_inf is None else found_inf.to(pieces[0].step.device) != 0
     for piece, *moments in zip(pieces, first, second, strict=True):
         for moment, value in zip(piece.moments, moments, strict=True):
@@ -189,7 +214,9 @@ def _new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
     """Zero moments, sharded as the parameter is."""
     local, shape = _local(parameter), parameter.shape
     state = {"step": torch.zeros((), dtype=torch.float32, device=local.device)}
-    small = parameter.ndim < 2 or parameter.numel() < _SMALL  # of the whole parameter: not a matter of how many ranks there are
+    small = (
+        parameter.ndim < 2 or parameter.numel() < _SMALL
+    )  # of the whole parameter: not a matter of how many ranks there are
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = _sharded(torch.zeros_like(local, dtype=torch.float32 if small else torch.uint8), parameter, shape)
         if not small:
@@ -224,7 +251,9 @@ def _sharded(local: Tensor, parameter: Tensor, shape: torch.Size) -> Tensor:
     if not isinstance(parameter, DTensor):
         return local
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 def _check(parameter: nn.Parameter) -> None:

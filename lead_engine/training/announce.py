@@ -1,4 +1,5 @@
 """A run's first screen: what was chosen and why, before the first step."""
+
 from __future__ import annotations
 
 import os
@@ -31,7 +32,11 @@ ATTENTION = {
 def announce(session: Session, ranks: Ranks, meter: Meter) -> None:
     """Print the table, from rank 0; no collective."""
     config = session.config
-    table(f"{config.method} on {config.pool}", ["what", "chosen"], [[what, text] for what, text in _rows(session, ranks, meter) if text])
+    table(
+        f"{config.method} on {config.pool}",
+        ["what", "chosen"],
+        [[what, text] for what, text in _rows(session, ranks, meter) if text],
+    )
 
 
 def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]:
@@ -47,8 +52,14 @@ def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]
         ("budget", f"{session.budget:,} tokens, about {-(-session.budget // step):,} steps of {step:,} token places"),
         ("ranks", _ranks(config, ranks)),
         ("precision", _precision(config, ranks.device)),
-        ("attention", f"{model.attention}: {_why(config.runtime.attention, ATTENTION[model.attention], '--runtime.attention')}"),
-        ("tokens on", f"{store.placement}: {_why(config.runtime.placement, _placement(store.placement), '--runtime.placement')}"),
+        (
+            "attention",
+            f"{model.attention}: {_why(config.runtime.attention, ATTENTION[model.attention], '--runtime.attention')}",
+        ),
+        (
+            "tokens on",
+            f"{store.placement}: {_why(config.runtime.placement, _placement(store.placement), '--runtime.placement')}",
+        ),
         ("memory savers", _savers(config)),
         ("optimizer", _optimizer(config)),
         ("memory", str(estimate(model, config.optimizer.kind))),
@@ -91,7 +102,9 @@ def _ranks(config: TrainConfig, ranks: Ranks) -> str:
 
 def _precision(config: TrainConfig, device: torch.device) -> str:
     dtype = choose_precision(config.runtime.precision, device)
-    reason = "multiplied natively here" if dtype == torch.bfloat16 else f"no bf16 instructions on this {device.type.upper()}"
+    reason = (
+        "multiplied natively here" if dtype == torch.bfloat16 else f"no bf16 instructions on this {device.type.upper()}"
+    )
     why = _why(config.runtime.precision, reason, "--runtime.precision")
     return f"{str(dtype).removeprefix('torch.')}: {why}; master weights and gradient reduction fp32"
 
@@ -156,8 +169,16 @@ def _describe_selection(config: TrainConfig) -> str:
         return f"{o.epochs} epochs; IFD of the best {o.candidates:g} x an epoch's samples is measured again; n-grams keep {o.decay:g}"
     if config.method not in ("lead", "rescore"):
         return METHODS[config.method].__doc__.splitlines()[0]
-    change = {"inner": f"inner ({o.inner_form}, q = {o.sketch_dim})", "paper": f"paper ({o.inner_form})", "none": "none"}[o.loss_change]
-    utility = f"loss change {change}, b = {o.smoothing:g}, unseen: {o.unseen}" if config.method == "lead" else "measured before every round"
+    change = {
+        "inner": f"inner ({o.inner_form}, q = {o.sketch_dim})",
+        "paper": f"paper ({o.inner_form})",
+        "none": "none",
+    }[o.loss_change]
+    utility = (
+        f"loss change {change}, b = {o.smoothing:g}, unseen: {o.unseen}"
+        if config.method == "lead"
+        else "measured before every round"
+    )
     ranking = f"soft (power {o.soft_power:g})" if o.ranking == "soft" else o.ranking
     tasks = "with task quotas" if o.use_tasks else "no task quotas"
     coarse, fine = f"bandit {o.bandit} ({o.draw}, prior {o.prior})", f"ranking {ranking} by {o.rank_by}, {tasks}"

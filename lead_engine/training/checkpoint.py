@@ -7,6 +7,7 @@ is no other generator state. Sharded tensors are stored as such and load on any 
 The marker names every file with its size and checksum, and is written last. Whatever goes wrong, at writing or at reading, all ranks learn
 of it and do the same.
 """
+
 from __future__ import annotations
 
 import errno
@@ -110,7 +111,9 @@ class Checkpoints:
             error = _reason(failure)
         files = writing.writer.files
         everyone = self.ranks.everyone((_reason(files.error) if files.error else None, error, files.written))
-        error = next((e for causes in zip(*[e[:2] for e in everyone], strict=True) for e in causes if e), None)  # a file's own error first
+        error = next(
+            (e for causes in zip(*[e[:2] for e in everyone], strict=True) for e in causes if e), None
+        )  # a file's own error first
         if error is None and self.ranks.first:
             written = {name: entry for *_, mine in everyone for name, entry in mine.items()}
             marker = {"progress": asdict(writing.progress), "notes": writing.notes, "files": written}
@@ -121,19 +124,26 @@ class Checkpoints:
             self._remove_old(writing.path)
         return True
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:
+    def load(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]
+    ) -> tuple[Progress, dict[str, Any]]:
         """Load the newest whole checkpoint into the objects given: (where it stands, its notes); (Progress(), {}) if there is none at all.
 
         One that is damaged is named in a warning, and the one before it is taken. Raises UserError if there are some, but none is whole.
         """
-        names = self.ranks.everyone([path.name for path in _complete(self.folder)])[0]  # a shared file system may show ranks different ones
+        names = self.ranks.everyone([path.name for path in _complete(self.folder)])[
+            0
+        ]  # a shared file system may show ranks different ones
         problems = []
         for path in (self.folder / name for name in reversed(names)):
             marker, problem = self._verify(path)
             problem = problem or self._read(path, model, optimizer, parts)
             if problem is None:
                 return Progress(**marker["progress"]), marker["notes"]
-            warn(f"{path}: damaged, not used ({problem})" + ("; the one before it is tried" if path.name != names[0] else ""))
+            warn(
+                f"{path}: damaged, not used ({problem})"
+                + ("; the one before it is tried" if path.name != names[0] else "")
+            )
             problems.append(f"{path.name}: {problem}")
         if problems:
             raise UserError(
@@ -156,7 +166,9 @@ class Checkpoints:
             problem = problem or check_file(path / name, size, crc)
         return marker, next(filter(None, self.ranks.everyone(problem)), None)
 
-    def _read(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]) -> str | None:
+    def _read(
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]
+    ) -> str | None:
         """Fill the objects; what went wrong, the same on all ranks."""
         try:
             Reader(path).read_metadata()
@@ -203,7 +215,10 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, 
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
     for name, part in parts.items():
-        state[name] = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in part.state_dict().items()}
+        state[name] = {
+            key: value.detach().clone() if isinstance(value, Tensor) else value
+            for key, value in part.state_dict().items()
+        }
     return state
 
 
@@ -218,7 +233,10 @@ def _make_folder(path: Path, bytes_needed: int) -> None:
     path.mkdir(parents=True)
     free, wanted = shutil.disk_usage(path).free, bytes_needed + min(bytes_needed // 10, RESERVE)
     if wanted > free:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it needs {wanted / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free")
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}: it needs {wanted / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free",
+        )
 
 
 def _local_bytes(state: dict[str, Any], first: bool) -> int:

@@ -3,6 +3,7 @@
 torch.distributed.checkpoint (DCP) keeps its metadata as a pickle, and unpickles entries that are no tensors. A pickle may call anything, so
 here metadata may name DCP's own classes only, and everything else goes through torch.load(weights_only=True).
 """
+
 from __future__ import annotations
 
 import io
@@ -105,14 +106,18 @@ def check_file(path: Path, size: int, crc: int) -> str | None:
 class Reader(FileSystemReader):
     """DCP's reader, whose metadata is unpickled with nothing but METADATA_CLASSES at hand."""
 
-    def read_metadata(self) -> Metadata:  # DCP gives keyword arguments only to a reader that takes them: then to guess at other files
+    def read_metadata(
+        self,
+    ) -> Metadata:  # DCP gives keyword arguments only to a reader that takes them: then to guess at other files
         with (Path(self.path) / METADATA).open("rb") as file:
             metadata = MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise pickle.UnpicklingError(f"{METADATA} holds no checkpoint's metadata")
         for info in metadata.storage_data.values():
             if Path(info.relative_path).name != info.relative_path:
-                raise pickle.UnpicklingError(f"{METADATA} names a file outside of the checkpoint: {info.relative_path!r}")
+                raise pickle.UnpicklingError(
+                    f"{METADATA} names a file outside of the checkpoint: {info.relative_path!r}"
+                )
         return metadata
 
 
@@ -144,8 +149,16 @@ METADATA_CLASSES: dict[tuple[str, str], Any] = {
     },
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a table look-up
-    **{(module, kind): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "PurePosixPath")},
-    **{("torch", str(value).removeprefix("torch.")): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
+    **{
+        (module, kind): pathlib.PurePosixPath
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("PosixPath", "PurePosixPath")
+    },
+    **{
+        ("torch", str(value).removeprefix("torch.")): value
+        for value in vars(torch).values()
+        if isinstance(value, torch.dtype)
+    },
 }
 """(module, name) -> what a pickle that names it gets."""
 
@@ -157,4 +170,6 @@ class MetadataUnpickler(pickle.Unpickler):
         try:
             return METADATA_CLASSES[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which is no part of a checkpoint: it was not run") from None
+            raise pickle.UnpicklingError(
+                f"{METADATA} names {module}.{name}, which is no part of a checkpoint: it was not run"
+            ) from None

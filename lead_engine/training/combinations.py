@@ -3,6 +3,7 @@
 `AXES` and `REFUSED` say the same to a reader: docs/COMBINATIONS.md is made of them (`python -m lead_engine.training.combinations`), and
 tests/invariants/test_combinations.py trains every pair that is not refused, and sees every refused one refused for the reason given.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -41,7 +42,9 @@ RULES = [
         "--runtime.compile: needs a C++ compiler on a CPU, and none is found; install g++ (or name one in CXX), or leave the flag out",
     ),
     Rule(
-        lambda config, ranks, device: config.runtime.compile and device.type != "cpu" and importlib.util.find_spec("triton") is None,
+        lambda config, ranks, device: (
+            config.runtime.compile and device.type != "cpu" and importlib.util.find_spec("triton") is None
+        ),
         "--runtime.compile: needs Triton on a GPU, and it is not installed; pip install triton, or leave the flag out",
     ),
 ]
@@ -141,10 +144,14 @@ def table() -> str:
     lines = ["| | " + " | ".join(value for _, value in columns) + " |", "|---|" + ":-:|" * len(columns)]
     rows = values[len(AXES["weights"]) :]  # and the first none as a row
     for axis, value in rows:
-        cells = [_cell(axis, value, *other) if number < values.index((axis, value)) else "" for number, other in enumerate(columns)]
+        cells = [
+            _cell(axis, value, *other) if number < values.index((axis, value)) else ""
+            for number, other in enumerate(columns)
+        ]
         lines.append(f"| **{value}** | " + " | ".join(cells) + " |")
     notes = [
-        f"{number}. **{each.first}** with **{each.second}**: \"{each.reason}\": {each.instead}." for number, each in enumerate(REFUSED, 1)
+        f'{number}. **{each.first}** with **{each.second}**: "{each.reason}": {each.instead}.'
+        for number, each in enumerate(REFUSED, 1)
     ]
     return "\n".join([*lines, "", *notes]) + "\n"
 

@@ -1,4 +1,5 @@
 """The steps of a run that were skipped, and what to tell when there are too many."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Process group, ranks and devices: the same code under torchrun (gloo or NCCL) and as a plain process (a group of one)."""
+
 from __future__ import annotations
 
 import os
@@ -120,7 +121,9 @@ def _join(backend: str, limit: timedelta, timeout: float) -> Watchdog | None:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
         store = dist.PrefixStore(_attempt(), store)
-        dist.init_process_group(backend, store=dist.PrefixStore("training", store), rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("training", store), rank=rank, world_size=size, timeout=limit
+        )
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
             f"the ranks did not come together at {where} within {limit.total_seconds():.0f} s ({str(error).splitlines()[0]}): is every "
@@ -142,9 +145,14 @@ def _attempt() -> str:
     torch 2.13's agents keep one store over their restarts, in which the addresses of dead ranks still stand (docs/SCALE.md). Every agent
     counts its restarts by itself, so the number says nothing to other nodes; there the store must be a new one each time.
     """
-    several, kept = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    several, kept = (
+        int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1,
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
     if several and kept and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        warn("torchrun: with several nodes, --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every agent")
+        warn(
+            "torchrun: with several nodes, --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every agent"
+        )
     return "all" if several else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 

@@ -3,6 +3,7 @@
 A loss that is not finite multiplies its rank's gradients by NaN. The gradients' own reduction over the ranks carries that to all of them,
 and so does the all-reduced norm: one number, the same everywhere, says whether the step is good. No collective is added.
 """
+
 from __future__ import annotations
 
 import torch
@@ -25,5 +26,9 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 def check_can_skip(optimizer: torch.optim.Optimizer) -> None:
     """ValueError for one of torch's optimizers that would ignore `found_inf`, and so train on NaN. Others are taken at their word."""
-    if type(optimizer).__module__.startswith("torch.optim") and not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(f"this {type(optimizer).__name__} ignores found_inf, by which steps are skipped; give it fused=True")
+    if type(optimizer).__module__.startswith("torch.optim") and not getattr(
+        optimizer, "_step_supports_amp_scaling", False
+    ):
+        raise ValueError(
+            f"this {type(optimizer).__name__} ignores found_inf, by which steps are skipped; give it fused=True"
+        )

@@ -12,6 +12,7 @@ Counted is what the mathematics of the step needs (PaLM, arXiv 2204.02311, appen
 Not counted: recomputation by activation checkpointing, padding and dummy rows, norms, softmax, the optimizer, selection.
 docs/METRICS.md has the formula with an example.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -179,7 +180,12 @@ def _inputs_without_gradient(model: PackedLM) -> set[str]:
 def _reads_block_input(name: str) -> bool:
     """Query, key and value projections, fused or not, and the A of their adapters; not B, whose input depends on A."""
     words = name.split(".")
-    return words[0] == "self_attn" and len(words) > 1 and words[1].startswith(("q", "k", "v", "W")) and "lora_B" not in words
+    return (
+        words[0] == "self_attn"
+        and len(words) > 1
+        and words[1].startswith(("q", "k", "v", "W"))
+        and "lora_B" not in words
+    )
 
 
 def _head_dim(text: PretrainedConfig) -> int:

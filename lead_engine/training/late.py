@@ -1,4 +1,5 @@
 """Reading the device without waiting for it: values are copied behind the work that makes them, and looked at one round later."""
+
 from __future__ import annotations
 
 import time

@@ -10,6 +10,7 @@
 Nothing between two headers waits for the device. Metrics of a round leave it by copies that are read after the next header. A step whose
 loss or gradient is not finite changes nothing, on any rank (finite.py); the host learns of it with the metrics.
 """
+
 from __future__ import annotations
 
 import time
@@ -170,7 +171,9 @@ class Engine:
             head = self.model(batch, token_weight=token_weight, signature=self.change.signature)
             head.loss.backward(loss_gradient(head.sample_nll))
             rows = self.model.head
-            self.change.collect(head, head.sample_tokens * token_weight, rows.hidden_RH, rows.hidden_grad_RH, batch.row_slots)
+            self.change.collect(
+                head, head.sample_tokens * token_weight, rows.hidden_RH, rows.hidden_grad_RH, batch.row_slots
+            )
             losses.append(head.sample_nll)
 
         at("gradient norm and optimizer", here().round, global_step)
@@ -192,18 +195,24 @@ class Engine:
         self.watch.start()
         change = self.change.estimate(plan.cluster, rate, self._all_reduce, first_order, norm)
         loss, change = self._gather(torch.stack([torch.stack(losses), change]))
-        change = torch.maximum(change, -loss)  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
+        change = torch.maximum(
+            change, -loss
+        )  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
         ids = plan.sample_ids[step]
         self.selector.observe(self.selector.bar(ids, loss, skip), loss, change)
         self.watch.stop()
         share = self.selector.samples.rows[ids] * token_weight
         none = norm.new_full((), torch.nan)
         first_order = none if first_order is None else first_order
-        return StepStats((share * loss).sum(), norm, torch.where(skip, 0.0, (share * change).sum()), first_order, skip.float())
+        return StepStats(
+            (share * loss).sum(), norm, torch.where(skip, 0.0, (share * change).sum()), first_order, skip.float()
+        )
 
     def _batch(self, plan: Plan, header: Header, step: int, place: int) -> PackedBatch:
         micro = self.rank * self.accumulation + place
-        return self.store.batch(plan.sample_ids[step, micro], capacity=self.layout.capacity, num_rows=header.rows[step][micro])
+        return self.store.batch(
+            plan.sample_ids[step, micro], capacity=self.layout.capacity, num_rows=header.rows[step][micro]
+        )
 
     def _local(self, plan: Plan, header: Header) -> Tensor:
         """This rank's micro-batches of the plan, in the order of training, on the host: int64 [n, B]."""
@@ -229,4 +238,6 @@ class Engine:
 def read_header(plan: Plan) -> Header:
     """The round's one wait for the device: S x M x 2 integers."""
     tokens, rows = torch.stack([plan.tokens, plan.rows]).cpu().tolist()
-    return Header([sum(step) for step in tokens], [[-(-max(n, 1) // ROW_QUANTUM) * ROW_QUANTUM for n in step] for step in rows])
+    return Header(
+        [sum(step) for step in tokens], [[-(-max(n, 1) // ROW_QUANTUM) * ROW_QUANTUM for n in step] for step in rows]
+    )

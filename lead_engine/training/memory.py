@@ -1,4 +1,5 @@
 """Memory of one rank: what it holds now, its peak, and what training is going to need, by count."""
+
 from __future__ import annotations
 
 import resource

@@ -1,4 +1,5 @@
 """AdamW, its schedule, clipping, and the step's true first-order effect on the loss."""
+
 from __future__ import annotations
 
 import math

@@ -139,7 +139,9 @@ def _tell_other_judge(config: TrainConfig, now: Parts) -> None:
     judge = str(read_json(config.pool / pools.MARKER)["model"])
     if Path(judge).resolve() == Path(config.model).resolve():
         found = "; ".join(fingerprint.differences({"model": before}, {"model": now}))
-        warn(f"--model {config.model}: has changed since it scored --pool {config.pool} ({found}); those scores are used")
+        warn(
+            f"--model {config.model}: has changed since it scored --pool {config.pool} ({found}); those scores are used"
+        )
     else:
         say(
             f"--pool {config.pool}: scored by another model{_prepared_with(config.pool)}; --model {config.model} "

@@ -2,6 +2,7 @@
 
 Text becomes a pool whose samples are blocks of tokens, all of them to be learned; `full` then trains on it in the ordinary loop.
 """
+
 from __future__ import annotations
 
 import itertools

@@ -1,4 +1,5 @@
 """A finished round as lines of metrics.jsonl and selection.jsonl."""
+
 from __future__ import annotations
 
 import math
@@ -57,7 +58,11 @@ def step_lines(finished: Round, values: RoundValues, meter: Meter) -> list[dict[
     """
     before, after = finished.before, finished.after
     seconds = (finished.lap.seconds - after.scoring_seconds + before.scoring_seconds) / len(values.steps)
-    flops = [count for count, tokens in zip(meter.step_flops(values.plan.sample_ids), finished.header.tokens, strict=True) if tokens]
+    flops = [
+        count
+        for count, tokens in zip(meter.step_flops(values.plan.sample_ids), finished.header.tokens, strict=True)
+        if tokens
+    ]
     memory = used_bytes(meter.device)
     step_tokens = [tokens for tokens in finished.header.tokens if tokens]
     step_samples = (values.plan.sample_ids < finished.dummy).sum((1, 2)).tolist()
@@ -106,7 +111,9 @@ def _finite(value: Tensor) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def round_line(finished: Round, values: RoundValues, method: str, state: PoolState, names: Sequence[str], capacity: int) -> dict[str, Any]:
+def round_line(
+    finished: Round, values: RoundValues, method: str, state: PoolState, names: Sequence[str], capacity: int
+) -> dict[str, Any]:
     """What a round selected, and what the method made of it. `cluster` is None where a round is drawn from all of them."""
     plan, stats, before, after = values.plan, values.stats, finished.before, finished.after
     ids = plan.sample_ids.flatten()

@@ -1,4 +1,5 @@
 """What a run leaves on disk while it trains: configuration, a line per step and per round; and what it sends to trackers."""
+
 from __future__ import annotations
 
 import json
@@ -45,7 +46,9 @@ class RunFolder:
         existing = self.path / "config.yaml"
         if existing.exists():
             if not config.resume:
-                raise UserError(f"--out {self.path}: already holds a run; add --resume to go on with it, or name another folder")
+                raise UserError(
+                    f"--out {self.path}: already holds a run; add --resume to go on with it, or name another folder"
+                )
             _same_configuration(existing, config)
 
     def open(self, steps: int, rounds: int) -> None:
@@ -56,7 +59,9 @@ class RunFolder:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._trackers = Trackers(self.config, steps)  # first: where one cannot start, nothing looks like a run that was begun
+        self._trackers = Trackers(
+            self.config, steps
+        )  # first: where one cannot start, nothing looks like a run that was begun
         # Before config.yaml, which says that a run was begun.
         fingerprint.write(self.path, written(self.parts, self.config.pool))
         write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
@@ -82,7 +87,9 @@ class RunFolder:
             return
         self._metrics.write(json.dumps(line) + "\n")
         self.skipped_steps += line["skipped"]
-        self._trackers.log("train", line["step"], {**{name: line[name] for name in STEP_SCALARS}, "skipped_steps": self.skipped_steps})
+        self._trackers.log(
+            "train", line["step"], {**{name: line[name] for name in STEP_SCALARS}, "skipped_steps": self.skipped_steps}
+        )
 
     def round(self, line: dict[str, Any]) -> None:
         if not self.writes:

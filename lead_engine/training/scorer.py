@@ -1,4 +1,5 @@
 """Losses of the pool under the model in training, for methods that measure them again: forward passes only, on all ranks."""
+
 from __future__ import annotations
 
 import time
@@ -21,7 +22,13 @@ class PoolScorer:
     """
 
     def __init__(
-        self, model: PackedLM, store: TokenStore, answers: Callable[[], TokenStore], batch: BatchConfig, rank: int = 0, world: int = 1
+        self,
+        model: PackedLM,
+        store: TokenStore,
+        answers: Callable[[], TokenStore],
+        batch: BatchConfig,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.model, self.store, self.batch, self.rank, self.world = model, store, batch, rank, world
         self._open_answers, self._answers = answers, None

@@ -1,4 +1,5 @@
 """A training run's parts, put together: pool, model, selector, estimator, optimizer, scorer."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -85,7 +86,9 @@ def build(config: TrainConfig, ranks: Ranks, inputs: Inputs | None = None, *, ev
         seed=config.seed,
     )
     model.max_length = longest  # of what is trained: evaluations widen it for themselves
-    layout = Layout(config.selection.round_steps, config.batch.micro_batches, config.batch.num_slots, config.batch.capacity)
+    layout = Layout(
+        config.selection.round_steps, config.batch.micro_batches, config.batch.num_slots, config.batch.capacity
+    )
     uses_change = METHODS[config.method].uses_loss_change  # else no estimate is made
     options = config.selection if uses_change else replace(config.selection, loss_change="none")
     selector = Selector(
@@ -102,9 +105,24 @@ def build(config: TrainConfig, ranks: Ranks, inputs: Inputs | None = None, *, ev
     model.head.keep_gradient = change.wants_hidden
     optimizer = make_optimizer(model, config.optimizer)
     scorer = PoolScorer(model, store, lambda: _answers(config, base, ranks), config.batch, ranks.rank, ranks.size)
-    engine = Engine(model, optimizer, selector, change, store, layout, config.optimizer, ranks.rank, ranks.size, scorer=scorer,
-                    seed=config.seed)
-    budget = config.epochs * store.num_tokens if METHODS[config.method].whole_pool else round(config.budget * store.num_tokens)
+    engine = Engine(
+        model,
+        optimizer,
+        selector,
+        change,
+        store,
+        layout,
+        config.optimizer,
+        ranks.rank,
+        ranks.size,
+        scorer=scorer,
+        seed=config.seed,
+    )
+    budget = (
+        config.epochs * store.num_tokens
+        if METHODS[config.method].whole_pool
+        else round(config.budget * store.num_tokens)
+    )
     return Session(config, engine, state, tokenizer, base, given.parts, budget, heldout)
 
 

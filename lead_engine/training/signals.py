@@ -3,6 +3,7 @@
 Ranks may be told at different times, or only some of them: after every round they agree. A second signal ends a process at once; within
 PAUSE seconds it does not count, for a scheduler that signals all processes of a job also reaches torchrun, which passes it on.
 """
+
 from __future__ import annotations
 
 import os
@@ -76,7 +77,9 @@ class StopSignals:
         now = time.monotonic()
         if not self._noted:
             self._noted, self._when = number, now
-            warn(f"{signal.Signals(number).name}: the round is finished and a checkpoint written; another signal ends the run at once")
+            warn(
+                f"{signal.Signals(number).name}: the round is finished and a checkpoint written; another signal ends the run at once"
+            )
         elif now - self._when > PAUSE:
             os._exit(128 + number)
 

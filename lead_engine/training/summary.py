@@ -1,4 +1,5 @@
 """What a finished run leaves beside its model: utility and visits of every sample, and the summary."""
+
 from __future__ import annotations
 
 import json
@@ -71,7 +72,9 @@ def write_summary(
     say(f"{done.tokens:,} tokens in {done.step} steps, {seconds:.1f} s; model: {config.out / 'model'}")
     mfu = f", {summary['mfu']:.1%} MFU" if summary["mfu"] is not None else ""
     skipped = f"; {skipped_steps} steps skipped (their loss or gradient was not finite)" if skipped_steps else ""
-    say(f"{summary['tokens_per_second']:,.0f} tokens/s{mfu}; at most {size(summary['peak_memory_bytes'])} of memory{skipped}")
+    say(
+        f"{summary['tokens_per_second']:,.0f} tokens/s{mfu}; at most {size(summary['peak_memory_bytes'])} of memory{skipped}"
+    )
     per_round, share = summary["selection_ms_per_round"], summary["selection_share"]
     scoring = f"; scoring the pool again: {done.scoring_seconds:.1f} s" if done.scoring_seconds else ""
     say(f"selection: {per_round:.2f} ms a round, {share:.2%} of the time of training{scoring}")

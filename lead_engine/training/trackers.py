@@ -5,6 +5,7 @@ while the run trains is dropped with one warning: training goes on. A resumed ru
 whose id lies in the run folder; steps that it repeats are logged again (they are bit for bit what they were), and what
 a killed process had not handed over yet is missing there. The run folder's own files have every step once.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -84,7 +85,9 @@ class Wandb:
             self._run.define_metric(f"{group}/*", step_metric=f"{group}/{_COUNTER[group]}")
 
     def log(self, group: str, place: int, values: dict[str, float]) -> None:
-        self._run.log({f"{group}/{_COUNTER[group]}": place, **{f"{group}/{name}": value for name, value in values.items()}})
+        self._run.log(
+            {f"{group}/{_COUNTER[group]}": place, **{f"{group}/{name}": value for name, value in values.items()}}
+        )
 
     def flush(self) -> None:
         pass  # a process of its own sends
@@ -214,5 +217,7 @@ class Trackers:
             call(self._live[name])
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            warn(f"{name} failed and gets no more of this run ({reason}); training goes on, metrics.jsonl has everything")
+            warn(
+                f"{name} failed and gets no more of this run ({reason}); training goes on, metrics.jsonl has everything"
+            )
             del self._live[name]

@@ -1,4 +1,5 @@
 """`lead-engine train`: from a prepared pool and a base model to a run folder."""
+
 from __future__ import annotations
 
 import signal
@@ -120,7 +121,9 @@ class _Run:
                     begun = self._checkpoint(done)
                 if number:
                     written = begun and self.checkpoints.finish()
-                    self._stop(number, done, "a checkpoint is written" if written else "its checkpoint could not be written")
+                    self._stop(
+                        number, done, "a checkpoint is written" if written else "its checkpoint could not be written"
+                    )
                 if self.heldout.stops:
                     break
             self._record(waiting, bar)
@@ -150,7 +153,9 @@ class _Run:
         lines = step_lines(finished, values, self.meter)
         for line in lines:
             self.folder.step(line)
-        self.folder.round(round_line(finished, values, config.method, self.session.state, self.names, config.batch.capacity))
+        self.folder.round(
+            round_line(finished, values, config.method, self.session.state, self.names, config.batch.capacity)
+        )
         bar.advance(finished.after.tokens - finished.before.tokens, **bar_info(lines, self.folder.skipped_steps))
         try:
             self.skipped.add(finished, values)
@@ -167,7 +172,9 @@ class _Run:
 
     def _stop(self, number: int, done: Progress, what: str) -> None:
         name = signal.Signals(number).name
-        say(f"{self.session.config.out}: stopped by {name} after step {done.step} (round {done.round}): {what}; go on with --resume")
+        say(
+            f"{self.session.config.out}: stopped by {name} after step {done.step} (round {done.round}): {what}; go on with --resume"
+        )
         raise Stopped(number)
 
     def _tell_what_is_left(self, done: Progress) -> None:
@@ -175,11 +182,17 @@ class _Run:
         config, budget, lengths = self.session.config, self.session.budget, self.session.engine.store.lengths
         if done.step == 0:
             few = budget < int(lengths.min())
-            why = f"{budget:,} tokens, the shortest sample has {int(lengths.min()):,}" if few else "no sample is eligible that fits into it"
+            why = (
+                f"{budget:,} tokens, the shortest sample has {int(lengths.min()):,}"
+                if few
+                else "no sample is eligible that fits into it"
+            )
             warn(f"nothing was trained: --budget {config.budget:g} ({why}); the model written is the base")
         elif not self.heldout.stops and budget - done.tokens > int(lengths.max()):  # else too little for another
             visits = config.selection.max_visits
-            say(f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {visits})")
+            say(
+                f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens (--selection.max-visits {visits})"
+            )
 
 
 def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSignals, inputs: Inputs) -> None:
@@ -187,7 +200,9 @@ def _train(config: TrainConfig, ranks: Ranks, folder: RunFolder, signals: StopSi
     engine = session.engine
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
     skipped = SkippedSteps(config.max_skipped_steps, names, config.out, config.pool)
-    meter = Meter.of(engine.store, ModelFlops.of(engine.model), find_peak(config.runtime.peak_tflops, ranks.device), ranks.size)
+    meter = Meter.of(
+        engine.store, ModelFlops.of(engine.model), find_peak(config.runtime.peak_tflops, ranks.device), ranks.size
+    )
     heldout = HeldOut(session, ranks, folder, checkpoints)
     run = _Run(session, ranks, folder, signals, checkpoints, skipped, meter, names, heldout)
     start = run.resume() if config.resume else Progress()
@@ -207,4 +222,6 @@ def _write(ranks: Ranks, path: Path, write: Callable[[], None]) -> None:
 def _check(config: TrainConfig, ranks: Ranks) -> None:
     check_combination(config, ranks.size, ranks.device)
     if not (config.pool / "store").is_dir():
-        raise UserError(f"--pool {config.pool}: not a prepared pool (no store/ in it); make one with `lead-engine prepare`")
+        raise UserError(
+            f"--pool {config.pool}: not a prepared pool (no store/ in it); make one with `lead-engine prepare`"
+        )

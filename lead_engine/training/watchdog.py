@@ -7,6 +7,7 @@ Two kinds of places. In training all ranks move together: whoever has waited for
 while the others wait, and where a slow disk is written to, nothing is known of how long it takes: there the run ends only if a rank has
 fallen silent for that long.
 """
+
 from __future__ import annotations
 
 import json
@@ -150,12 +151,18 @@ class Watchdog:
         lines = [f"--runtime.timeout: for {self._waited():.0f} s the ranks waited for each other in {_here}."]
         for rank in silent:
             last = f"; it was last heard of in {self._heard[rank].place}" if rank in self._heard else ""
-            lines.append(f"  rank {rank} did not arrive and is not heard of{last}: its process is stopped or its machine out of reach.")
+            lines.append(
+                f"  rank {rank} did not arrive and is not heard of{last}: its process is stopped or its machine out of reach."
+            )
         for rank, place in behind.items():
             lines.append(f"  rank {rank} did not arrive: it is alive, but still in {place}.")
         if not silent and not behind:
-            lines.append("  All ranks are alive and in this place: the network between them is stuck (NCCL_DEBUG=INFO tells more).")
-        lines.append("Look at the output and the machine of the ranks named (dmesg, nvidia-smi, disks), then go on with --resume.")
+            lines.append(
+                "  All ranks are alive and in this place: the network between them is stuck (NCCL_DEBUG=INFO tells more)."
+            )
+        lines.append(
+            "Look at the output and the machine of the ranks named (dmesg, nvidia-smi, disks), then go on with --resume."
+        )
         lines.append("If nothing hung and a step just takes that long, raise --runtime.timeout.")
         return "\n".join(lines)
 
@@ -168,5 +175,3 @@ def lost_connection(error: BaseException) -> bool:
     """Whether an exception tells that another rank has gone."""
     words = ("gloo", "Connection closed", "Connection reset", "ncclRemoteError", "ncclSystemError", "was aborted")
     return isinstance(error, (DistNetworkError, DistStoreError)) or any(word in str(error) for word in words)
-
-

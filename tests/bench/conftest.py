@@ -1,4 +1,5 @@
 """The benchmarks are scripts: their folder is not a package, and their tests import them by name."""
+
 from __future__ import annotations
 
 import sys

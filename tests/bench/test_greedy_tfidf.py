@@ -1,4 +1,5 @@
 """The benchmark's two opponents choose what `choose` does: else their times would mean nothing."""
+
 from __future__ import annotations
 
 import greedy_tfidf as bench

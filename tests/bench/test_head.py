@@ -1,4 +1,5 @@
 """The head's benchmark: what it computes from its measurements, its reference, and a small run on a CPU."""
+
 from __future__ import annotations
 
 import json
@@ -65,12 +66,20 @@ def test_a_contestant_that_does_not_get_ready_is_left_out(inputs: head_peers.Inp
         while True:
             pass
 
-    assert head.admit(endless, inputs, head.reference(inputs), 1) == (None, {"absent": "TimeoutError: not ready after 1 s"})
+    assert head.admit(endless, inputs, head.reference(inputs), 1) == (
+        None,
+        {"absent": "TimeoutError: not ready after 1 s"},
+    )
 
 
 def test_missing_packages_are_named_by_what_pip_calls_them() -> None:
-    assert head._reason(ModuleNotFoundError("No module named 'liger_kernel'", name="liger_kernel")) == "liger-kernel is not installed"
-    assert "cutlass" in head._reason(ModuleNotFoundError("No module named 'cutlass'", name="cutlass")), "a package's own missing need"
+    assert (
+        head._reason(ModuleNotFoundError("No module named 'liger_kernel'", name="liger_kernel"))
+        == "liger-kernel is not installed"
+    )
+    assert "cutlass" in head._reason(ModuleNotFoundError("No module named 'cutlass'", name="cutlass")), (
+        "a package's own missing need"
+    )
 
 
 def test_ratios_are_taken_within_turns() -> None:
@@ -84,10 +93,14 @@ def test_ratios_are_taken_within_turns() -> None:
 
 def test_all_take_turns_in_a_rotating_order() -> None:
     order: list[str] = []
-    times = head.take_turns({name: lambda name=name: order.append(name) for name in "abc"}, lambda run: run() or len(order), 4, 60.0)
-    assert "".join(order) == "abc" "bca" "cab" "abc" "bca"
+    times = head.take_turns(
+        {name: lambda name=name: order.append(name) for name in "abc"}, lambda run: run() or len(order), 4, 60.0
+    )
+    assert "".join(order) == "abcbcacababcbca"
     assert times == {"a": [6, 8, 10, 15], "b": [4, 9, 11, 13], "c": [5, 7, 12, 14]}, "the first turn does not count"
-    assert len(head.take_turns({"a": lambda: None}, lambda run: 0.0, 9, 0.0)["a"]) == 3, "out of time: three turns all the same"
+    assert len(head.take_turns({"a": lambda: None}, lambda run: 0.0, 9, 0.0)["a"]) == 3, (
+        "out of time: three turns all the same"
+    )
 
 
 def test_peak_memory_is_what_was_held_at_once_beyond_what_was_there(inputs: head_peers.Inputs) -> None:
@@ -105,12 +118,36 @@ def test_peak_memory_is_what_was_held_at_once_beyond_what_was_there(inputs: head
 def test_a_small_run(tmp_path: Path) -> None:
     out = tmp_path / "head.json"
     chosen = ["ours", "naive", "torch-chunked", "cce"]
-    head.main(["--device", "cpu", "--shapes", "300x32x2003", "--dtype", "bf16", "--threads", "1", "--turns", "2", "--contestants", *chosen,
-               "--out", str(out)])  # fmt: skip
+    head.main(
+        [
+            "--device",
+            "cpu",
+            "--shapes",
+            "300x32x2003",
+            "--dtype",
+            "bf16",
+            "--threads",
+            "1",
+            "--turns",
+            "2",
+            "--contestants",
+            *chosen,
+            "--out",
+            str(out),
+        ]
+    )
     result: dict[str, Any] = json.loads(out.read_text())
     case = result["cases"][0]
     entries = case["entries"]
-    assert set(entries) == {*chosen, "ours, signature", "ours, row weights", "ours, frozen head", "1 product", "2 products", "3 products"}
+    assert set(entries) == {
+        *chosen,
+        "ours, signature",
+        "ours, row weights",
+        "ours, frozen head",
+        "1 product",
+        "2 products",
+        "3 products",
+    }
     assert entries["cce"] == {"absent": "NotImplementedError: runs on a GPU only"}
     for name in ("ours", "naive"):
         both = entries[name]["forward+backward"]
@@ -124,9 +161,26 @@ def test_a_small_run(tmp_path: Path) -> None:
 
 
 def test_the_run_fails_if_our_own_loss_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(head.CONTESTANTS, "ours", lambda inputs: lambda h, w, y: 1.2 * head_peers.naive(inputs)(h, w, y))
+    monkeypatch.setitem(
+        head.CONTESTANTS, "ours", lambda inputs: lambda h, w, y: 1.2 * head_peers.naive(inputs)(h, w, y)
+    )
     monkeypatch.setattr(head, "VARIANTS", {})
     with pytest.raises(SystemExit, match="failed: ours"):
-        head.main(["--device", "cpu", "--shapes", "30x8x101", "--dtype", "fp32", "--turns", "2", "--contestants", "ours", "naive",
-                   "--out", str(tmp_path / "head.json")])  # fmt: skip
+        head.main(
+            [
+                "--device",
+                "cpu",
+                "--shapes",
+                "30x8x101",
+                "--dtype",
+                "fp32",
+                "--turns",
+                "2",
+                "--contestants",
+                "ours",
+                "naive",
+                "--out",
+                str(tmp_path / "head.json"),
+            ]
+        )
     assert json.loads((tmp_path / "head.json").read_text())["cases"][0]["entries"]["ours"]["absent"] == "wrong result"

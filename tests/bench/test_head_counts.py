@@ -1,4 +1,5 @@
 """The head's counts, against a case counted by hand."""
+
 from __future__ import annotations
 
 import pytest
@@ -37,9 +38,13 @@ def test_bytes_and_flops_of_a_chunk_counted_by_hand() -> None:
     ]
     assert chunk_parts(SMALL, 2, 2, machine=ROOMY)[1].bytes == 40 + 40
     assert chunk_parts(SMALL, 2, 4, machine=ROOMY)[1].bytes == 80 + 80 + 40, "fp32 rows do not fit"
-    assert chunk_parts(SMALL, 2, 2, first=True, machine=TIGHT)[3].bytes == 40 + 12 + 120, "the first chunk's dW is not read"
+    assert chunk_parts(SMALL, 2, 2, first=True, machine=TIGHT)[3].bytes == 40 + 12 + 120, (
+        "the first chunk's dW is not read"
+    )
     assert [part.name for part in chunk_parts(SMALL, 2, 2, products=2)] == ["logits", "row pass", "dh"]
-    assert chunk_parts(SMALL, 2, 2, products=1, machine=TIGHT)[1:] == [("row pass", 0, 40)], "no gradient, no second read"
+    assert chunk_parts(SMALL, 2, 2, products=1, machine=TIGHT)[1:] == [("row pass", 0, 40)], (
+        "no gradient, no second read"
+    )
 
 
 def test_time_is_the_sum_of_the_parts_larger_terms() -> None:

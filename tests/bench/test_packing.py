@@ -1,8 +1,20 @@
 """The compared rules of packing, on cases done by hand; all of them on one pool."""
+
 from __future__ import annotations
 
 import pytest
-from packing import RULES, best_fit, best_fit_ahead, best_fit_decreasing, lognormal, measure, next_fit, ours, strays, waste
+from packing import (
+    RULES,
+    best_fit,
+    best_fit_ahead,
+    best_fit_decreasing,
+    lognormal,
+    measure,
+    next_fit,
+    ours,
+    strays,
+    waste,
+)
 
 LENGTHS = [5, 6, 5, 4, 3, 7]
 

@@ -21,8 +21,19 @@ ROOT = run_gpu.ROOT
 @pytest.mark.timeout(300)
 def test_every_step_runs_dry(tmp_path: Path) -> None:
     """Real processes at tiny sizes: what the flags of every benchmark and command mean is checked by using them."""
-    command = [ROOT / "bench" / "run_gpu.sh", "--part", *"ABCDEF", "--dry", "--results", tmp_path / "results", "--work", tmp_path / "work"]
-    run = subprocess.run([*map(str, command)], capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    command = [
+        ROOT / "bench" / "run_gpu.sh",
+        "--part",
+        *"ABCDEF",
+        "--dry",
+        "--results",
+        tmp_path / "results",
+        "--work",
+        tmp_path / "work",
+    ]
+    run = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
+    )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     for part in run_gpu.PARTS:
         summary = json.loads((tmp_path / "results" / f"summary-{part}.json").read_text())
@@ -55,15 +66,29 @@ def test_a_failure_loses_nothing(tmp_path: Path, monkeypatch) -> None:
     results.mkdir()
     write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_bytes(b'1' * int(sys.argv[2]))"
     steps = [
-        run_gpu.Step("half", 20, [*python(write + "; print('the reason'); sys.exit(3)"), str(work / "gpu-a.json"), "5"], ["gpu-a.json"]),
+        run_gpu.Step(
+            "half",
+            20,
+            [*python(write + "; print('the reason'); sys.exit(3)"), str(work / "gpu-a.json"), "5"],
+            ["gpu-a.json"],
+        ),
         run_gpu.Step("none", 20, python("pass"), ["gpu-b.json"]),
-        run_gpu.Step("large", 20, [*python(write), str(work / "gpu-c.json"), str(run_gpu.MOST_BYTES + 1)], ["gpu-c.json"]),
+        run_gpu.Step(
+            "large", 20, [*python(write), str(work / "gpu-c.json"), str(run_gpu.MOST_BYTES + 1)], ["gpu-c.json"]
+        ),
         run_gpu.Step("fine", 20, [*python(write), str(work / "gpu-d.json"), "5"], ["gpu-d.json"]),
     ]
     monkeypatch.setitem(run_gpu.PARTS, "A", lambda *_: steps)
-    outcome = run_gpu.run_part("A", argparse.Namespace(seconds=60, results=results, dry=True), work, dict(os.environ), ["x: not installed"])
+    outcome = run_gpu.run_part(
+        "A", argparse.Namespace(seconds=60, results=results, dry=True), work, dict(os.environ), ["x: not installed"]
+    )
     assert [text.split(" after")[0] for text in outcome.values()] == ["exit status 3", "done", "done", "done"]
-    assert sorted(path.name for path in results.iterdir()) == ["gpu-a.json", "gpu-d.json", "logs-A.tar.gz", "summary-A.json"]
+    assert sorted(path.name for path in results.iterdir()) == [
+        "gpu-a.json",
+        "gpu-d.json",
+        "logs-A.tar.gz",
+        "summary-A.json",
+    ]
     summary = json.loads((results / "summary-A.json").read_text())
     assert summary["absent"] == ["gpu-b.json"]
     assert summary["too_large"][0].startswith("gpu-c.json")
@@ -80,7 +105,9 @@ def test_a_part_keeps_to_its_time(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(run_gpu.PARTS, "A", lambda *_: steps)
     monkeypatch.setattr(run_gpu, "RESERVE_SECONDS", 1)
     started = time.monotonic()
-    outcome = run_gpu.run_part("A", argparse.Namespace(seconds=8, results=tmp_path, dry=True), tmp_path, dict(os.environ), [])
+    outcome = run_gpu.run_part(
+        "A", argparse.Namespace(seconds=8, results=tmp_path, dry=True), tmp_path, dict(os.environ), []
+    )
     assert time.monotonic() - started < 12
     assert outcome == {"hangs": "stopped after 6 s", "late": "not started: the part's time was up"}
     time.sleep(4)

@@ -1,4 +1,5 @@
 """bench/training.py: that all contenders train the same, that its sums are right, and that its check for host waits can fail."""
+
 from __future__ import annotations
 
 import argparse
@@ -45,11 +46,17 @@ def test_steps_hold_the_same_samples_in_both_forms(data: tuple[Path, dict]) -> N
 @pytest.mark.timeout(200)
 def test_contenders_train_the_same(data: tuple[Path, dict]) -> None:
     """Real processes of the engine, Trainer and SFTTrainer; in fp32 their losses over the first two steps agree."""
-    specs = [s for s in training.contenders(SETTING, data[0], "fp32") if s.kind in ("random", "sft") or s.name == "Trainer, packed"]
+    specs = [
+        s
+        for s in training.contenders(SETTING, data[0], "fp32")
+        if s.kind in ("random", "sft") or s.name == "Trainer, packed"
+    ]
     specs = [replace(spec, grouped=False) for spec in specs]
     broken = replace(specs[0], name="broken", precision="no such")
     told: list[list[str]] = []
-    raw = training.in_turns([*specs, broken], SETTING, argparse.Namespace(contender_seconds=150), lambda raw: told.append(list(raw)))
+    raw = training.in_turns(
+        [*specs, broken], SETTING, argparse.Namespace(contender_seconds=150), lambda raw: told.append(list(raw))
+    )
     rows = {name: training.summary(raw[name], raw[training.ENGINE], data[1], 1.0) for name in raw}
     assert "no such" in rows.pop("broken")["failed"]  # and costs the others nothing
     assert list(rows) == [training.ENGINE, "Trainer, packed", "SFTTrainer, padded, by length"]
@@ -57,7 +64,9 @@ def test_contenders_train_the_same(data: tuple[Path, dict]) -> None:
     for name, row in rows.items():
         assert row["first_loss"] == pytest.approx(rows[training.ENGINE]["first_loss"], abs=2e-4), name
         assert row["tokens_per_second"] == pytest.approx(data[1]["tokens_per_step"] / row["seconds_per_step"][0])
-        assert row["peak_bytes"] > row["peak_bytes_beyond_start"] >= 0  # so small a model may fit into what importing took
+        assert (
+            row["peak_bytes"] > row["peak_bytes_beyond_start"] >= 0
+        )  # so small a model may fit into what importing took
     assert rows[training.ENGINE]["speed_relative_to_engine"] == 1
 
 
@@ -71,10 +80,21 @@ def test_summary() -> None:
     assert row["peak_bytes_beyond_start"] == 40
     assert training.summary({"seconds_per_step": [], "failed": "x"}, engine, {}, 1.0) == {"failed": "x"}
     # One that failed on the way keeps what it had measured; an engine that failed leaves the others their own figures.
-    cut = training.summary({"seconds_per_step": [2.0], "before": 1, "failed": "x"}, {"seconds_per_step": []},
-                           {"tokens_per_step": 100, "flops_per_step": 4e12}, 4.0)  # fmt: skip
-    assert (cut["tokens_per_second"], cut["speed_relative_to_engine"], cut["peak_bytes"], cut["failed"]) == (50, None, None, "x")
-    training.show({"model": "m", "parameters": 1, "tokens_per_step": 1.0, "flops_per_step": 1.0, "contenders": {"cut": cut}})
+    cut = training.summary(
+        {"seconds_per_step": [2.0], "before": 1, "failed": "x"},
+        {"seconds_per_step": []},
+        {"tokens_per_step": 100, "flops_per_step": 4e12},
+        4.0,
+    )
+    assert (cut["tokens_per_second"], cut["speed_relative_to_engine"], cut["peak_bytes"], cut["failed"]) == (
+        50,
+        None,
+        None,
+        "x",
+    )
+    training.show(
+        {"model": "m", "parameters": 1, "tokens_per_step": 1.0, "flops_per_step": 1.0, "contenders": {"cut": cut}}
+    )
 
 
 def test_a_contender_that_hangs_is_ended(data: tuple[Path, dict]) -> None:
@@ -92,7 +112,13 @@ def event(name: str, ts: float) -> dict:
 
 def test_waits_inside_a_round_are_found() -> None:
     begin, end = round_profile.MARKS
-    events = [event("cudaStreamSynchronize", 0), event(begin, 1), event("aten::mm", 2), event(end, 5), event("aten::item", 6)]
+    events = [
+        event("cudaStreamSynchronize", 0),
+        event(begin, 1),
+        event("aten::mm", 2),
+        event(end, 5),
+        event("aten::item", 6),
+    ]
     assert round_profile.synchronisations(events) == []
     events += [event("cudaStreamSynchronize", 3), event("aten::item", 4)]
     assert round_profile.synchronisations(events) == ["cudaStreamSynchronize", "aten::item"]

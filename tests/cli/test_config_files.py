@@ -1,4 +1,5 @@
 """`--config FILE.yaml`: what it sets, what flags override, and how its mistakes are reported."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The command line as a user meets it: help, flags that are wrong, and messages that say which and why."""
+
 from __future__ import annotations
 
 import subprocess

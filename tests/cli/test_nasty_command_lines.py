@@ -1,4 +1,5 @@
 """Whatever stands on the command line, parsing it ends in options, in the parser's own refusal, or in UserError."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,14 +14,46 @@ from lead_engine.convert import field_hints
 from lead_engine.reads import leaves
 
 REQUIRED = {
-    "make-pool": "--out o", "pretrain": "--text t --out o", "prepare": "--pool p --model m --out o",
-    "train": "--pool p --model m --out o", "eval": "--model m --data d", "lm-eval": "--model m --tasks t --out o",
-    "compare": "--config c --out o", "report": "r --out o", "merge": "r --out o",
-}  # fmt: skip
+    "make-pool": "--out o",
+    "pretrain": "--text t --out o",
+    "prepare": "--pool p --model m --out o",
+    "train": "--pool p --model m --out o",
+    "eval": "--model m --data d",
+    "lm-eval": "--model m --tasks t --out o",
+    "compare": "--config c --out o",
+    "report": "r --out o",
+    "merge": "r --out o",
+}
 WORDS = [
-    "", " ", "x", "-1", "0", "1", "1e9", "1e400", "nan", "-inf", "0x10", "0123", "9" * 5000, "\udcff", "é", "true", "None", "[1,2]", "{}",
-    "$NO_SUCH", "~", "~no-such-user", "a\nb", "--", "-", "=", "1,2", "%s",
-]  # fmt: skip
+    "",
+    " ",
+    "x",
+    "-1",
+    "0",
+    "1",
+    "1e9",
+    "1e400",
+    "nan",
+    "-inf",
+    "0x10",
+    "0123",
+    "9" * 5000,
+    "\udcff",
+    "é",
+    "true",
+    "None",
+    "[1,2]",
+    "{}",
+    "$NO_SUCH",
+    "~",
+    "~no-such-user",
+    "a\nb",
+    "--",
+    "-",
+    "=",
+    "1,2",
+    "%s",
+]
 
 
 @pytest.fixture
@@ -43,7 +76,11 @@ def parse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("command", REQUIRED)
 def test_no_other_exception_leaves_the_parser(command: str, parse) -> None:
     draw = random.Random(command)
-    flags = [f"--{name.replace('_', '-')}" for name in leaves(TrainConfig("p", "m", "o"))] + ["--config", "--no-resume", "--nonsense"]
+    flags = [f"--{name.replace('_', '-')}" for name in leaves(TrainConfig("p", "m", "o"))] + [
+        "--config",
+        "--no-resume",
+        "--nonsense",
+    ]
     options = cli.COMMANDS[command].options
     if isinstance(options, type):
         flags += [f"--{name.replace('_', '-')}" for name in field_hints(options)]

@@ -1,4 +1,5 @@
 """What every config refuses or converts when it is built, whoever gives the value: flags, YAML, or a Python caller."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -38,11 +39,65 @@ CLASSES = [c for c in vars(config).values() if inspect.isclass(c) and issubclass
 CLASSES.append(VariantOptions)
 FIELDS = [(cls, name) for cls in CLASSES for name in field_hints(cls)]
 NASTY = [
-    math.nan, math.inf, -math.inf, -1, -1.0, 0, 0.0, -0.0, 1, 1.5, 4.0, 1e-300, 5e-324, 1e9, 1e10, 1e308, 2**31, 2**32 - 1, 2**32, 2**63,
-    2**64, 10**400, -(10**400), True, None, "", "x", "1", "1e-4", "0123", "1__0", "inf", "nan", "9" * 5000, "a\0b", "\udcff", "$NO_SUCH",
-    "~no-such-user/x", b"x", 1j, [], (), [1], (0.5, 0.6), [[]], {}, {"a": 1}, {1: 2}, object(), Path("p"), float, np.float32(0.5),
-    np.int64(3), np.bool_(True), np.array(3), np.array([0.1, 0.2]), np.datetime64("2024-01-01"), np.str_("lead"),
-]  # fmt: skip
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    -1.0,
+    0,
+    0.0,
+    -0.0,
+    1,
+    1.5,
+    4.0,
+    1e-300,
+    5e-324,
+    1e9,
+    1e10,
+    1e308,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**63,
+    2**64,
+    10**400,
+    -(10**400),
+    True,
+    None,
+    "",
+    "x",
+    "1",
+    "1e-4",
+    "0123",
+    "1__0",
+    "inf",
+    "nan",
+    "9" * 5000,
+    "a\0b",
+    "\udcff",
+    "$NO_SUCH",
+    "~no-such-user/x",
+    b"x",
+    1j,
+    [],
+    (),
+    [1],
+    (0.5, 0.6),
+    [[]],
+    {},
+    {"a": 1},
+    {1: 2},
+    object(),
+    Path("p"),
+    float,
+    np.float32(0.5),
+    np.int64(3),
+    np.bool_(True),
+    np.array(3),
+    np.array([0.1, 0.2]),
+    np.datetime64("2024-01-01"),
+    np.str_("lead"),
+]
 
 
 def build(cls: type, **values: Any) -> Any:
@@ -68,7 +123,10 @@ def test_any_value_is_taken_or_refused_naming_the_flag(cls: type[Options], name:
         kind = bare(field_hints(cls)[name])
         if told:
             flag = told.partition(" ")[0].partition("[")[0].partition(".")[0]
-            assert cls.flag(name).startswith(flag) or flag in ("--max-length", "--block"), (value, told)  # these: a rule with --batch
+            assert cls.flag(name).startswith(flag) or flag in ("--max-length", "--block"), (
+                value,
+                told,
+            )  # these: a rule with --batch
             assert "must be" in told or "is read only with" in told
         elif kind in (int, float, bool, str):
             assert type(built) is kind, value  # not NumPy's, which YAML cannot write
@@ -112,7 +170,10 @@ def test_every_number_has_bounds_and_every_default_keeps_them(cls: type[Options]
         (lambda: BatchConfig(capacity=True), "--batch.capacity True: must be a whole number"),
         (lambda: build(TrainConfig, method="leed"), "--method 'leed': must be one of lead, "),
         (lambda: build(TrainConfig, batch=3), "--batch 3: must be a BatchConfig"),
-        (lambda: build(TrainConfig, batch={"capcity": 3}), "--batch {'capcity': 3}: must be a mapping of BatchConfig's options"),
+        (
+            lambda: build(TrainConfig, batch={"capcity": 3}),
+            "--batch {'capcity': 3}: must be a mapping of BatchConfig's options",
+        ),
         (lambda: build(TrainConfig, batch={"capacity": 3}), "--batch.capacity 3: must be at least 16"),
         (lambda: build(TrainConfig, out=""), "--out '': must be the name of a file or folder"),
         (lambda: build(EvalConfig, data=("a", 3)), r"--data\[1\] 3: must be text"),
@@ -127,13 +188,22 @@ def test_what_loses_nothing_is_converted() -> None:
     assert build(EvalConfig, data="held.jsonl").data == ("held.jsonl",)  # not letter by letter
     assert build(EvalConfig, data=[Path("a"), "b"], model=Path("m")).data == ("a", "b")
     assert build(PretrainConfig, text=Path("a")).text == (Path("a"),)
-    made = build(TrainConfig, out="run", seed="7", budget=1, batch={"capacity": 64.0}, optimizer={"lr": "1e-4", "betas": [0.5, 0]})
+    made = build(
+        TrainConfig,
+        out="run",
+        seed="7",
+        budget=1,
+        batch={"capacity": 64.0},
+        optimizer={"lr": "1e-4", "betas": [0.5, 0]},
+    )
     assert (made.out, made.seed, made.budget, made.batch.capacity) == (Path("run"), 7, 1.0, 64)
     assert (made.optimizer.lr, made.optimizer.betas) == (1e-4, (0.5, 0.0))
     assert SelectionConfig(match="other").match == Path("other")
     assert OptimizerConfig(betas=np.array([0.5, 0.6])).betas == (0.5, 0.6)
     # a mapping leaves the rest of this field's own default
-    assert build(PretrainConfig, optimizer={"eps": 1e-6}).optimizer == OptimizerConfig(lr=2e-3, weight_decay=0.1, eps=1e-6)
+    assert build(PretrainConfig, optimizer={"eps": 1e-6}).optimizer == OptimizerConfig(
+        lr=2e-3, weight_decay=0.1, eps=1e-6
+    )
 
 
 def test_home_and_variables_in_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,7 +213,11 @@ def test_home_and_variables_in_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     made = build(config.PrepareConfig, pool=["$DATA/a", "~/b"], model="${DATA}/m", out="~/o")
     assert (made.pool, made.model, made.out) == (("/data/a", "/home/me/b"), "/data/m", Path("/home/me/o"))
-    for text, told in (("$UNSET/a", "UNSET is not set"), ("${EMPTY}", "EMPTY is not set"), ("~nobody-here/a", "no such user")):
+    for text, told in (
+        ("$UNSET/a", "UNSET is not set"),
+        ("${EMPTY}", "EMPTY is not set"),
+        ("~nobody-here/a", "no such user"),
+    ):
         for name in ("pool", "model", "out"):
             with pytest.raises(UserError, match=f"--{name}.*{told}"):
                 build(config.PrepareConfig, **{name: text})

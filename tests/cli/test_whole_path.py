@@ -4,6 +4,7 @@ report, merge; what each leaves on disk; and that bad input destroys nothing tha
 What must succeed runs as processes of its own. The many mistakes go through `main` in this process: a fresh one would
 spend seconds importing torch for each.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -44,7 +45,18 @@ def world(run_cli, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     text = (place / "data" / "text.txt").read_text().splitlines()[:150]
     (place / "data" / "short.txt").write_text("\n".join(text))
     must("pretrain", "--text", "data/short.txt", "--out", "base", "--vocab-size", "400", "--block", "128", *TINY)
-    must("prepare", "--pool", "data/pool.jsonl", "--model", "base/model", "--out", "prepared", "--max-length", "256", *TINY)
+    must(
+        "prepare",
+        "--pool",
+        "data/pool.jsonl",
+        "--model",
+        "base/model",
+        "--out",
+        "prepared",
+        "--max-length",
+        "256",
+        *TINY,
+    )
     lora = ["--lora.rank", "2", "--selection.round-steps", "2", "--budget", "0.2", "--checkpoint-every", "1"]
     must("train", "--pool", "prepared", "--model", "base/model", "--out", "run", *lora, *TINY)
     must("eval", "--model", "run", "--data", "data/heldout.jsonl", "--max-length", "256", *TINY)
@@ -166,7 +178,10 @@ def test_doctor(run_cli, world: Path) -> None:
     ("arguments", "part"),
     [
         (["train", "--pool", "prepared", "--model", "base/model", "--out", "run", *TINY], "run"),
-        (["train", "--pool", "prepared", "--model", "base/model", "--out", "run", "--resume", "--seed", "1", *TINY], "run"),
+        (
+            ["train", "--pool", "prepared", "--model", "base/model", "--out", "run", "--resume", "--seed", "1", *TINY],
+            "run",
+        ),
         (["prepare", "--pool", "data/none.jsonl", "--model", "base/model", "--out", "prepared", *TINY], "prepared"),
         (["pretrain", "--text", "data/pool.jsonl", "--out", "base", *TINY], "base"),
         (["merge", "run", "--out", "base"], "base"),

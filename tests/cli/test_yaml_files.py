@@ -1,4 +1,5 @@
 """The one reader of YAML: what is refused with its line, and what stays as it was written."""
+
 from __future__ import annotations
 
 import ast
@@ -19,7 +20,10 @@ HEAD = "pool: P\nmodel: BASE\nout: RUN\n"
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("optimizer: {lr: 1e-3}\nseed: 1\noptimizer:\n  eps: 1e-6\n", "line 6: .*the key 'optimizer' stands twice, on lines 4 and 6"),
+        (
+            "optimizer: {lr: 1e-3}\nseed: 1\noptimizer:\n  eps: 1e-6\n",
+            "line 6: .*the key 'optimizer' stands twice, on lines 4 and 6",
+        ),
         ("batch:\n  capacity: 64\n  slots: 2\n  capacity: 96\n", "the key 'capacity' stands twice, on lines 5 and 7"),
         ("batch: {slots: 1, 'slots': 2}\n", "the key 'slots' stands twice, on line 4"),
         ("a: &a {x: 1}\nb: {<<: *a, <<: *a}\n", "the key '<<' stands twice, on line 5"),

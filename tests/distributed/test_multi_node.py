@@ -24,10 +24,27 @@ from safetensors.torch import load_file
 from ranks import free_port
 
 OPTIONS = [
-    "--budget", "0.6", "--seed", "3", "--batch.capacity", "64", "--batch.micro-batches", "2", "--selection.round-steps", "2",
-    "--selection.calibrate-every", "3", "--selection.sketch-dim", "8", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
-    "--checkpoint-every", "2",
-]  # fmt: skip
+    "--budget",
+    "0.6",
+    "--seed",
+    "3",
+    "--batch.capacity",
+    "64",
+    "--batch.micro-batches",
+    "2",
+    "--selection.round-steps",
+    "2",
+    "--selection.calibrate-every",
+    "3",
+    "--selection.sketch-dim",
+    "8",
+    "--optimizer.lr",
+    "1e-3",
+    "--runtime.precision",
+    "fp32",
+    "--checkpoint-every",
+    "2",
+]
 TIMES = ("seconds", "second", "time", "eta", "mfu", "memory")
 """Parts of the names of what differs from run to run."""
 LIMIT = 100
@@ -43,7 +60,17 @@ class Agents:
 
     def __init__(self, arguments: list[str], folder: Path, restarts: int = 0) -> None:
         port, name = free_port(), f"test-{os.getpid()}"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+            "--rdzv-backend",
+            "c10d",
+        ]
         torchrun += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", name]
         torchrun += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
         folder.mkdir()
@@ -52,7 +79,9 @@ class Agents:
         for out, err in self.logs:
             with out.open("w") as out_file, err.open("w") as err_file:
                 line = [*torchrun, "-m", "lead_engine", *arguments]
-                self.processes.append(subprocess.Popen(line, stdout=out_file, stderr=err_file, env={**os.environ, **ENVIRONMENT}))
+                self.processes.append(
+                    subprocess.Popen(line, stdout=out_file, stderr=err_file, env={**os.environ, **ENVIRONMENT})
+                )
 
     def workers(self) -> dict[int, psutil.Process]:
         """RANK -> the worker process; those that live."""
@@ -118,7 +147,9 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_node(make_pool: Any, make_model: Any, run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def one_node(
+    make_pool: Any, make_model: Any, run_ranks: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Any]]:
     """(the run of two ranks on one node, its arguments without --out)."""
     out = tmp_path_factory.mktemp("one-node") / "run"
     arguments = ["train", "--pool", make_pool(samples=300), "--model", make_model("llama"), *OPTIONS]
@@ -140,7 +171,9 @@ def test_two_nodes_train_what_one_does(one_node: tuple[Path, list[Any]], start_a
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_worker_is_restarted_and_the_run_goes_on(one_node: tuple[Path, list[Any]], start_agents: Any, tmp_path: Path) -> None:
+def test_a_killed_worker_is_restarted_and_the_run_goes_on(
+    one_node: tuple[Path, list[Any]], start_agents: Any, tmp_path: Path
+) -> None:
     """--max-restarts 1 and --resume: torchrun starts all workers anew, and they go on from the last checkpoint.
 
     Rank 0 dies: the one that writes the logs and keeps the workers' store.
@@ -162,19 +195,25 @@ def test_a_killed_worker_is_restarted_and_the_run_goes_on(one_node: tuple[Path, 
 
 
 @pytest.mark.timeout(300)
-def test_a_restart_in_the_store_of_the_first_attempt(one_node: tuple[Path, list[Any]], start_ranks: Any, tmp_path: Path) -> None:
+def test_a_restart_in_the_store_of_the_first_attempt(
+    one_node: tuple[Path, list[Any]], start_ranks: Any, tmp_path: Path
+) -> None:
     """As torch 2.13's torchrun restarts the workers of one node: with a store in which the dead ones' addresses stand."""
     expected, arguments = one_node
     out = tmp_path / "run"
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}
-    first = start_ranks(*arguments, "--out", out, "--resume", ranks=2, env={**torchrun, "TORCHELASTIC_RESTART_COUNT": "0"})
+    first = start_ranks(
+        *arguments, "--out", out, "--resume", ranks=2, env={**torchrun, "TORCHELASTIC_RESTART_COUNT": "0"}
+    )
     deadline = time.monotonic() + LIMIT
     while not list(out.glob("checkpoints/step-*/COMPLETE")):
         assert time.monotonic() < deadline, first.output()[-5000:]
         time.sleep(0.01)
     first.signal(signal.SIGKILL)
     assert first.wait() == [-signal.SIGKILL] * 2
-    second = start_ranks(*arguments, "--out", out, "--resume", ranks=2, env={**torchrun, "TORCHELASTIC_RESTART_COUNT": "1"})
+    second = start_ranks(
+        *arguments, "--out", out, "--resume", ranks=2, env={**torchrun, "TORCHELASTIC_RESTART_COUNT": "1"}
+    )
     assert second.wait(LIMIT) == [0, 0], second.output()[-5000:]
     assert_same_run(expected, out)

@@ -2,6 +2,7 @@
 
 Ranks are forked from this process, which has imported everything; they speak over gloo on the CPU, whatever the machine has.
 """
+
 from __future__ import annotations
 
 import json
@@ -45,7 +46,16 @@ def make_selector(method: str, options: dict) -> Selector:
         num_clusters=3,
     )
     lengths = torch.randint(4, 40, (SAMPLES,), generator=generator)
-    return Selector(state, lengths, lengths // 2, method=method, config=SelectionConfig(**options), layout=LAYOUT, seed=7, device="cpu")
+    return Selector(
+        state,
+        lengths,
+        lengths // 2,
+        method=method,
+        config=SelectionConfig(**options),
+        layout=LAYOUT,
+        seed=7,
+        device="cpu",
+    )
 
 
 def made_up(ids: torch.Tensor, round: int) -> torch.Tensor:
@@ -59,7 +69,16 @@ def rounds(rank: int, world: int, method: str, options: dict) -> dict[str, list]
     """Train the budget on made-up statistics: fingerprints after every round, and tokens of each rank in every step."""
     selector = make_selector(method, options)
     engine = Engine(
-        torch.nn.Linear(1, 1), None, selector, LossChange(), None, LAYOUT, OptimizerConfig(), rank, world, distributed=False
+        torch.nn.Linear(1, 1),
+        None,
+        selector,
+        LossChange(),
+        None,
+        LAYOUT,
+        OptimizerConfig(),
+        rank,
+        world,
+        distributed=False,
     )
     mine = slice(rank * engine.accumulation, (rank + 1) * engine.accumulation)
     found: dict[str, list] = {"fingerprints": [], "tokens": []}
@@ -136,8 +155,27 @@ def test_ranks_that_differ_are_told(tmp_path: Path) -> None:
 def test_two_real_ranks_agree(selection: str, make_pool, make_model, tmp_path: Path) -> None:
     """A run stops unless its ranks' fingerprints are the same, at every checkpoint and at its end."""
     method, options = SELECTIONS[selection]
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lead_engine", "train"]
-    line += ["--pool", make_pool(samples=300), "--model", make_model("llama"), "--out", tmp_path / "run", "--method", method]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lead_engine",
+        "train",
+    ]
+    line += [
+        "--pool",
+        make_pool(samples=300),
+        "--model",
+        make_model("llama"),
+        "--out",
+        tmp_path / "run",
+        "--method",
+        method,
+    ]
     line += ["--budget", "0.4", "--batch.capacity", "64", "--batch.micro-batches", "8", "--selection.round-steps", "2"]
     line += ["--selection.sketch-dim", "8"] if method == "lead" else []
     line += ["--runtime.precision", "fp32", "--checkpoint-every", "1"]

@@ -67,7 +67,9 @@ class Counting(TorchDispatchMode):
             # Those of c10d that gather or scatter take (output, input, ...); all others (input, ...).
             given = args[1] if namespace == "c10d" and ("gather" in name or "scatter" in name) else args[0]
             if name != "barrier":
-                self.sent[owner] += sum(x.numel() * x.element_size() for x in tree_leaves(given) if isinstance(x, torch.Tensor))
+                self.sent[owner] += sum(
+                    x.numel() * x.element_size() for x in tree_leaves(given) if isinstance(x, torch.Tensor)
+                )
         return func(*args, **(kwargs or {}))
 
 
@@ -181,7 +183,9 @@ def in_ranks(world: int, cases: dict[str, Case], pools: Path, model: Path, out: 
     """Every case's counters, which must be the same on all ranks."""
     configs = [case.config(pools, model, out / name) for name, case in cases.items()]
     context, port = multiprocessing.get_context("fork"), free_port()
-    processes = [context.Process(target=rank_main, args=(rank, world, port, configs, out), daemon=True) for rank in range(world)]
+    processes = [
+        context.Process(target=rank_main, args=(rank, world, port, configs, out), daemon=True) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -204,7 +208,9 @@ RESCORE = {f"rescore, pool of {samples:,}": Case(samples=samples, method="rescor
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(("world", "cases"), [(2, {**POOLS, **MORE, **OTHERS}), (4, {**POOLS, **MORE})])
-def test_bytes_follow_from_the_options_alone(world: int, cases: dict[str, Case], pools: Path, make_model: Any, tmp_path: Path) -> None:
+def test_bytes_follow_from_the_options_alone(
+    world: int, cases: dict[str, Case], pools: Path, make_model: Any, tmp_path: Path
+) -> None:
     found = in_ranks(world, cases, pools, make_model("llama"), tmp_path)
     for name, case in cases.items():
         run, expected = found[name], case.expected(world)
@@ -219,7 +225,10 @@ def test_bytes_follow_from_the_options_alone(world: int, cases: dict[str, Case],
     small, *larger = (found[name] for name in POOLS)
     assert all(run == small for run in larger), f"bytes or calls grow with the pool: {small} {larger}"
     if "random" in cases:
-        selection = [{k: v for k, v in found[name].sent.items() if k in ("sketch", "first order")} for name in ("random", "pool of 1,000")]
+        selection = [
+            {k: v for k, v in found[name].sent.items() if k in ("sketch", "first order")}
+            for name in ("random", "pool of 1,000")
+        ]
         assert selection == [{}, {"sketch": 4 * 4 * 64, "first order": 16}]
 
 
@@ -239,9 +248,18 @@ def test_bytes_a_sample(method: str, kept: int) -> None:
     utility, difficulty, alone = torch.ones(3, samples)
     state = PoolState(utility, difficulty, alone, places, places, places > 0, ["all"], 2)
     selector = Selector(
-        state, places + 16, places + 8, method=method, config=SelectionConfig(), layout=Layout(2, 4, 5, 80), seed=0, device="cpu"
+        state,
+        places + 16,
+        places + 8,
+        method=method,
+        config=SelectionConfig(),
+        layout=Layout(2, 4, 5, 80),
+        seed=0,
+        device="cpu",
     )
-    tensors = [x for owner in (selector.samples, selector.method) for x in vars(owner).values() if isinstance(x, torch.Tensor)]
+    tensors = [
+        x for owner in (selector.samples, selector.method) for x in vars(owner).values() if isinstance(x, torch.Tensor)
+    ]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     assert round(sum(storages.values()) / samples) == kept
     assert round(sum(x.nbytes for x in selector.state_dict().values()) / samples) == 9

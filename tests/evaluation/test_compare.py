@@ -172,7 +172,9 @@ def _refuses_another_pool_or_base(config: CompareConfig, pool: Path) -> None:
             changed.write_bytes(kept)
 
 
-def test_command_lines_are_understood_and_mean_what_was_planned(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_lines_are_understood_and_mean_what_was_planned(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = compare.read_study(
         write_study(tmp_path / "study.yaml", pool, methods=["lead", "full"], epochs=2, ranks=2, generate=3, seeds=[7])
     )
@@ -196,7 +198,9 @@ def run_file(path: Path) -> Path:
 
 
 def test_full_is_run_once_per_seed(pool: Path, tmp_path: Path) -> None:
-    study = compare.read_study(write_study(tmp_path / "s.yaml", pool, methods=["lead", "random", "full"], budgets=[0.025, 0.1]))
+    study = compare.read_study(
+        write_study(tmp_path / "s.yaml", pool, methods=["lead", "random", "full"], budgets=[0.025, 0.1])
+    )
     runs = plan_runs(study, tmp_path / "out")
     assert [run.name for run in runs if run.seed == 1] == [
         "lead-2.5pct-s1",
@@ -271,7 +275,9 @@ def test_variants_two_at_a_time_in_real_processes_one_of_them_killed_before(
 
     compare.run(CompareConfig(config=path, out=tmp_path / "out"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {run["name"] for run in results["runs"]} == {f"{name}-20pct-s{seed}" for name in ("random", "slow") for seed in (0, 1)}
+    assert {run["name"] for run in results["runs"]} == {
+        f"{name}-20pct-s{seed}" for name in ("random", "slow") for seed in (0, 1)
+    }
     assert all(run["overall"] < results["base"]["loss"]["overall"] for run in results["runs"])
     (difference,) = results["comparisons"]  # a contrast with the reference is there once
     assert difference["verdicts"]["overall"] == "worse"
@@ -313,7 +319,14 @@ def result(*, generated: bool) -> dict[str, object]:
     lead = common | {"variant": "lead", "budget": 0.025, "epochs": 1, "final": share}
     full = common | {"variant": "full", "budget": None, "epochs": 2, "final": None, "selection_seconds": None}
     words = {"overall": "better", "macro": "better", "per_sample": "better"}
-    pair = {"a": "lead", "b": "random", "budgets": [0.025], "pooled": False, "seeds": [0, 1, 2], "over_samples": interval}
+    pair = {
+        "a": "lead",
+        "b": "random",
+        "budgets": [0.025],
+        "pooled": False,
+        "seeds": [0, 1, 2],
+        "over_samples": interval,
+    }
     pair |= dict.fromkeys(losses, difference) | {"verdicts": words, "sentence": "v"}
     study = {"pool": "p", "model": "m", "heldout": ["h"], "seeds": [0], "epochs": 2}
     return {

@@ -28,15 +28,17 @@ def outcome(variant: str, budget: float | None, seed: int, shift: float, trained
 
 
 def groups(shifts: dict[tuple[str, float | None], dict[int, float]], **more: int) -> dict:
-    return {key: [outcome(*key, seed, shift, **more) for seed, shift in by_seed.items()] for key, by_seed in shifts.items()}
+    return {
+        key: [outcome(*key, seed, shift, **more) for seed, shift in by_seed.items()] for key, by_seed in shifts.items()
+    }
 
 
 A_MINUS_B = {0.1: [-0.3, -0.1, -0.2], 0.2: [-0.5, -0.3, 0.2]}
 B = {2: 0.7, 0: 0.1, 1: 0.4}
 """b's runs, in another order than a's: pairs are found by seed."""
-SHIFTS = {("a", budget): {seed: B[seed] + d for seed, d in enumerate(values)} for budget, values in A_MINUS_B.items()} | {
-    ("b", budget): B for budget in A_MINUS_B
-}
+SHIFTS = {
+    ("a", budget): {seed: B[seed] + d for seed, d in enumerate(values)} for budget, values in A_MINUS_B.items()
+} | {("b", budget): B for budget in A_MINUS_B}
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
@@ -66,7 +68,9 @@ def test_the_three_measures_are_not_the_same() -> None:
     one[0].samples.nll = np.array([0.4, 2.0, 3.0])
     one[0].overall, one[0].per_sample = two[0].overall - 0.1, two[0].per_sample - 0.2
     (each,), _ = compare_all({("a", 0.1): one, ("b", 0.1): two}, [("a", "b")])
-    assert (each["overall"]["mean"], each["macro"]["mean"], each["per_sample"]["mean"]) == pytest.approx((-0.1, 0.0, -0.2))
+    assert (each["overall"]["mean"], each["macro"]["mean"], each["per_sample"]["mean"]) == pytest.approx(
+        (-0.1, 0.0, -0.2)
+    )
 
 
 def test_only_common_seeds_and_budgets_count_and_full_has_none() -> None:
@@ -85,7 +89,12 @@ def test_only_common_seeds_and_budgets_count_and_full_has_none() -> None:
 
 
 def test_pooling_takes_the_seeds_that_every_budget_has() -> None:
-    shifts = {("a", 0.1): {0: 1.0, 1: 2.0}, ("a", 0.2): {1: 4.0}, ("b", 0.1): {0: 0.0, 1: 0.0}, ("b", 0.2): {0: 0.0, 1: 0.0}}
+    shifts = {
+        ("a", 0.1): {0: 1.0, 1: 2.0},
+        ("a", 0.2): {1: 4.0},
+        ("b", 0.1): {0: 0.0, 1: 0.0},
+        ("b", 0.2): {0: 0.0, 1: 0.0},
+    }
     pooled = compare_all(groups(shifts), [("a", "b")])[0][-1]
     assert (pooled["pooled"], pooled["seeds"]) == (True, [1])
     assert pooled["overall"]["mean"] == pytest.approx(3.0)
@@ -97,7 +106,9 @@ def test_pooling_takes_the_seeds_that_every_budget_has() -> None:
 
 def test_unequal_tokens_are_told() -> None:
     both = groups({("a", 0.1): {0: 1.0}}, trained=1030) | groups({("b", 0.1): {0: 0.0}})
-    assert compare_all(both, [("a", "b")])[1][0].startswith("a trained 1,030 tokens at 10 %, b 1,000: the budgets are not equal")
+    assert compare_all(both, [("a", "b")])[1][0].startswith(
+        "a trained 1,030 tokens at 10 %, b 1,000: the budgets are not equal"
+    )
 
 
 def test_seeds_that_change_nothing_are_told_and_give_no_verdict() -> None:

@@ -90,7 +90,9 @@ def test_a_run_folder_keeps_its_evaluation_and_a_model_folder_is_left_alone(
     assert "eval.json" in capsys.readouterr().out
 
 
-def test_truncated_records_are_counted(model_folder: Path, records_file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_truncated_records_are_counted(
+    model_folder: Path, records_file: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     lengths = sorted(len(sample.ids) for sample in samples_of(records_file, tokenizer))
     limit = lengths[-1] - 1
     result = evaluate(options(model_folder, records_file, max_length=limit))
@@ -176,7 +178,9 @@ def test_batches_padded_on_the_left_answer_as_single_prompts_do(
     assert len(set(together)) > 2
 
 
-def test_questions_do_not_depend_on_the_order_of_the_file(records_file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_questions_do_not_depend_on_the_order_of_the_file(
+    records_file: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     records = read_records([str(records_file)], skip_bad=False)[0]
 
     def chosen(order: list, **more: int) -> tuple[list[str], int]:
@@ -219,14 +223,18 @@ def test_an_adapter_counts_in_loss_and_in_answers(model_folder: Path, records_fi
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForCausalLM.from_pretrained(model_folder)
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
     adapted.peft_config["default"].base_model_name_or_path = str(model_folder)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.mul_(4)
     shutil.copytree(model_folder, tmp_path / "merged")
-    shutil.copytree(model_folder, tmp_path / "run" / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shutil.copytree(
+        model_folder, tmp_path / "run" / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json")
+    )
     adapted.save_pretrained(tmp_path / "run" / "model")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     results = {}

@@ -97,7 +97,9 @@ def test_compare(generated: str, reference: str, expected: Match) -> None:
 
 
 def test_summary_counts_final_answers_only_where_the_reference_has_one() -> None:
-    shares = summarise([("b", Match(True, None)), ("a", Match(False, True)), ("a", Match(True, False)), ("b", Match(False, None))])
+    shares = summarise(
+        [("b", Match(True, None)), ("a", Match(False, True)), ("a", Match(True, False)), ("b", Match(False, None))]
+    )
     assert list(shares["tasks"]) == ["a", "b"]
     assert shares["overall"]["whole"]["mean"] == 0.5
     assert shares["overall"]["whole"]["n"] == 4

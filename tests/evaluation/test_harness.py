@@ -1,4 +1,5 @@
 """`lead-engine lm-eval` with the real lm-eval: own tasks over a local file, and what is refused."""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +19,11 @@ from lead_engine.errors import UserError
 from lead_engine.evaluation.harness import _check_code, _leaves, _names, evaluate, load_tasks
 
 QUESTIONS = [
-    {"question": f"What is {a} + {b}?", "choices": [str(a + b), "Paris", "The long and winding road."], "answer": (a * b) % 3}
+    {
+        "question": f"What is {a} + {b}?",
+        "choices": [str(a + b), "Paris", "The long and winding road."],
+        "answer": (a * b) % 3,
+    }
     for a in range(2, 5)
     for b in range(2, 5)
 ]
@@ -49,8 +54,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     rest = {"own_choice": ("multiple_choice", CHOICE), "own_generate": ("generate_until", GENERATE)}
     for name, (kind, text) in rest.items():
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data, kind=kind, rest="tag: own_both\n" + text))
-    (folder / "code.yaml").write_text(TASK.format(name="own_code", data=data, kind="generate_until", rest="unsafe_code: true\n" + GENERATE))
+        (folder / f"{name}.yaml").write_text(
+            TASK.format(name=name, data=data, kind=kind, rest="tag: own_both\n" + text)
+        )
+    (folder / "code.yaml").write_text(
+        TASK.format(name="own_code", data=data, kind="generate_until", rest="unsafe_code: true\n" + GENERATE)
+    )
     (folder / "group.yaml").write_text("group: own_group\ntask: [own_choice, own_code]\n")
     return folder
 
@@ -61,7 +70,9 @@ def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(r=4, target_modules="all-linear")
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1.0)
@@ -84,9 +95,21 @@ def best_choice(model: PreTrainedModel, tokenizer, question: dict) -> int:
 
 
 @pytest.mark.parametrize("kind", ["whole model", "adapter in a run folder"])
-def test_own_tasks(kind: str, manager, model_folder: Path, adapter_folder: Path, tasks: Path, tmp_path: Path, capsys) -> None:
+def test_own_tasks(
+    kind: str, manager, model_folder: Path, adapter_folder: Path, tasks: Path, tmp_path: Path, capsys
+) -> None:
     folder = model_folder if kind == "whole model" else adapter_folder
-    line = ["lm-eval", "--model", folder, "--tasks", "own_choice,own_generate", "--include-path", tasks, "--out", tmp_path / "out"]
+    line = [
+        "lm-eval",
+        "--model",
+        folder,
+        "--tasks",
+        "own_choice,own_generate",
+        "--include-path",
+        tasks,
+        "--out",
+        tmp_path / "out",
+    ]
     assert main([str(word) for word in line]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
 
@@ -101,7 +124,9 @@ def test_own_tasks(kind: str, manager, model_folder: Path, adapter_folder: Path,
     samples = [json.loads(text) for text in (tmp_path / "out" / "samples-own_choice.jsonl").read_text().splitlines()]
     assert [bool(sample["acc"]) for sample in sorted(samples, key=lambda sample: sample["doc_id"])] == right
 
-    generated = [json.loads(text) for text in (tmp_path / "out" / "samples-own_generate.jsonl").read_text().splitlines()]
+    generated = [
+        json.loads(text) for text in (tmp_path / "out" / "samples-own_generate.jsonl").read_text().splitlines()
+    ]
     for sample in generated[:3]:
         ids = tokenizer(f"{sample['doc']['question']}\nAnswer:", add_special_tokens=False, return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids.input_ids.shape[1] :]
@@ -161,7 +186,10 @@ def test_what_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_data_that_cannot_be_had_is_named(manager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"tydiqa_goldp: its data \(google-research-datasets/tydiqa\) cannot be had here: .*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        UserError,
+        match=r"tydiqa_goldp: its data \(google-research-datasets/tydiqa\) cannot be had here: .*HF_HUB_OFFLINE",
+    ):
         load_tasks(config("tydiqa"))
     with pytest.raises(UserError, match=r"--include-path .*: no such folder"):
         load_tasks(config("gsm8k", include_path=tmp_path / "nowhere"))

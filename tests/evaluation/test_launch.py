@@ -90,7 +90,16 @@ def test_forked_commands_write_to_their_log_and_their_status_decides(tmp_path: P
 
 
 def test_forked_commands_can_be_ended(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lead_engine", "make-pool", "--out", str(tmp_path / "pool"), "--samples", "100000000"]
+    command = [
+        sys.executable,
+        "-m",
+        "lead_engine",
+        "make-pool",
+        "--out",
+        str(tmp_path / "pool"),
+        "--samples",
+        "100000000",
+    ]
     children = [start(command, tmp_path / f"{i}.log", "x") for i in range(2)]
     assert not any(child.finished() for child in children)
     end(children)

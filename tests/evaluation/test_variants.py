@@ -26,13 +26,17 @@ def make_pool(folder: Path) -> Path:
 
 def plan(pool: Path, **more: object) -> dict[str, StudyRun]:
     path = pool.parent / "study.yaml"
-    path.write_text(yaml.safe_dump({"pool": str(pool), "model": "m", "heldout": ["h"], "seeds": [0]} | more, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"pool": str(pool), "model": "m", "heldout": ["h"], "seeds": [0]} | more, sort_keys=False)
+    )
     return {run.name: run for run in plan_runs(read_study(path), pool.parent / "out")}
 
 
 def test_a_variant_is_the_study_with_changes(pool: Path) -> None:
     variants = {"v": {"method": "loss", "selection": {"round_steps": 2}, "optimizer": {"lr": 1e-3}}}
-    runs = plan(pool, methods=["lead"], variants=variants, selection={"round_steps": 7, "max_visits": 3}, lora={"rank": 4})
+    runs = plan(
+        pool, methods=["lead"], variants=variants, selection={"round_steps": 7, "max_visits": 3}, lora={"rank": 4}
+    )
     plain, changed = runs["lead-2.5pct-s0"].train, runs["v-2.5pct-s0"].train
     assert (changed.method, changed.selection.round_steps, changed.optimizer.lr) == ("loss", 2, 1e-3)
     assert changed.selection.max_visits == 4  # the study's own is for those that read it
@@ -57,11 +61,22 @@ def test_a_recipe_comes_under_what_the_study_and_the_variant_say(pool: Path) -> 
 
 def test_own_pool_budgets_and_seeds_all_of_one_seed_together(pool: Path, tmp_path: Path) -> None:
     other = make_pool(tmp_path / "other")
-    variants = {"a": {}, "b": {"pool": str(other), "budgets": [0.1], "seeds": [5, 0]}, "whole": {"method": "full", "epochs": 2}}
+    variants = {
+        "a": {},
+        "b": {"pool": str(other), "budgets": [0.1], "seeds": [5, 0]},
+        "whole": {"method": "full", "epochs": 2},
+    }
     runs = plan(pool, variants=variants, budgets=[0.01, 0.02], seeds=[0, 1])
     assert list(runs) == [
-        "a-1pct-s0", "a-2pct-s0", "b-10pct-s0", "whole-200pct-s0", "a-1pct-s1", "a-2pct-s1", "whole-200pct-s1", "b-10pct-s5",
-    ]  # fmt: skip
+        "a-1pct-s0",
+        "a-2pct-s0",
+        "b-10pct-s0",
+        "whole-200pct-s0",
+        "a-1pct-s1",
+        "a-2pct-s1",
+        "whole-200pct-s1",
+        "b-10pct-s5",
+    ]
     assert runs["b-10pct-s0"].train.pool == other
     assert runs["a-1pct-s0"].train.pool == pool
     assert (runs["whole-200pct-s1"].train.epochs, runs["a-1pct-s0"].train.epochs) == (2, 1)
@@ -88,7 +103,10 @@ LEAD = {"methods": ["lead"]}
         ({"variants": {"a": None}}, r"variants\.a: expected a mapping of options, found nothing"),
         ({"variants": {"a": {"metod": "lead"}}}, r"variants\.a: metod: unknown key; did you mean method\?"),
         ({"variants": {"a": {"out": "x"}}}, r"variants\.a: out: unknown key"),
-        ({"variants": {"a": {"selection": {"bandid": "none"}}}}, r"variants\.a: selection\.bandid: unknown key; did you mean bandit"),
+        (
+            {"variants": {"a": {"selection": {"bandid": "none"}}}},
+            r"variants\.a: selection\.bandid: unknown key; did you mean bandit",
+        ),
         ({"variants": {"a": {"selection": {"bandit": "best"}}}}, r"variants\.a: selection\.bandit: expected one of"),
         ({"variants": {"a": {"batch": {"capacity": 2}}}}, r"variants\.a: batch\.capacity 2: must be at least 16"),
         ({"variants": {"a": {"budgets": [2.0]}}}, r"variants\.a: budgets \(2.0,\): must be shares"),
@@ -109,8 +127,14 @@ LEAD = {"methods": ["lead"]}
             {"variants": {"a": {"method": "random-matched", "match": "b"}, "b": {"budgets": [0.5]}}},
             r"variants\.a: match: b has no run with budget 0\.025",
         ),
-        ({"variants": {"a": {"method": "random-matched", "match": "b"}, "b": {"seeds": [1]}}}, r"match: b has no run with seed 0"),
-        ({"variants": {"a": {"method": "random-matched", "match": "b"}, "b": {"method": "full"}}}, r"b has no run with budget"),
+        (
+            {"variants": {"a": {"method": "random-matched", "match": "b"}, "b": {"seeds": [1]}}},
+            r"match: b has no run with seed 0",
+        ),
+        (
+            {"variants": {"a": {"method": "random-matched", "match": "b"}, "b": {"method": "full"}}},
+            r"b has no run with budget",
+        ),
         ({"variants": {"a": {"method": "random-matched", "match": "a"}}}, r"match: a is random-matched itself"),
         (
             {"variants": {"a": {"method": "random-matched", "match": "b"}, "b": {"pool": "elsewhere"}}},

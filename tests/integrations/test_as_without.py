@@ -47,9 +47,7 @@ def keys(trainer: Any) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def text() -> Dataset:
-    rows = [
-        {"prompt": f"say {WORDS[i % 8]} {i}:", "completion": f" {' '.join(WORDS[: 1 + i % 7])}"} for i in range(20)
-    ]
+    rows = [{"prompt": f"say {WORDS[i % 8]} {i}:", "completion": f" {' '.join(WORDS[: 1 + i % 7])}"} for i in range(20)]
     return Dataset.from_list(rows)
 
 
@@ -64,9 +62,13 @@ def sft(make_model, make_args, load):
         plain = {"bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 2, "max_length": None}
         args = options.pop("args", None) or make_args(SFTConfig, **{**plain, **options})
         return cls(
-            model=load(folder), args=args, train_dataset=dataset, callbacks=callbacks,
-            processing_class=tokenizer or AutoTokenizer.from_pretrained(folder), **(given or {}),
-        )  # fmt: skip
+            model=load(folder),
+            args=args,
+            train_dataset=dataset,
+            callbacks=callbacks,
+            processing_class=tokenizer or AutoTokenizer.from_pretrained(folder),
+            **(given or {}),
+        )
 
     return make
 
@@ -90,8 +92,10 @@ def test_epochs_events_and_logs(sft, text) -> None:
     (plain, expected), (trainer, events) = found["without"], found["with"]
     assert events == expected
     assert [event[:3] for event in events if event[0] == "epoch_end"] == [
-        ("epoch_end", 5, 1.0), ("epoch_end", 10, 2.0), ("epoch_end", 12, 2.4)
-    ]  # fmt: skip
+        ("epoch_end", 5, 1.0),
+        ("epoch_end", 10, 2.0),
+        ("epoch_end", 12, 2.4),
+    ]
     assert keys(trainer) == keys(plain)
     for line in trainer.state.log_history:
         if "loss" in line:
@@ -108,9 +112,15 @@ def test_a_run_that_its_budget_ends_saves_and_evaluates_as_at_any_end(
     """Fewer steps than max_steps: the budget wins. 18 rows, 4 a step: 5 steps an epoch, the last as full as any."""
     folder, pool = make_model(), make_pool(samples=18)
     args = make_args(
-        per_device_train_batch_size=2, max_steps=100, save_strategy="steps", save_steps=3, eval_strategy="steps",
-        eval_steps=3, metric_for_best_model="eval_loss", load_best_model_at_end=True,
-    )  # fmt: skip
+        per_device_train_batch_size=2,
+        max_steps=100,
+        save_strategy="steps",
+        save_steps=3,
+        eval_strategy="steps",
+        eval_steps=3,
+        metric_for_best_model="eval_loss",
+        load_best_model_at_end=True,
+    )
     rows, seen = lead(pool).dataset(), Seen()
     trainer = lead(pool, budget=1.4, options={"max_visits": 9}).trainer(Trainer)(
         model=load(folder),
@@ -119,9 +129,7 @@ def test_a_run_that_its_budget_ends_saves_and_evaluates_as_at_any_end(
         eval_dataset=rows.select(range(4)),
         callbacks=[seen],
     )
-    assert (
-        len(trainer.get_train_dataloader()) == 9
-    )  # nothing is planned yet: the plain one, whose rows are all of them
+    assert len(trainer.get_train_dataloader()) == 9  # nothing is planned yet: the plain one, whose rows are all of them
     first = next(iter(trainer.get_train_dataloader()))
     assert sorted(first) == ["attention_mask", "input_ids", "labels"]
     trainer.train()
@@ -225,8 +233,9 @@ def test_evaluation_of_every_kind(sft, text) -> None:
 
     given = {
         "eval_dataset": {"few": text.select(range(4)), "more": text.select(range(4, 9))},
-        "compute_metrics": metrics, "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
-    }  # fmt: skip
+        "compute_metrics": metrics,
+        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+    }
     results = []
     for cls in (SFTTrainer, lead().trainer(SFTTrainer)):
         trainer = sft(cls, text, given=given, max_steps=2)

@@ -1,4 +1,5 @@
 """Several ranks, and a run that goes on from a checkpoint, also in the middle of a round."""
+
 from __future__ import annotations
 
 import json
@@ -22,25 +23,47 @@ def losses(trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("pool_given", [True, False], ids=["pool", "rows scored by both ranks"])
-def test_two_ranks_are_one_with_twice_the_accumulation(make_pool, make_model, make_args, load, collator, tmp_path, pool_given) -> None:
+def test_two_ranks_are_one_with_twice_the_accumulation(
+    make_pool, make_model, make_args, load, collator, tmp_path, pool_given
+) -> None:
     pool, model = make_pool(), make_model()
-    steps, budget = (9, None) if pool_given else (100, 0.29)  # a budget that ends with a step too short for the second rank
+    steps, budget = (
+        (9, None) if pool_given else (100, 0.29)
+    )  # a budget that ends with a step too short for the second rank
     # The paper's change from exact gradients shows their scale, which DDP's mean over ranks would change; `inner` is a ratio.
     chosen = {"loss_change": "paper", "inner_form": "exact", "draw": "cluster"} if pool_given else {}
     one = lead(pool if pool_given else None, budget, options=SelectionConfig(**chosen)).trainer(Trainer)(
-        model=load(model), args=make_args(max_steps=steps, gradient_accumulation_steps=4), data_collator=collator(model),
+        model=load(model),
+        args=make_args(max_steps=steps, gradient_accumulation_steps=4),
+        data_collator=collator(model),
         train_dataset=lead(pool).dataset(),
-    )  # fmt: skip
+    )
     one.train()
     *_, last = [json.loads(line) for line in (Path(one.args.output_dir) / "selection.jsonl").read_text().splitlines()]
     assert len(last["ids"][-1]) == 16 if pool_given else 0 < len(last["ids"][-1]) <= 8
     options = make_args(max_steps=steps, gradient_accumulation_steps=2).to_dict()
     wanted = (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "adam_beta2", "optim",
-        "weight_decay", "max_grad_norm", "logging_steps", "report_to", "seed", "disable_tqdm", "use_cpu", "max_steps",
-            "logging_nan_inf_filter",
-    )  # fmt: skip
-    options = {name: options[name] for name in wanted} | {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 6}
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "adam_beta2",
+        "optim",
+        "weight_decay",
+        "max_grad_norm",
+        "logging_steps",
+        "report_to",
+        "seed",
+        "disable_tqdm",
+        "use_cpu",
+        "max_steps",
+        "logging_nan_inf_filter",
+    )
+    options = {name: options[name] for name in wanted} | {
+        "ddp_backend": "gloo",
+        "save_strategy": "steps",
+        "save_steps": 6,
+    }
     first, second = train(pool, model, tmp_path, options, score=not pool_given, budget=budget, selection=chosen)
     assert first["utility"] == second["utility"]  # bit for bit
     assert first["visits"] == second["visits"]
@@ -48,7 +71,9 @@ def test_two_ranks_are_one_with_twice_the_accumulation(make_pool, make_model, ma
     samples = one.lead_rounds.selector.samples
     assert first["visits"] == samples.visits.tolist()
     torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(losses(one)), rtol=0, atol=5e-5)
-    torch.testing.assert_close(torch.tensor(first["utility"]), samples.utility, rtol=0, atol=5e-5 if pool_given else 5e-4)
+    torch.testing.assert_close(
+        torch.tensor(first["utility"]), samples.utility, rtol=0, atol=5e-5 if pool_given else 5e-4
+    )
     if not pool_given:
         return
     (tmp_path / "rank0.json").unlink()
@@ -71,7 +96,14 @@ def test_a_resumed_run_is_the_run_bit_for_bit(make_pool, make_model, make_args, 
             ends.append((state.global_step, state.epoch))
 
     def make(out: Path, **options: object):
-        args = make_args(output_dir=str(out), max_steps=13, save_strategy="steps", save_steps=2, lr_scheduler_type="cosine", **options)
+        args = make_args(
+            output_dir=str(out),
+            max_steps=13,
+            save_strategy="steps",
+            save_steps=2,
+            lr_scheduler_type="cosine",
+            **options,
+        )
         pad = collator(model)
         return selection.trainer(Trainer)(model=load(model), args=args, data_collator=pad, callbacks=[Epochs()])
 
@@ -84,7 +116,9 @@ def test_a_resumed_run_is_the_run_bit_for_bit(make_pool, make_model, make_args, 
     for step in (6, 8):
         resumed = make(tmp_path / f"from {step}")
         Path(resumed.args.output_dir).mkdir(exist_ok=True)
-        (Path(resumed.args.output_dir) / "selection.jsonl").write_text(log)  # what a killed run leaves: more than its checkpoint
+        (Path(resumed.args.output_dir) / "selection.jsonl").write_text(
+            log
+        )  # what a killed run leaves: more than its checkpoint
         ends.clear()
         resumed.train(resume_from_checkpoint=tmp_path / "whole" / f"checkpoint-{step}")
         assert ends == [(10, 2.0), (13, pytest.approx(2.6))]
@@ -131,7 +165,9 @@ def test_checkpoints_of_other_runs_are_refused(make_pool, make_model, make_args,
     own = tmp_path / "own" / "checkpoint-2"
     with pytest.raises(UserError, match="hash of all rows"):
         make(lead(), tmp_path / "own", rows=changed).train(resume_from_checkpoint=own)
-    with pytest.raises(UserError, match=r"checkpoint-2: the run began with 60 rows, train_dataset has 59; give the rows"):
+    with pytest.raises(
+        UserError, match=r"checkpoint-2: the run began with 60 rows, train_dataset has 59; give the rows"
+    ):
         make(lead(), tmp_path / "own", rows=rows.select(range(59))).train(resume_from_checkpoint=own)
     moved = make(lead(), tmp_path / "moved", rows=rows)
     moved.train(resume_from_checkpoint=own)  # from another folder: the scores lie beside the checkpoint

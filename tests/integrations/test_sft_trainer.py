@@ -1,4 +1,5 @@
 """LEAD inside TRL's SFTTrainer: losses by TRL's own path, by the engine's; and what TRL's preparation does to rows."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,11 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 @pytest.fixture(scope="module")
 def records() -> Dataset:
     rows = [
-        {"prompt": f"say {' '.join(WORDS[i % 8 :])} {i} ", "completion": " ".join(WORDS[: 1 + i % 7]), "dataset": ["a", "b"][i % 2]}
+        {
+            "prompt": f"say {' '.join(WORDS[i % 8 :])} {i} ",
+            "completion": " ".join(WORDS[: 1 + i % 7]),
+            "dataset": ["a", "b"][i % 2],
+        }
         for i in range(60)
     ]
     return Dataset.from_list(rows)
@@ -29,13 +34,24 @@ def records() -> Dataset:
 
 @pytest.fixture
 def make_trainer(make_model, make_args, load):
-    def make(selection: Any, dataset: Any = None, *, attention: str = "sdpa", model: Any = None, peft: Any = None, **options: Any) -> Any:
+    def make(
+        selection: Any,
+        dataset: Any = None,
+        *,
+        attention: str = "sdpa",
+        model: Any = None,
+        peft: Any = None,
+        **options: Any,
+    ) -> Any:
         folder = make_model()
         plain = {"bf16": False, "gradient_checkpointing": False, "max_steps": 4, "max_length": None}
         return selection.trainer(SFTTrainer)(
-            model=model or load(folder, attn_implementation=attention), args=make_args(SFTConfig, **{**plain, **options}),
-            train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(folder), peft_config=peft,
-        )  # fmt: skip
+            model=model or load(folder, attn_implementation=attention),
+            args=make_args(SFTConfig, **{**plain, **options}),
+            train_dataset=dataset,
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=peft,
+        )
 
     return make
 
@@ -67,7 +83,9 @@ def test_completion_only_losses_are_trls_own(make_trainer, records, options) -> 
         starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["position_ids"].shape[1]]
     else:
         starts = [i * (batch["labels"].shape[1] - 1) for i in range(len(ids) + 1)]
-    expected = [-log_probs[a:b].sum() / trainer._lead_counts[i] for i, a, b in zip(ids, starts[:-1], starts[1:], strict=True)]
+    expected = [
+        -log_probs[a:b].sum() / trainer._lead_counts[i] for i, a, b in zip(ids, starts[:-1], starts[1:], strict=True)
+    ]
     torch.testing.assert_close(head.sample_nll, torch.stack(expected), rtol=0, atol=5e-6)
     assert head.sample_tokens.tolist() == trainer._lead_counts[ids].tolist()
     torch.testing.assert_close(head.loss, loss, rtol=0, atol=5e-6)
@@ -86,11 +104,17 @@ def test_losses_are_the_engines(make_trainer, make_pool, make_model, engine_roun
     for options in ({"shuffle_dataset": True, "gradient_checkpointing": True}, {"padding_free": True}):
         trainer = make_trainer(lead(pool), max_steps=8, **options)
         trainer.train()
-        log = [json.loads(line) for line in (Path(trainer.args.output_dir) / "selection.jsonl").read_text().splitlines()]
+        log = [
+            json.loads(line) for line in (Path(trainer.args.output_dir) / "selection.jsonl").read_text().splitlines()
+        ]
         assert [line["ids"] for line in log] == [report.sample_ids for report in reports], options
         ours = torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])
-        torch.testing.assert_close(ours, torch.tensor([x for report in reports for x in report.losses]), rtol=0, atol=5e-5)
-        torch.testing.assert_close(trainer.lead_rounds.selector.samples.utility, selector.samples.utility, rtol=0, atol=5e-4)
+        torch.testing.assert_close(
+            ours, torch.tensor([x for report in reports for x in report.losses]), rtol=0, atol=5e-5
+        )
+        torch.testing.assert_close(
+            trainer.lead_rounds.selector.samples.utility, selector.samples.utility, rtol=0, atol=5e-4
+        )
 
 
 def test_a_model_with_adapters(make_trainer, make_pool) -> None:
@@ -100,7 +124,9 @@ def test_a_model_with_adapters(make_trainer, make_pool) -> None:
     pool = make_pool()
     whole = make_trainer(lead(pool), max_steps=1)
     whole.train()
-    trainer = make_trainer(lead(pool), max_steps=6, peft=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trainer = make_trainer(
+        lead(pool), max_steps=6, peft=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     first, *_ = (line["loss"] for line in trainer.state.log_history if "loss" in line)
@@ -109,7 +135,9 @@ def test_a_model_with_adapters(make_trainer, make_pool) -> None:
     assert moved
     assert all("lora_" in name for name in moved)
     visited = trainer.lead_rounds.selector.samples.visits > 0
-    assert not torch.equal(trainer.lead_rounds.selector.samples.utility[visited][:-1], lead(pool).state().utility[visited[:-1]])
+    assert not torch.equal(
+        trainer.lead_rounds.selector.samples.utility[visited][:-1], lead(pool).state().utility[visited[:-1]]
+    )
     with pytest.raises(ValueError, match="lm_head"):  # TRL's own
         make_trainer(lead(pool), peft=LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"))
 

@@ -1,4 +1,5 @@
 """LEAD inside transformers' Trainer against the engine's own loop: the same samples, the same losses, the same U."""
+
 from __future__ import annotations
 
 import json
@@ -35,7 +36,9 @@ def losses(trainer) -> list[float]:
     ],
     ids=["default", "exact", "paper"],
 )
-def test_rounds_losses_and_utility_are_the_engines(make_pool, make_model, make_args, load, collator, engine_rounds, options) -> None:
+def test_rounds_losses_and_utility_are_the_engines(
+    make_pool, make_model, make_args, load, collator, engine_rounds, options
+) -> None:
     pool, model = make_pool(), make_model()
     selection = lead(pool, options=options)
     args = make_args(max_steps=10)  # two rounds of four steps, and half of a third
@@ -51,7 +54,9 @@ def test_rounds_losses_and_utility_are_the_engines(make_pool, make_model, make_a
     own, trained = trainer.lead_rounds.selector.samples, trainer.lead_rounds.selector.samples.visits
     whole = (trained > 0) & (trained == selector.samples.visits)  # not those of the engine's last two steps
     assert whole.sum() > 40
-    limit = LOSS if options.loss_change == "paper" else UTILITY  # the paper's is small here, and is not scaled by a difference
+    limit = (
+        LOSS if options.loss_change == "paper" else UTILITY
+    )  # the paper's is small here, and is not scaled by a difference
     torch.testing.assert_close(own.utility[whole], selector.samples.utility[whole], **limit)
     assert trainer.state.log_history[-2]["lead_tokens"] == sum(line["tokens"] for line in ours)
 
@@ -60,11 +65,15 @@ def test_the_budget_is_the_engines_and_the_last_step_may_be_short(
     make_pool, make_model, make_args, load, collator, engine_rounds, capsys
 ) -> None:
     pool, model = make_pool(), make_model()
-    trainer = lead(pool, budget=0.33).trainer(Trainer)(model=load(model), args=make_args(max_steps=1000), data_collator=collator(model))
+    trainer = lead(pool, budget=0.33).trainer(Trainer)(
+        model=load(model), args=make_args(max_steps=1000), data_collator=collator(model)
+    )
     trainer.train()
     reports, _ = engine_rounds(pool, model, budget=0.33)
     assert [line["ids"] for line in lines(trainer)] == [report.sample_ids for report in reports]
-    torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor([x for report in reports for x in report.losses]), **LOSS)
+    torch.testing.assert_close(
+        torch.tensor(losses(trainer)), torch.tensor([x for report in reports for x in report.losses]), **LOSS
+    )
     assert len(reports[-1].sample_ids[-1]) not in (0, 8)
     assert trainer.state.global_step < 1000
     assert "nothing is left to train after step" in capsys.readouterr().out
@@ -75,7 +84,9 @@ def test_steps_follow_from_the_budget(make_pool, make_model, make_args, load, co
     trainer = make(model=load(make_model()), args=make_args(), data_collator=collator(make_model()))
     assert trainer.args.max_steps == 200 * 0.2 / 8
     with pytest.raises(UserError, match="max_steps"):
-        lead(make_pool()).trainer(Trainer)(model=load(make_model()), args=make_args(), data_collator=collator(make_model()))
+        lead(make_pool()).trainer(Trainer)(
+            model=load(make_model()), args=make_args(), data_collator=collator(make_model())
+        )
 
 
 def test_no_estimate_takes_a_loss_below_zero(make_pool, make_model, make_args, load, collator) -> None:
@@ -131,7 +142,9 @@ def by_logits(model, batch) -> torch.Tensor:
 def test_losses_are_those_of_the_models_logits(make_pool, make_model, make_args, load, collator, kind, options) -> None:
     folder = make_model(kind, **options)
     make = lead(make_pool(samples=40)).trainer(Trainer)
-    trainer = make(model=load(folder, attn_implementation="eager"), args=make_args(max_steps=1), data_collator=collator(folder))
+    trainer = make(
+        model=load(folder, attn_implementation="eager"), args=make_args(max_steps=1), data_collator=collator(folder)
+    )
     if trainer.model.get_output_embeddings().bias is not None:
         torch.nn.init.normal_(trainer.model.get_output_embeddings().bias)
     ids, head, batch = first_batch(trainer)
@@ -142,7 +155,9 @@ def test_losses_are_those_of_the_models_logits(make_pool, make_model, make_args,
 def test_a_head_that_is_more_than_a_product_is_found_out(make_pool, make_model, make_args, load, collator) -> None:
     model = load(make_model())
     model.lm_head.register_forward_hook(lambda module, inputs, output: 1.3 * output)
-    trainer = lead(make_pool(samples=40)).trainer(Trainer)(model=model, args=make_args(max_steps=1), data_collator=collator(make_model()))
+    trainer = lead(make_pool(samples=40)).trainer(Trainer)(
+        model=model, args=make_args(max_steps=1), data_collator=collator(make_model())
+    )
     with pytest.raises(UserError, match="something else stands between"):
         trainer.train()
 
@@ -158,12 +173,16 @@ def test_bf16_is_as_exact_as_the_models_own(make_pool, make_model, make_args, lo
     assert (head.sample_nll - exact).abs().max() <= 1.2 * (theirs - exact).abs().max()
     trainer.train()
     assert all(5 < loss < 7 for loss in losses(trainer))
-    whole = make(model=load(folder).bfloat16(), args=make_args(max_steps=5), data_collator=collator(folder))  # bf16 weights
+    whole = make(
+        model=load(folder).bfloat16(), args=make_args(max_steps=5), data_collator=collator(folder)
+    )  # bf16 weights
     whole.train()
     assert losses(whole) == pytest.approx(losses(trainer), abs=0.1)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(make_pool, make_model, make_args, load, collator) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
+    make_pool, make_model, make_args, load, collator
+) -> None:
     """Trainer logs such losses as 0 (trl #6668) and trains on: every weight is lost."""
     pool, folder = make_pool(samples=60), make_model()
     rows = lead(pool).dataset()
@@ -172,7 +191,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(make_pool, m
         model.get_input_embeddings().weight[token] = torch.inf
     has = [i for i, row in enumerate(rows) if token in row["input_ids"]]
     trainer = lead(pool).trainer(Trainer)(model=model, args=make_args(max_steps=30), data_collator=collator(folder))
-    with pytest.raises(UserError, match=r"the loss of train_dataset's rows \[[\d, ]+\] is not a finite number") as raised:
+    with pytest.raises(
+        UserError, match=r"the loss of train_dataset's rows \[[\d, ]+\] is not a finite number"
+    ) as raised:
         trainer.train()
     named = json.loads(str(raised.value).partition("rows ")[2].partition("]")[0] + "]")
     assert named
@@ -188,9 +209,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(make_pool, m
 def test_evaluation_is_the_trainers_own(make_pool, make_model, make_args, load, collator) -> None:
     pool, folder = make_pool(samples=80), make_model()
     held_out = lead(make_pool(samples=10, seed=5)).dataset()
-    plain = Trainer(model=load(folder), args=make_args(), data_collator=collator(folder), eval_dataset=held_out).evaluate()
+    plain = Trainer(
+        model=load(folder), args=make_args(), data_collator=collator(folder), eval_dataset=held_out
+    ).evaluate()
     args = make_args(max_steps=6, eval_strategy="steps", eval_steps=3, eval_on_start=True)
-    trainer = lead(pool).trainer(Trainer)(model=load(folder), args=args, data_collator=collator(folder), eval_dataset=held_out)
+    trainer = lead(pool).trainer(Trainer)(
+        model=load(folder), args=args, data_collator=collator(folder), eval_dataset=held_out
+    )
     trainer.train()
     measured = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     assert len(measured) == 3
@@ -209,14 +234,18 @@ def test_batches_that_are_not_what_was_planned_are_refused(make_pool, make_model
     left = collator(make_model())
     left.tokenizer.padding_side = "left"
     wrong = (
-        (cuts, "cut nothing"), (lambda rows: pad(rows[::-1]), "keep the order"),
-        (lambda rows: pad(rows[:1]), "1 rows of 2"), (left, "padding_side = 'right'"),
-    )  # fmt: skip
+        (cuts, "cut nothing"),
+        (lambda rows: pad(rows[::-1]), "keep the order"),
+        (lambda rows: pad(rows[:1]), "1 rows of 2"),
+        (left, "padding_side = 'right'"),
+    )
     for collate, words in wrong:
         make = lead(make_pool(samples=40)).trainer(Trainer)
         with pytest.raises(UserError, match=words):
             make(model=load(folder), args=make_args(max_steps=1), data_collator=collate)
-    trainer = lead(make_pool(samples=40)).trainer(Trainer)(model=load(folder), args=make_args(max_steps=1), data_collator=pad)
+    trainer = lead(make_pool(samples=40)).trainer(Trainer)(
+        model=load(folder), args=make_args(max_steps=1), data_collator=pad
+    )
     trainer._lead_begin(None)
     trainer.state.max_steps, trainer._lead_running = 4, True
     batches = iter(trainer.get_train_dataloader())
@@ -230,14 +259,25 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
 
     pool, folder, pad = make_pool(samples=40), make_model(), collator(make_model())
     for wrong, words in (
-        ({"method": "rescore"}, "only `lead-engine train` does"), ({"method": "full"}, "selects nothing"),
-        ({"method": "lucky"}, "no such method"), ({"budget": 0.0}, "budget"), ({"pool": tmp_path}, "no such file"),
-        ({"budget": float("nan")}, "budget=...\\) nan: must be"), ({"budget": "some"}, "must be a number"),
-        ({"budget": True}, "must be a number"), ({"budget": float("inf")}, "1000"), ({"budget": "1e9"}, "1000"),
-        ({"method": ["lead"]}, "no such method"), ({"pool": 3}, "must be a path"), ({"pool": ""}, "must be the name"),
-        ({"seed": -1}, "between 0"), ({"seed": 2**32}, "between 0"), ({"seed": "x"}, "a whole number"),
-        ({"options": {"round_step": 2}}, "round_step"), ({"options": "lead"}, "must be a SelectionConfig"),
-    ):  # fmt: skip
+        ({"method": "rescore"}, "only `lead-engine train` does"),
+        ({"method": "full"}, "selects nothing"),
+        ({"method": "lucky"}, "no such method"),
+        ({"budget": 0.0}, "budget"),
+        ({"pool": tmp_path}, "no such file"),
+        ({"budget": float("nan")}, "budget=...\\) nan: must be"),
+        ({"budget": "some"}, "must be a number"),
+        ({"budget": True}, "must be a number"),
+        ({"budget": float("inf")}, "1000"),
+        ({"budget": "1e9"}, "1000"),
+        ({"method": ["lead"]}, "no such method"),
+        ({"pool": 3}, "must be a path"),
+        ({"pool": ""}, "must be the name"),
+        ({"seed": -1}, "between 0"),
+        ({"seed": 2**32}, "between 0"),
+        ({"seed": "x"}, "a whole number"),
+        ({"options": {"round_step": 2}}, "round_step"),
+        ({"options": "lead"}, "must be a SelectionConfig"),
+    ):
         with pytest.raises(UserError, match=words):
             lead(**wrong)
     with pytest.raises(UserError, match="made of transformers' Trainer"):
@@ -251,7 +291,9 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
         lead(pool).trainer(OwnLoss)
 
     def build(**options: object):
-        return lead(pool).trainer(Trainer)(**{"model": load(folder), "args": make_args(max_steps=1), "data_collator": pad, **options})
+        return lead(pool).trainer(Trainer)(
+            **{"model": load(folder), "args": make_args(max_steps=1), "data_collator": pad, **options}
+        )
 
     with pytest.raises(UserError, match="compute_loss_func"):
         build(compute_loss_func=lambda *_: None)
@@ -259,10 +301,12 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
         build(model=None, model_init=lambda: load(folder))
     rows = lead(pool).dataset()
     for wrong, words in (
-        ({"train": rows}, r"dataset\['train'\]"), (rows.select([]), "no rows"), ([], "no rows"),
+        ({"train": rows}, r"dataset\['train'\]"),
+        (rows.select([]), "no rows"),
+        ([], "no rows"),
         (Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5, 6]]}), "row 0 has 3 input_ids and 2 labels"),
         (Dataset.from_dict({"input_ids": [[5, 320]] * 2, "labels": [[5, 6]] * 2}), "for 320 tokens.* token 320"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=words):
             lead().trainer(Trainer)(
                 model=load(folder), args=make_args(max_steps=1), data_collator=pad, train_dataset=wrong
@@ -285,9 +329,11 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
         build(model=load(mixture))
     with pytest.raises(UserError, match=r"give lead\(budget=...\) or max_steps"):
         lead().trainer(Trainer)(
-            model=load(folder), args=make_args(), data_collator=pad,
+            model=load(folder),
+            args=make_args(),
+            data_collator=pad,
             train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5, 6, 7]]}),
-        )  # fmt: skip
+        )
 
 
 def test_other_methods_follow_too(make_pool, make_model, make_args, load, collator, engine_rounds) -> None:
@@ -295,7 +341,9 @@ def test_other_methods_follow_too(make_pool, make_model, make_args, load, collat
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
     pool, folder = make_pool(), make_model()
-    trainer = lead(pool, method="random").trainer(Trainer)(model=load(folder), args=make_args(max_steps=4), data_collator=collator(folder))
+    trainer = lead(pool, method="random").trainer(Trainer)(
+        model=load(folder), args=make_args(max_steps=4), data_collator=collator(folder)
+    )
     trainer.train()
     reports, _ = engine_rounds(pool, folder, rounds=1, method="random")
     assert lines(trainer)[0]["ids"] == reports[0].sample_ids
@@ -309,7 +357,9 @@ def test_other_methods_follow_too(make_pool, make_model, make_args, load, collat
             return {"input_ids": [4 + (i * j) % 200 for j in range(1, 6 + i % 9)]}
 
     pad = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(folder), mlm=False)
-    trainer = lead(budget=1.0).trainer(Trainer)(model=load(folder), args=make_args(), data_collator=pad, train_dataset=Rows())
+    trainer = lead(budget=1.0).trainer(Trainer)(
+        model=load(folder), args=make_args(), data_collator=pad, train_dataset=Rows()
+    )
     assert trainer._lead_counts.tolist() == [n - 1 for n in trainer._lead_lengths.tolist()]
     trainer.train()
     assert trainer.state.global_step <= trainer.args.max_steps == 5

@@ -1,4 +1,5 @@
 """Options of `train` that go together train together; those that do not are refused at the start, for the reason that the docs give."""
+
 from __future__ import annotations
 
 import functools
@@ -12,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from lead_engine.config import RECIPES, BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
+from lead_engine.config import (
+    RECIPES,
+    BatchConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+    SelectionConfig,
+    TrainConfig,
+)
 from lead_engine.errors import UserError
 from lead_engine.training import combinations, train
 from lead_engine.training.combinations import AXES, check_combination, pairs, refusal, table
@@ -45,7 +54,9 @@ def covering_rows() -> list[tuple[str, ...]]:
     of_row = {row: [frozenset(pair) for pair in itertools.combinations(row, 2)] for row in candidates}
     rows = []
     while wanted:
-        best = max(candidates, key=lambda row: (sum(p in wanted for p in of_row[row]), -sum(value in COSTLY for value in row)))
+        best = max(
+            candidates, key=lambda row: (sum(p in wanted for p in of_row[row]), -sum(value in COSTLY for value in row))
+        )
         wanted.difference_update(of_row[best])
         rows.append(best)
     return rows
@@ -76,7 +87,9 @@ def train_forked(config: TrainConfig, ranks: int, log: Path) -> list[str]:
         torch.cuda.is_available = lambda: False
         torch._dynamo.reset()
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
         error = ""
         try:
             train.run(config)
@@ -105,7 +118,9 @@ def train_forked(config: TrainConfig, ranks: int, log: Path) -> list[str]:
 def folders(make_pool, make_model, tmp_path_factory) -> dict[str, Path]:
     """The pool, and a model of every kind: wide enough for 4 bits."""
     shape = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1}
-    torch.compile(torch.sin, backend="aot_eager")(torch.ones(1, requires_grad=True)).backward()  # imports what forked ranks then have
+    torch.compile(torch.sin, backend="aot_eager")(
+        torch.ones(1, requires_grad=True)
+    ).backward()  # imports what forked ranks then have
     heldout = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
     records = [{"prompt": f"say {i}", "completion": "word " * i} for i in range(1, 4)]
     heldout.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -147,8 +162,10 @@ def test_every_pair_trains(folders: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("refused", combinations.REFUSED, ids=lambda refused: f"{refused.first}, {refused.second}")
 def test_every_refused_pair_is_refused(refused: combinations.Refused, folders: dict[str, Path], tmp_path: Path) -> None:
     plain = [next(iter(values)) for values in AXES.values()]
-    row = tuple(next((value for value in (refused.first, refused.second) if value in values), default) for values, default in
-                zip(AXES.values(), plain, strict=True))
+    row = tuple(
+        next((value for value in (refused.first, refused.second) if value in values), default)
+        for values, default in zip(AXES.values(), plain, strict=True)
+    )
     [error] = train_forked(config_of(row, folders, tmp_path / "run"), 1, tmp_path / "log")
     assert refused.reason in error
     assert error.startswith("--lora.")
@@ -178,7 +195,16 @@ def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refused_before_anything_is_loaded(run_ranks, make_pool, make_model, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ["--pool", make_pool(samples=60), "--model", make_model("llama"), "--out", out, "--batch.micro-batches", "3"]
+    options = [
+        "--pool",
+        make_pool(samples=60),
+        "--model",
+        make_model("llama"),
+        "--out",
+        out,
+        "--batch.micro-batches",
+        "3",
+    ]
     told = run_ranks("train", *options, "--runtime.replicate", "2", ranks=3, check=False)
     assert "--runtime.replicate 2: 3 ranks cannot be parted into so many equal groups" in told.output(0)
     assert "Traceback" not in told.output()

@@ -7,6 +7,7 @@ TOLERANCE is a few times what the plain run itself is off by, which the run in f
 the steps of (loss, gradient norm): all classes from the plain run (8e-8, 3e-7), the plain run from float64 (1.3e-7, 2.7e-7). Estimates of
 mean change: 5e-6 between classes. They rest on a difference of two inner products that agree in four or five digits.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,9 +34,19 @@ from separate import reference
 TOLERANCE = {"loss": 1e-6, "grad_norm": 2e-6, "mean_change": 3e-5}
 LONGEST, SAMPLES_A_STEP = 40, 8
 COMMON = [
-    "--budget", "0.5", "--selection.round-steps", "2", "--selection.sketch-dim", "8", "--selection.calibrate-every", "2",
-    "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
-]  # fmt: skip
+    "--budget",
+    "0.5",
+    "--selection.round-steps",
+    "2",
+    "--selection.sketch-dim",
+    "8",
+    "--selection.calibrate-every",
+    "2",
+    "--optimizer.lr",
+    "1e-3",
+    "--runtime.precision",
+    "fp32",
+]
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,14 @@ class Run:
 
     def arguments(self) -> list[str]:
         slots = SAMPLES_A_STEP // self.micro_batches
-        packing = ["--batch.micro-batches", self.micro_batches, "--batch.slots", slots, "--batch.capacity", slots * LONGEST]
+        packing = [
+            "--batch.micro-batches",
+            self.micro_batches,
+            "--batch.slots",
+            slots,
+            "--batch.capacity",
+            slots * LONGEST,
+        ]
         return [*map(str, packing), *fitting(COMMON, *self.weights.split(), *self.flags.split())]
 
 
@@ -88,7 +106,9 @@ class Log:
 def read(folder: Path) -> Log:
     files = ("metrics.jsonl", "selection.jsonl")
     metrics, rounds = ([json.loads(line) for line in (folder / name).read_text().splitlines()] for name in files)
-    return Log(folder, {key: np.array([line[key] for line in metrics]) for key in TOLERANCE}, [line["ids"] for line in rounds])
+    return Log(
+        folder, {key: np.array([line[key] for line in metrics]) for key in TOLERANCE}, [line["ids"] for line in rounds]
+    )
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
@@ -156,7 +176,9 @@ def test_resumed_with_replicas_and_without(trained: Callable[..., Log], tmp_path
     keep = ("--checkpoint-every", "1", "--keep-checkpoints", "9")
     whole = trained(replicas, *keep)
     sharded = trained(CLASSES["4 ranks"], *keep)
-    sizes = [sum(path.stat().st_size for path in log.folder.glob("checkpoints/step-*/*.distcp")) for log in (whole, sharded)]
+    sizes = [
+        sum(path.stat().st_size for path in log.folder.glob("checkpoints/step-*/*.distcp")) for log in (whole, sharded)
+    ]
     assert sizes[0] < 1.2 * sizes[1], "replicas were written more than once"
     resume_from(whole.folder, 2, tmp_path / "again")
     again = trained(replicas, *keep, "--resume", out=tmp_path / "again")
@@ -193,7 +215,9 @@ def test_what_rounding_does(trained: Callable[..., Log], pool: Path, model: Path
     session.engine.distributed = False
     session.engine.model.double()
     observe = session.engine.selector.observe
-    session.engine.selector.observe = lambda ids, loss, change: observe(ids, loss.float(), change.float())  # its state is fp32
+    session.engine.selector.observe = lambda ids, loss, change: observe(
+        ids, loss.float(), change.float()
+    )  # its state is fp32
     rounds = list(session.engine.rounds(Progress(), session.budget))
     exact = [step for each in rounds for step in each.values.read().steps]
     plain = trained(Run(weights="--method random"))
@@ -213,11 +237,15 @@ def test_bf16_is_as_good_as_that_of_transformers(make_pool, model: Path) -> None
     their_losses, theirs = reference(model, store, list(range(16)), torch.bfloat16)
     tokens = int(store.response_rows[:16].sum())
     with process_group() as ranks:
-        ours = build_model(model, device=ranks.device, mesh=ranks.mesh, runtime=RuntimeConfig(precision="bf16"), max_length=LONGEST)
+        ours = build_model(
+            model, device=ranks.device, mesh=ranks.mesh, runtime=RuntimeConfig(precision="bf16"), max_length=LONGEST
+        )
         found = []
         for first in range(0, 16, 4):
             ours.set_requires_gradient_sync(first == 12)
-            head = ours(store.batch(torch.arange(first, first + 4), capacity=4 * LONGEST, num_rows=128), token_weight=1 / tokens)
+            head = ours(
+                store.batch(torch.arange(first, first + 4), capacity=4 * LONGEST, num_rows=128), token_weight=1 / tokens
+            )
             head.loss.backward()
             found.append(head.sample_nll)
         names = ours.checkpoint_names()

@@ -39,10 +39,27 @@ TOLERANCE = 1e-5
 SAMPLES, VOCAB, TASKS, CLUSTERS = 400, 320, ["chat", "code", "maths"], 3
 
 COMMON = [
-    "--budget", "0.3", "--batch.capacity", "96", "--batch.micro-batches", "2", "--batch.slots", "12", "--selection.round-steps", "2",
-    "--selection.sketch-dim", "8", "--selection.calibrate-every", "3", "--optimizer.lr", "2e-3", "--optimizer.weight-decay", "0.1",
-    "--runtime.precision", "fp32",
-]  # fmt: skip
+    "--budget",
+    "0.3",
+    "--batch.capacity",
+    "96",
+    "--batch.micro-batches",
+    "2",
+    "--batch.slots",
+    "12",
+    "--selection.round-steps",
+    "2",
+    "--selection.sketch-dim",
+    "8",
+    "--selection.calibrate-every",
+    "3",
+    "--optimizer.lr",
+    "2e-3",
+    "--optimizer.weight-decay",
+    "0.1",
+    "--runtime.precision",
+    "fp32",
+]
 RUNS: dict[str, tuple[int, list[str]]] = {
     "lead": (0, []),
     "lead, two ranks": (2, []),
@@ -71,7 +88,9 @@ def bits(stream: int, count: int) -> np.ndarray:
 
 def uniform(stream: int, count: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     """fp32 [count] in [low, high)."""
-    return (low + (high - low) * (bits(stream, count) >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
+    return (low + (high - low) * (bits(stream, count) >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(
+        np.float32
+    )
 
 
 def below(stream: int, count: int, limit: int) -> np.ndarray:
@@ -88,11 +107,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(["."], 260)  # bytes, no merges: nothing is learned
     net = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=8, max_position_embeddings=512, tie_word_embeddings=False,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
         )
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for stream, (_, parameter) in enumerate(sorted(net.named_parameters()), 1000):
             spread = 0.25 if parameter.ndim == 2 else 0.1  # larger than usual: differences must show
@@ -154,7 +182,11 @@ def keep(name: str, found: dict[str, Any]) -> None:
     entries = []
     for key in order:
         value = runs[key]
-        inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) if isinstance(value, dict) else ""
+        inner = (
+            ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            if isinstance(value, dict)
+            else ""
+        )
         entries.append(f" {json.dumps(key)}: " + (f"{{\n{inner}\n }}" if inner else json.dumps(value)))
     FILE.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
@@ -171,7 +203,9 @@ def compare(name: str, found: dict[str, Any], golden: dict[str, Any]) -> None:
     expected = golden[name]
     assert found.keys() == expected.keys(), way_out
     for key, values in expected.items():
-        assert len(found[key]) == len(values), f"{key}: {len(found[key])} entries, {len(values)} are written down{way_out}"
+        assert len(found[key]) == len(values), (
+            f"{key}: {len(found[key])} entries, {len(values)} are written down{way_out}"
+        )
         if isinstance(values[0], float):
             error = np.abs(np.array(found[key]) - values) / np.abs(values)
             worst = int(error.argmax())
@@ -185,7 +219,10 @@ def compare(name: str, found: dict[str, Any], golden: dict[str, Any]) -> None:
 
 def read(out: Path) -> dict[str, Any]:
     """Losses and gradient norms of every step, ids of every round."""
-    steps, rounds = ([json.loads(line) for line in (out / name).read_text().splitlines()] for name in ("metrics.jsonl", "selection.jsonl"))
+    steps, rounds = (
+        [json.loads(line) for line in (out / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "selection.jsonl")
+    )
     # Nine digits hold an fp32.
     found = {key: [float(f"{line[key]:.9g}") for line in steps] for key in ("loss", "grad_norm")}
     return {**found, "ids": [[int(name) for name in line["ids"]] for line in rounds]}
@@ -196,7 +233,9 @@ def test_losses_and_choices_are_those_written_down(
     name: str, pool: Path, model: Path, golden: dict[str, Any], run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     ranks, options = RUNS[name]
-    run_ranks("train", "--pool", pool, "--model", model, "--out", tmp_path / "run", *fitting(COMMON, *options), ranks=ranks)
+    run_ranks(
+        "train", "--pool", pool, "--model", model, "--out", tmp_path / "run", *fitting(COMMON, *options), ranks=ranks
+    )
     found = read(tmp_path / "run")
     assert len(found["loss"]) >= 8, "too short a run to tell anything"
     if WRITES and name not in SHARED:
@@ -205,17 +244,42 @@ def test_losses_and_choices_are_those_written_down(
         compare(SHARED.get(name, name), found, golden)
 
 
-def test_prepared_pool_is_the_one_written_down(model: Path, golden: dict[str, Any], run_ranks: Callable[..., Any], tmp_path: Path) -> None:
+def test_prepared_pool_is_the_one_written_down(
+    model: Path, golden: dict[str, Any], run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
     """From records to utility, difficulty and clusters: template, tokens, warm-up training, scoring, k-means."""
     run_ranks("make-pool", "--out", tmp_path / "made", "--samples", "100", ranks=0)
     run_ranks(
-        "prepare", "--pool", tmp_path / "made" / "pool.jsonl", "--model", model, "--out", tmp_path / "pool", "--max-length", "256",
-        "--clusters", "3", "--batch.capacity", "512", "--optimizer.lr", "2e-3", "--runtime.precision", "fp32", ranks=0,
-    )  # fmt: skip
+        "prepare",
+        "--pool",
+        tmp_path / "made" / "pool.jsonl",
+        "--model",
+        model,
+        "--out",
+        tmp_path / "pool",
+        "--max-length",
+        "256",
+        "--clusters",
+        "3",
+        "--batch.capacity",
+        "512",
+        "--optimizer.lr",
+        "2e-3",
+        "--runtime.precision",
+        "fp32",
+        ranks=0,
+    )
     state = PoolState.load(tmp_path / "pool")
     store = TokenStore.open(tmp_path / "pool" / "store")
-    found = {name: [float(f"{x:.9g}") for x in getattr(state, name).tolist()] for name in ("utility", "difficulty", "answer_nll")}
-    found |= {"lengths": store.lengths.tolist(), "cluster": state.cluster.tolist(), "dropped": state.dropped.long().tolist()}
+    found = {
+        name: [float(f"{x:.9g}") for x in getattr(state, name).tolist()]
+        for name in ("utility", "difficulty", "answer_nll")
+    }
+    found |= {
+        "lengths": store.lengths.tolist(),
+        "cluster": state.cluster.tolist(),
+        "dropped": state.dropped.long().tolist(),
+    }
     if WRITES:
         keep("prepare", found)
     else:

@@ -4,6 +4,7 @@ The folder `kernels/` in the repository's root has no __init__.py. Where the roo
 python -m in the root), Python therefore sees an empty namespace package there. That is harmless, as the last two tests
 show: it is no installed package to transformers, and a real `kernels` anywhere on sys.path wins over it.
 """
+
 from __future__ import annotations
 
 import importlib.metadata

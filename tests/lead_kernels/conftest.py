@@ -1,4 +1,5 @@
 """Fixtures of the kernel tests: both forms of the operators, what they allocate, and a world in which the host cannot look."""
+
 from __future__ import annotations
 
 import os
@@ -38,7 +39,9 @@ def interpreter_computes_as_a_gpu() -> Iterator[None]:
         return interpreter.TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
 
     def widened(self: Any, *operands: Any) -> Any:
-        return dot(self, *(cast(self, x, tl.float32) if getattr(x, "dtype", None) == tl.bfloat16 else x for x in operands))
+        return dot(
+            self, *(cast(self, x, tl.float32) if getattr(x, "dtype", None) == tl.bfloat16 else x for x in operands)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", nearest)
@@ -51,15 +54,25 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Runs the test twice: with the operators' host form, and with their Triton kernels (interpreted where there is no GPU)."""
     if request.param == "kernels":
         if not os.environ.get("TRITON_INTERPRET"):
-            pytest.skip("kernels run on CPU tensors only in Triton's interpreter; tests/lead_kernels/test_on_cuda.py runs them here")
+            pytest.skip(
+                "kernels run on CPU tensors only in Triton's interpreter; tests/lead_kernels/test_on_cuda.py runs them here"
+            )
         monkeypatch.setattr(backend, "_kernels_on_cpu", True)
     return request.param
 
 
 READS = {
-    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "unique_dim", "_unique2",
-    "unique_consecutive", "bincount",
-}  # fmt: skip
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "unique_consecutive",
+    "bincount",
+}
 
 
 class NoHostReads(InsideOperators):
@@ -67,7 +80,9 @@ class NoHostReads(InsideOperators):
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
         assert name not in READS, f"{func} reads the device"
         assert not by_mask, f"{func} by a mask reads the device"
         return func(*args, **kwargs)
@@ -88,7 +103,9 @@ class Recorder(InsideOperators):
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
-        self.calls.append((func.overloadpacket.__name__, [tuple(x.shape) for x in tree_leaves(args) if isinstance(x, Tensor)]))
+        self.calls.append(
+            (func.overloadpacket.__name__, [tuple(x.shape) for x in tree_leaves(args) if isinstance(x, Tensor)])
+        )
         sizes = [x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor)]
         self.largest = max([self.largest, *sizes])
         return result

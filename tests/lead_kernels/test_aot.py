@@ -1,4 +1,5 @@
 """Every kernel compiles for every GPU without a spill, and the report that says so fails where one does not."""
+
 from __future__ import annotations
 
 import os
@@ -10,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = '''
+KERNELS = """
 import sys
 from dataclasses import replace
 import triton
@@ -65,13 +66,15 @@ build = {
     "stacking": build(stacking, {"a_ptr": "*fp64:16"}, 128),
 }[case]
 sys.exit(aot.report([build], [target]))
-'''
+"""
 
 
 def run(*arguments: str, cwd: Path, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_INTERPRET": "1"} if interpreted else {}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
 
 
 @pytest.mark.timeout(900)
@@ -80,8 +83,15 @@ def test_every_kernel_compiles_without_a_spill(tmp_path: Path, target: str) -> N
     report = run("-m", "lead_kernels.aot", "--target", target, cwd=tmp_path)
     lines = report.stdout.splitlines()
     assert report.returncode == 0, "\n".join(line for line in lines if line.startswith("FAULT")) or report.stderr
-    for kernel in ("segment_reduce.sum_piece ", "gradient_signature.outer_piece ", "grad_inner_product.row_products ", "row_pass "):
-        assert any(line.startswith(kernel) and f" {target} " in line for line in lines), f"{kernel} is not in the report"
+    for kernel in (
+        "segment_reduce.sum_piece ",
+        "gradient_signature.outer_piece ",
+        "grad_inner_product.row_products ",
+        "row_pass ",
+    ):
+        assert any(line.startswith(kernel) and f" {target} " in line for line in lines), (
+            f"{kernel} is not in the report"
+        )
     # 16-bit products are made for the matrix units; Hopper's full rate needs warp-group instructions.
     instruction = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}[target]
     assert any(line.startswith("grad_inner_product.row_products bf16") and instruction in line for line in lines)
@@ -99,7 +109,9 @@ def test_every_kernel_compiles_without_a_spill(tmp_path: Path, target: str) -> N
         ("looping", "sm_90", "MORE THAN 4 INSTRUCTIONS AN ELEMENT", 1),
     ],
 )
-def test_a_kernel_that_runs_badly_fails_the_report(tmp_path: Path, case: str, target: str, message: str, faults: int) -> None:
+def test_a_kernel_that_runs_badly_fails_the_report(
+    tmp_path: Path, case: str, target: str, message: str, faults: int
+) -> None:
     (tmp_path / "kernels_to_judge.py").write_text(KERNELS)
     report = run("kernels_to_judge.py", case, target, cwd=tmp_path)
     assert report.returncode == 1, report.stdout + report.stderr

@@ -1,4 +1,5 @@
 """EXP3 and EXP3.S against a literal transcription, 10^4 rounds of extreme rewards, masked arms, the draw."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -71,7 +72,9 @@ def test_one_step_agrees_with_reference() -> None:
     torch.testing.assert_close(p, reference.exp3_probabilities(log_weights, available, GAMMA))
     for alpha in (0.0, 0.02):
         ours = exp3_update(log_weights, p, torch.tensor(3), torch.tensor(-0.7).double(), GAMMA, alpha)
-        torch.testing.assert_close(ours, reference.exp3_update(log_weights, p, torch.tensor(3), torch.tensor(-0.7).double(), GAMMA, alpha))
+        torch.testing.assert_close(
+            ours, reference.exp3_update(log_weights, p, torch.tensor(3), torch.tensor(-0.7).double(), GAMMA, alpha)
+        )
 
 
 def test_masked_arms_have_no_probability() -> None:
@@ -146,6 +149,11 @@ def test_a_round_reads_nothing(no_host_reads: type, blind_host: Callable[[], Any
 
 
 def test_a_round_is_one_graph() -> None:
-    arguments = torch.randn(K, generator=torch.Generator().manual_seed(0)), EVERYONE, torch.tensor(0.3), torch.tensor(-0.5)
+    arguments = (
+        torch.randn(K, generator=torch.Generator().manual_seed(0)),
+        EVERYONE,
+        torch.tensor(0.3),
+        torch.tensor(-0.5),
+    )
     compiled = torch.compile(one_round, fullgraph=True, backend="aot_eager")(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(compiled, one_round(*arguments), strict=True))

@@ -1,4 +1,5 @@
 """Packing tokens of a micro-batch against a loop over tokens."""
+
 from __future__ import annotations
 
 import importlib
@@ -49,7 +50,14 @@ def assert_equal(ours: PackedBatch, expected: PackedBatch) -> None:
     seed=st.integers(0, 99),
 )
 def test_agrees_with_reference(
-    form: str, small_blocks: None, lengths: list[int], picks: list[int], tail: int, extra_rows: int, dtype: torch.dtype, seed: int
+    form: str,
+    small_blocks: None,
+    lengths: list[int],
+    picks: list[int],
+    tail: int,
+    extra_rows: int,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     tokens, response, offsets = make_store(lengths, seed)
     tokens = tokens.to(dtype)
@@ -59,7 +67,10 @@ def test_agrees_with_reference(
     expected = reference.gather_batch(tokens, response, offsets, ids, **wide)
     assert_equal(gather_batch(tokens, response, offsets, ids, **wide), expected)
     exact = {**wide, "num_rows": int((expected.targets >= 0).sum())}
-    assert_equal(gather_batch(tokens, response, offsets, ids, **exact), reference.gather_batch(tokens, response, offsets, ids, **exact))
+    assert_equal(
+        gather_batch(tokens, response, offsets, ids, **exact),
+        reference.gather_batch(tokens, response, offsets, ids, **exact),
+    )
 
 
 def test_more_blocks_than_a_block_has_places(form: str, small_blocks: None) -> None:
@@ -68,7 +79,10 @@ def test_more_blocks_than_a_block_has_places(form: str, small_blocks: None) -> N
     tokens, response, offsets = make_store(lengths, 1)
     ids = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     sizes = {"capacity": 8 * 8 * 3 + 21, "num_rows": 230}
-    assert_equal(gather_batch(tokens, response, offsets, ids, **sizes), reference.gather_batch(tokens, response, offsets, ids, **sizes))
+    assert_equal(
+        gather_batch(tokens, response, offsets, ids, **sizes),
+        reference.gather_batch(tokens, response, offsets, ids, **sizes),
+    )
     for place in (1, 20, 39):
         with pytest.raises(RuntimeError, match=r"not in \[0, N\]"):
             gather_batch(tokens, response, offsets, ids.index_fill(0, torch.tensor([place]), 41), **sizes)
@@ -80,13 +94,18 @@ def test_agrees_with_reference_in_blocks_of_the_real_size(form: str) -> None:
     tokens, response, offsets = make_store(lengths, 3)
     ids = torch.randint(0, 121, (53,), generator=g)
     sizes = {"capacity": 2 * module.BLOCK + 77, "num_rows": 2 * module.BLOCK + 300}
-    assert_equal(gather_batch(tokens, response, offsets, ids, **sizes), reference.gather_batch(tokens, response, offsets, ids, **sizes))
+    assert_equal(
+        gather_batch(tokens, response, offsets, ids, **sizes),
+        reference.gather_batch(tokens, response, offsets, ids, **sizes),
+    )
 
 
 def test_no_target_across_samples_and_none_for_a_first_token(form: str) -> None:
     tokens = torch.tensor([10, 11, 12, 20, 21, 30], dtype=torch.int32)
     response = torch.ones(6, dtype=torch.bool)  # also on first tokens, which nothing predicts
-    batch = gather_batch(tokens, response, torch.tensor([0, 3, 5, 6]), torch.tensor([1, 3, 0, 2]), capacity=8, num_rows=5)
+    batch = gather_batch(
+        tokens, response, torch.tensor([0, 3, 5, 6]), torch.tensor([1, 3, 0, 2]), capacity=8, num_rows=5
+    )
     assert batch.input_ids.tolist() == [20, 21, 10, 11, 12, 30, 0, 0]
     assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 0, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 2, 2, 5, 6, 8]
@@ -117,7 +136,12 @@ def test_pools_of_more_than_two_to_the_31_tokens(form: str, tmp_path: Path) -> N
     offsets = torch.tensor([0, total - tail, total - 12, total])
     batch = gather_batch(pool, mask, offsets, torch.tensor([2, 3, 1]), capacity=40, num_rows=33)
     near = reference.gather_batch(
-        pool[-tail:].clone(), mask[-tail:].clone(), torch.tensor([0, 0, 18, 30]), torch.tensor([2, 3, 1]), capacity=40, num_rows=33
+        pool[-tail:].clone(),
+        mask[-tail:].clone(),
+        torch.tensor([0, 0, 18, 30]),
+        torch.tensor([2, 3, 1]),
+        capacity=40,
+        num_rows=33,
     )
     assert_equal(batch, near)
     assert batch.input_ids.tolist() == [*range(19, 31), *range(1, 19), *[0] * 10]
@@ -176,16 +200,23 @@ def test_the_kernels_way_never_looks_at_the_device(no_host_reads: Callable[[], A
     ids = torch.tensor([2, 0])
     with no_host_reads():
         outputs = module._on_gpu(tokens, response, offsets, ids, 20, 15)
-    assert_equal(PackedBatch(*outputs, ids), reference.gather_batch(tokens, response, offsets, ids, capacity=20, num_rows=15))
+    assert_equal(
+        PackedBatch(*outputs, ids), reference.gather_batch(tokens, response, offsets, ids, capacity=20, num_rows=15)
+    )
 
 
 @pytest.mark.parametrize("pool", ["beside", "on the host"])
 def test_without_data(blind_host: Callable[[], Any], pool: str) -> None:
     with blind_host() if pool == "beside" else FakeTensorMode() as device:
         device, where = (device, device) if pool == "beside" else ("meta", "cpu")
-        tokens, response = torch.empty(1000, dtype=torch.int32, device=where), torch.empty(1000, dtype=torch.bool, device=where)
+        tokens, response = (
+            torch.empty(1000, dtype=torch.int32, device=where),
+            torch.empty(1000, dtype=torch.bool, device=where),
+        )
         offsets = torch.empty(51, dtype=torch.int64, device=where)
-        batch = gather_batch(tokens, response, offsets, torch.empty(5, dtype=torch.int64, device=device), capacity=64, num_rows=40)
+        batch = gather_batch(
+            tokens, response, offsets, torch.empty(5, dtype=torch.int64, device=device), capacity=64, num_rows=40
+        )
     assert [tuple(x.shape) for x in batch] == [(64,), (64,), (7,), (40,), (40,), (40,), (5,)]
     assert {x.device.type for x in batch} == {device}
     assert [x.dtype for x in batch] == [torch.int32 if name == "cu_seqlens" else torch.int64 for name in batch._fields]

@@ -1,4 +1,5 @@
 """Signatures and exact inner products, in both forms, against the per-sample gradients that autograd finds, in float64."""
+
 from __future__ import annotations
 
 import os
@@ -15,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lead_kernels import grad_inner_product, gradient_signature, linear_cross_entropy, reference
 
-signature_module = sys.modules["lead_kernels.gradient_signature"]  # the package's attributes of these names are the functions
+signature_module = sys.modules[
+    "lead_kernels.gradient_signature"
+]  # the package's attributes of these names are the functions
 product_module = sys.modules["lead_kernels.grad_inner_product"]
 segment_module = sys.modules["lead_kernels.segment_reduce"]
 
@@ -36,7 +39,9 @@ def bf16_products_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     original = InterpreterBuilder.create_dot
 
     def create_dot(self: Any, *operands: Any) -> Any:
-        return original(self, *(self.cast_impl(x, float32) if getattr(x, "dtype", None) == bfloat16 else x for x in operands))
+        return original(
+            self, *(self.cast_impl(x, float32) if getattr(x, "dtype", None) == bfloat16 else x for x in operands)
+        )
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
@@ -55,7 +60,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = segment_module.Tile(rows=8, step=4, columns=16)
     monkeypatch.setattr(signature_module, "tile", lambda width: cut)
     monkeypatch.setattr(segment_module, "tile", lambda width: cut._replace(columns=1) if width == 1 else cut)
-    monkeypatch.setattr(signature_module, "outer_tile", lambda left, right, dtype: (4, 4 if dtype == torch.float64 else 16))
+    monkeypatch.setattr(
+        signature_module, "outer_tile", lambda left, right, dtype: (4, 4 if dtype == torch.float64 else 16)
+    )
     monkeypatch.setattr(product_module, "tiles", lambda dtype: product_module.Tiles(16, 16, 16, 128, 1))
 
 
@@ -84,7 +91,9 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-def test_signature_is_the_projected_per_sample_gradient(form: str, small_tiles: None, case: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_signature_is_the_projected_per_sample_gradient(
+    form: str, small_tiles: None, case: tuple[Tensor, Tensor, Tensor]
+) -> None:
     hidden, weight, targets = case
     left, right = torch.randn(H, 5).double(), torch.randn(H, 6).double()
     bounds = torch.tensor([0, *SIZES]).cumsum(0)
@@ -97,7 +106,9 @@ def test_signature_is_the_projected_per_sample_gradient(form: str, small_tiles: 
 def test_heads_signature_is_the_projected_per_sample_gradient(form: str, case: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets = case
     left, right = torch.randn(H, 4).double(), torch.randn(H, 4).double()
-    out = linear_cross_entropy(hidden, weight, targets, sample_ids=IDS, num_samples=B, signature=(left, right), chunk_bytes=4 * V * 32)
+    out = linear_cross_entropy(
+        hidden, weight, targets, sample_ids=IDS, num_samples=B, signature=(left, right), chunk_bytes=4 * V * 32
+    )
     torch.testing.assert_close(out.signature, left.t() @ per_sample_gradients(hidden, weight, targets) @ right)
 
 
@@ -127,7 +138,11 @@ def test_signature_agrees_with_the_reference(form: str, rows: int, slots: int) -
     hidden, errors = torch.randn(rows, H, generator=g).double(), torch.randn(rows, H, generator=g).double()
     left, right = torch.randn(H, 3, generator=g).double(), torch.randn(H, 5, generator=g).double()
     out = gradient_signature(hidden, errors, left, right, ids, slots)
-    expected = reference.gradient_signature(hidden, errors, left, right, ids, slots) if slots else torch.zeros(0, 3, 5).double()
+    expected = (
+        reference.gradient_signature(hidden, errors, left, right, ids, slots)
+        if slots
+        else torch.zeros(0, 3, 5).double()
+    )
     torch.testing.assert_close(out, expected)
 
 
@@ -140,7 +155,13 @@ def test_signature_agrees_with_the_reference(form: str, rows: int, slots: int) -
     seed=st.integers(0, 99),
 )
 def test_signature_of_any_bounds(
-    form: str, small_tiles: None, sizes: list[int], outside: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype, seed: int
+    form: str,
+    small_tiles: None,
+    sizes: list[int],
+    outside: tuple[int, int],
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     """Rows of nobody lie before and behind the samples, and the counts are the caller's."""
     g = torch.Generator().manual_seed(seed)
@@ -154,7 +175,9 @@ def test_signature_of_any_bounds(
     expected = reference.gradient_signature(hidden[inside], errors[inside], left, right, ids, len(sizes))
     expected = expected * torch.tensor(sizes)[:, None, None] / counts.clamp(min=1)[:, None, None]
     assert out.dtype == dtype
-    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5) if dtype == torch.float32 else torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        out, expected, rtol=2e-5, atol=2e-5
+    ) if dtype == torch.float32 else torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("width", [8, 20, 64, 70])
@@ -166,7 +189,9 @@ def test_signature_is_as_exact_as_unfused_products(form: str, dtype: torch.dtype
     hidden, errors = (torch.randn(150, 48, generator=g).to(dtype) for _ in range(2))
     left, right = (torch.randn(48, width, generator=g).to(dtype) / width**0.5 for _ in range(2))
     exact = reference.gradient_signature(hidden.double(), errors.double(), left.double(), right.double(), ids, 5)
-    unfused = torch.stack([(errors[ids == b] @ left).t() @ (hidden[ids == b] @ right) / max(int((ids == b).sum()), 1) for b in range(5)])
+    unfused = torch.stack(
+        [(errors[ids == b] @ left).t() @ (hidden[ids == b] @ right) / max(int((ids == b).sum()), 1) for b in range(5)]
+    )
     out = gradient_signature(hidden, errors, left, right, ids, 5)
     assert out.dtype == torch.float32
     assert torch.equal(out[[1, 4]], torch.zeros(2, width, width))
@@ -219,7 +244,9 @@ def test_inner_product_is_as_exact_as_unfused_products(form: str, dtype: torch.d
 @pytest.mark.parametrize("scale", [1e-9, 1e-4, 1e6])
 def test_half_precision_keeps_a_mean_gradient_of_any_size(form: str, scale: float) -> None:
     hidden, grad, mean = random_step(40, 48, torch.float16, scale)
-    exact = reference.grad_inner_product(*(x.double() for x in (hidden, grad, mean)), torch.zeros(40).long(), 1, torch.ones(1).double())
+    exact = reference.grad_inner_product(
+        *(x.double() for x in (hidden, grad, mean)), torch.zeros(40).long(), 1, torch.ones(1).double()
+    )
     assert error(grad_inner_product(hidden, grad, mean, torch.zeros(40).long(), 1, torch.ones(1)), exact) < 1e-3
 
 
@@ -229,13 +256,17 @@ def test_half_precision_keeps_a_mean_gradient_of_any_size(form: str, scale: floa
     width=st.integers(1, 40),
     weights=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=5, max_size=5),
 )
-def test_inner_product_of_any_shape(form: str, small_tiles: None, sizes: list[int], width: int, weights: list[float]) -> None:
+def test_inner_product_of_any_shape(
+    form: str, small_tiles: None, sizes: list[int], width: int, weights: list[float]
+) -> None:
     hidden, grad, mean = random_step(max(sum(sizes), 1), width, torch.float64)
     hidden, grad = hidden[: sum(sizes)], grad[: sum(sizes)]
     ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     weight = torch.tensor(weights[: len(sizes)]).double()
     out = grad_inner_product(hidden, grad, mean, ids, len(sizes), weight)
-    torch.testing.assert_close(out, reference.grad_inner_product(hidden, grad, mean, ids, len(sizes), weight), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        out, reference.grad_inner_product(hidden, grad, mean, ids, len(sizes), weight), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_more_row_tiles_than_a_group_holds(form: str, small_tiles: None) -> None:
@@ -257,7 +288,9 @@ def test_inputs_may_lie_anywhere(form: str) -> None:
         assert aligned.data_ptr() % 16 == 0
         assert torch.equal(aligned, torch.nn.functional.pad(hidden, (0, width - 32)))
     expected = grad_inner_product(hidden, grad, mean, ids, 1, weight)
-    assert torch.equal(grad_inner_product(shifted, grad.t().contiguous().t(), mean.t().contiguous().t(), ids, 1, weight), expected)
+    assert torch.equal(
+        grad_inner_product(shifted, grad.t().contiguous().t(), mean.t().contiguous().t(), ids, 1, weight), expected
+    )
 
 
 def test_two_runs_agree_bit_for_bit(form: str) -> None:
@@ -298,7 +331,9 @@ def test_compiles_without_a_graph_break(form: str) -> None:
     def both(h: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         return gradient_signature(h, e, left, left, ids, 3) + 1, grad_inner_product(h, e, mean, ids, 3, weight) + 1
 
-    for compiled, eager in zip(torch.compile(both, fullgraph=True, backend="aot_eager")(hidden, grad), both(hidden, grad), strict=True):
+    for compiled, eager in zip(
+        torch.compile(both, fullgraph=True, backend="aot_eager")(hidden, grad), both(hidden, grad), strict=True
+    ):
         assert torch.equal(compiled, eager)
     torch.library.opcheck(signature_module._gradient_signature, (hidden, grad, left, left, ids, 3))
     torch.library.opcheck(product_module._grad_inner_product, (hidden, grad, mean, ids, 3, weight))

@@ -1,4 +1,5 @@
 """Where the head's gradients come from: known weights, gradients that arrive at single rows or samples, adapters, a bound on the rows."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -34,7 +35,9 @@ def make_case(seed: int = 0, dtype: torch.dtype = torch.float64, ignored: float 
     targets = torch.randint(0, V, (T,), generator=g)
     targets[torch.rand(T, generator=g) < ignored] = -100
     shapes = {"hidden": (T, H), "weight": (V, H), "bias": (V,), "lora_a": (R, H), "lora_b": (V, R)}
-    leaves = {name: (0.6 * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype) for name, shape in shapes.items()}
+    leaves = {
+        name: (0.6 * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype) for name, shape in shapes.items()
+    }
     return {**leaves, "targets": targets}
 
 
@@ -42,7 +45,9 @@ def leaves_of(case: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: case[name].detach().clone().requires_grad_() for name in PARTS}
 
 
-def dense(leaves: dict[str, Tensor], targets: Tensor, lora_scale: float, options: dict[str, float]) -> dict[str, Tensor]:
+def dense(
+    leaves: dict[str, Tensor], targets: Tensor, lora_scale: float, options: dict[str, float]
+) -> dict[str, Tensor]:
     """The same by plain autograd, with all logits at once."""
     kept = targets >= 0
     z = leaves["hidden"] @ (leaves["weight"] + lora_scale * leaves["lora_b"] @ leaves["lora_a"]).t() + leaves["bias"]
@@ -76,14 +81,25 @@ def test_any_upstream_gradient(form: str, options: str, gradients: Any, upstream
     case, weights = make_case(), torch.rand(T, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     ours, theirs = leaves_of(case), leaves_of(case)
     out = linear_cross_entropy(
-        ours["hidden"], ours["weight"], case["targets"], sample_ids=IDS, num_samples=B, bias=ours["bias"], token_weight=weights,
-        lora=Lora(ours["lora_a"], ours["lora_b"], 0.7), gradients=gradients, chunk_bytes=CHUNK, **OPTIONS[options],
-    )  # fmt: skip
+        ours["hidden"],
+        ours["weight"],
+        case["targets"],
+        sample_ids=IDS,
+        num_samples=B,
+        bias=ours["bias"],
+        token_weight=weights,
+        lora=Lora(ours["lora_a"], ours["lora_b"], 0.7),
+        gradients=gradients,
+        chunk_bytes=CHUNK,
+        **OPTIONS[options],
+    )
     expected = dense(theirs, case["targets"], 0.7, OPTIONS[options])
     combine(out.loss, out.token_nll, out.sample_nll, upstream).backward()
     combine((weights * expected["objective"]).sum(), expected["token_nll"], expected["sample_nll"], upstream).backward()
     for name in PARTS:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name].grad, theirs[name].grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_forward_mode_leaves_rows_without_a_gradient_and_keeps_no_hidden() -> None:
@@ -91,7 +107,9 @@ def test_forward_mode_leaves_rows_without_a_gradient_and_keeps_no_hidden() -> No
     leaves = leaves_of(case)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = linear_cross_entropy(leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, gradients="forward")
+        out = linear_cross_entropy(
+            leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, gradients="forward"
+        )
     assert out.loss.requires_grad
     assert not out.token_nll.requires_grad
     assert not out.sample_nll.requires_grad
@@ -103,8 +121,15 @@ def test_products_of_a_step(recorder: Any, gradients: Any, products: int) -> Non
     case = make_case(ignored=0.0)
     leaves = leaves_of(case)
     with recorder() as record:
-        linear_cross_entropy(leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, gradients=gradients,
-                             chunk_bytes=2**30).loss.backward()  # fmt: skip
+        linear_cross_entropy(
+            leaves["hidden"],
+            leaves["weight"],
+            case["targets"],
+            sample_ids=IDS,
+            num_samples=B,
+            gradients=gradients,
+            chunk_bytes=2**30,
+        ).loss.backward()
     assert len(record.products()) == products
 
 
@@ -112,8 +137,16 @@ def test_a_frozen_head_with_an_adapter_has_two_large_products(recorder: Any) -> 
     case = make_case(ignored=0.0)
     leaves = leaves_of(case)
     with recorder() as record:
-        linear_cross_entropy(leaves["hidden"], case["weight"], case["targets"], sample_ids=IDS, num_samples=B, chunk_bytes=2**30,
-                             lora=Lora(leaves["lora_a"], leaves["lora_b"], 0.7), gradients="forward").loss.backward()  # fmt: skip
+        linear_cross_entropy(
+            leaves["hidden"],
+            case["weight"],
+            case["targets"],
+            sample_ids=IDS,
+            num_samples=B,
+            chunk_bytes=2**30,
+            lora=Lora(leaves["lora_a"], leaves["lora_b"], 0.7),
+            gradients="forward",
+        ).loss.backward()
     large = [shapes for shapes in record.products() if min(min(x) for x in shapes) > R]
     assert len(large) == 2
     assert leaves["lora_a"].grad is not None
@@ -126,8 +159,16 @@ def test_half_an_adapter_can_be_frozen(form: str, trained: str) -> None:
     leaves = {name: case[name].clone().requires_grad_(name == trained) for name in PARTS}
     for gradients in ("auto", "recompute"):
         leaves[trained].grad = None
-        linear_cross_entropy(leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, bias=leaves["bias"],
-                             lora=Lora(leaves["lora_a"], leaves["lora_b"], 0.7), gradients=gradients).loss.backward()  # type: ignore[arg-type]  # fmt: skip
+        linear_cross_entropy(
+            leaves["hidden"],
+            leaves["weight"],
+            case["targets"],
+            sample_ids=IDS,
+            num_samples=B,
+            bias=leaves["bias"],
+            lora=Lora(leaves["lora_a"], leaves["lora_b"], 0.7),
+            gradients=gradients,
+        ).loss.backward()  # type: ignore[arg-type]
         other = {name: case[name].clone().requires_grad_(name == trained) for name in PARTS}
         counted = (case["targets"] >= 0).sum()
         (dense(other, case["targets"], 0.7, {})["objective"].sum() / counted).backward()
@@ -142,16 +183,26 @@ def test_error_with_an_adapter_is_that_of_unfused_pytorch(form: str, gradients: 
 
     def unfused(kind: torch.dtype) -> dict[str, Tensor]:
         x = {name: case[name].to(kind).requires_grad_() for name in PARTS}
-        z = F.linear(x["hidden"], x["weight"], x["bias"]) + F.linear(F.linear(x["hidden"], x["lora_a"]), x["lora_b"]) * 0.5
+        z = (
+            F.linear(x["hidden"], x["weight"], x["bias"])
+            + F.linear(F.linear(x["hidden"], x["lora_a"]), x["lora_b"]) * 0.5
+        )
         nll = F.cross_entropy(z.to(torch.promote_types(kind, torch.float32)), case["targets"], reduction="none")
         nll.mean().backward()
         return {"token_nll": nll.detach(), **{name: x[name].grad for name in PARTS}}
 
     leaves = leaves_of(case)
     out = linear_cross_entropy(
-        leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, bias=leaves["bias"], gradients=gradients,
-        lora=Lora(leaves["lora_a"], leaves["lora_b"], 0.5), chunk_bytes=CHUNK,
-    )  # fmt: skip
+        leaves["hidden"],
+        leaves["weight"],
+        case["targets"],
+        sample_ids=IDS,
+        num_samples=B,
+        bias=leaves["bias"],
+        gradients=gradients,
+        lora=Lora(leaves["lora_a"], leaves["lora_b"], 0.5),
+        chunk_bytes=CHUNK,
+    )
     out.loss.backward()
     mine = {"token_nll": out.token_nll.detach(), **{name: leaves[name].grad for name in PARTS}}
     exact, theirs = unfused(torch.float64), unfused(dtype)
@@ -168,8 +219,16 @@ def test_fp32_logits_are_more_exact(form: str, dtype: torch.dtype) -> None:
     errors = {}
     for logits_dtype in (None, torch.float32):
         leaves = leaves_of(case)
-        out = linear_cross_entropy(leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, bias=leaves["bias"],
-                                   chunk_bytes=CHUNK, logits_dtype=logits_dtype)  # fmt: skip
+        out = linear_cross_entropy(
+            leaves["hidden"],
+            leaves["weight"],
+            case["targets"],
+            sample_ids=IDS,
+            num_samples=B,
+            bias=leaves["bias"],
+            chunk_bytes=CHUNK,
+            logits_dtype=logits_dtype,
+        )
         out.loss.backward()
         errors[logits_dtype] = float((out.token_nll.detach().double() - exact).norm() / exact.norm())
         reference = {name: case[name].double().requires_grad_() for name in PARTS}
@@ -187,7 +246,9 @@ def test_recomputed_fp16_gradients_do_not_underflow() -> None:
     grads = []
     for factor in (1.0, 1e-7):
         hidden = case["hidden"].clone().requires_grad_()
-        out = linear_cross_entropy(hidden, case["weight"], case["targets"], sample_ids=IDS, num_samples=B, gradients="recompute")
+        out = linear_cross_entropy(
+            hidden, case["weight"], case["targets"], sample_ids=IDS, num_samples=B, gradients="recompute"
+        )
         scale = 2.0**16 if factor < 1 else 1.0
         (out.token_nll.sum() * factor * scale).backward()
         grads.append(hidden.grad.double() / scale / factor)
@@ -209,9 +270,17 @@ def test_a_bound_on_the_rows_needs_no_look_at_the_device(
 
         def step(leaves: dict[str, Tensor] = leaves) -> Any:
             out = linear_cross_entropy(
-                leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, bias=leaves["bias"],
-                signature=(left, right), chunk_bytes=CHUNK, max_rows=counted + extra, token_weight=torch.linspace(0, 1, T).double(),
-            )  # fmt: skip
+                leaves["hidden"],
+                leaves["weight"],
+                case["targets"],
+                sample_ids=IDS,
+                num_samples=B,
+                bias=leaves["bias"],
+                signature=(left, right),
+                chunk_bytes=CHUNK,
+                max_rows=counted + extra,
+                token_weight=torch.linspace(0, 1, T).double(),
+            )
             (out.loss + out.sample_nll.square().sum()).backward()
             return out
 
@@ -241,7 +310,9 @@ def test_a_bound_that_is_too_small_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RuntimeError, match="max_rows"):
         linear_cross_entropy(case["hidden"], case["weight"], case["targets"], sample_ids=IDS, num_samples=B, max_rows=3)
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
-        linear_cross_entropy(case["hidden"], case["weight"], case["targets"].clamp(min=0) + V, sample_ids=IDS, num_samples=B)
+        linear_cross_entropy(
+            case["hidden"], case["weight"], case["targets"].clamp(min=0) + V, sample_ids=IDS, num_samples=B
+        )
 
 
 @pytest.mark.parametrize("gradients", ["forward", "recompute"])
@@ -252,8 +323,16 @@ def test_ignored_rows_may_have_any_weight_and_hidden_state(form: str, gradients:
     for padding in (0.0, torch.nan):
         leaves = leaves_of(case)
         leaves["hidden"].data[case["targets"] < 0] = padding
-        out = linear_cross_entropy(leaves["hidden"], leaves["weight"], case["targets"], sample_ids=IDS, num_samples=B, gradients=gradients,
-                                   token_weight=torch.where(case["targets"] < 0, padding, weights), chunk_bytes=CHUNK)  # fmt: skip
+        out = linear_cross_entropy(
+            leaves["hidden"],
+            leaves["weight"],
+            case["targets"],
+            sample_ids=IDS,
+            num_samples=B,
+            gradients=gradients,
+            token_weight=torch.where(case["targets"] < 0, padding, weights),
+            chunk_bytes=CHUNK,
+        )
         out.loss.backward()
         results.append([out.loss.detach(), leaves["hidden"].grad, leaves["weight"].grad])
     for clean, dirty in zip(*results, strict=True):
@@ -264,16 +343,20 @@ def test_operands_may_be_strided(form: str) -> None:
     case = make_case()
     bias = torch.stack([case["bias"], case["bias"] + 1], 1)[:, 0]
     strided = {
-        "hidden": case["hidden"].t().contiguous().t(), "weight": torch.cat([case["weight"]] * 2, 1)[:, :H], "bias": bias,
-        "targets": torch.stack([case["targets"]] * 2, 1)[:, 1], "ids": torch.stack([IDS] * 2, 1)[:, 1],
-    }  # fmt: skip
+        "hidden": case["hidden"].t().contiguous().t(),
+        "weight": torch.cat([case["weight"]] * 2, 1)[:, :H],
+        "bias": bias,
+        "targets": torch.stack([case["targets"]] * 2, 1)[:, 1],
+        "ids": torch.stack([IDS] * 2, 1)[:, 1],
+    }
     plain = {**case, "ids": IDS}
     results = []
     for x in (plain, strided):
         leaves = [x[name].requires_grad_() for name in ("hidden", "weight", "bias")]
         assert x is plain or not any(leaf.is_contiguous() for leaf in leaves)
-        out = linear_cross_entropy(leaves[0], leaves[1], x["targets"], sample_ids=x["ids"], num_samples=B, bias=leaves[2],
-                                   chunk_bytes=CHUNK)  # fmt: skip
+        out = linear_cross_entropy(
+            leaves[0], leaves[1], x["targets"], sample_ids=x["ids"], num_samples=B, bias=leaves[2], chunk_bytes=CHUNK
+        )
         results.append([*out[:4], *torch.autograd.grad(out.loss, leaves)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
@@ -286,8 +369,15 @@ def test_signatures_add_up_over_micro_batches(form: str, cut: int) -> None:
     left, right = torch.randn(H, 4, dtype=torch.float64), torch.randn(H, 4, dtype=torch.float64)
 
     def weighted(rows: slice) -> Tensor:
-        out = linear_cross_entropy(case["hidden"][rows], case["weight"], case["targets"][rows], sample_ids=IDS[rows], num_samples=B,
-                                   signature=(left, right), chunk_bytes=CHUNK)  # fmt: skip
+        out = linear_cross_entropy(
+            case["hidden"][rows],
+            case["weight"],
+            case["targets"][rows],
+            sample_ids=IDS[rows],
+            num_samples=B,
+            signature=(left, right),
+            chunk_bytes=CHUNK,
+        )
         return out.signature * out.sample_tokens[:, None, None]
 
     torch.testing.assert_close(weighted(slice(0, cut)) + weighted(slice(cut, T)), weighted(slice(0, T)))
@@ -330,7 +420,10 @@ def test_losses_and_gradients_of_any_logits(
     targets = torch.randint(0, vocabulary, (rows,), generator=g)
     wide = torch.promote_types(dtype, torch.float32)
     exact = F.cross_entropy(z.double(), targets, reduction="none")
-    work, nll = torch.empty(rows, row_pass.padded(vocabulary), dtype=dtype)[:, :vocabulary].copy_(z), torch.empty(rows, dtype=wide)
+    work, nll = (
+        torch.empty(rows, row_pass.padded(vocabulary), dtype=dtype)[:, :vocabulary].copy_(z),
+        torch.empty(rows, dtype=wide),
+    )
     backend._kernels_on_cpu = kernels
     try:
         columns, outputs = row_pass.Columns(None, None), row_pass.Rows(targets, None, None, nll, None)

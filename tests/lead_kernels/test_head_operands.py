@@ -1,4 +1,5 @@
 """What the head hands to a CPU's matrix products: nothing beside the rows that such a unit may load and must not."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -75,17 +76,34 @@ DTYPES = [*[(dtype, logits) for dtype in HALVES for logits in (None, torch.float
 @settings(deadline=None, max_examples=40)
 @given(
     dtypes=st.sampled_from(DTYPES),
-    rows=st.integers(1, 23), width=st.integers(1, 37), vocabulary=st.sampled_from([2, 5, 50, 67, 96, 131]),
-    rank=st.integers(0, 5), sketch=st.integers(0, 3), chunk=st.integers(1, 9),
-    options=st.sampled_from([{}, {"label_smoothing": 0.1, "softcap": 5.0}]), weights=st.booleans(),
-    gradients=st.sampled_from(["auto", "forward", "recompute"]), ignored=st.booleans(),
-    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 23),
+    width=st.integers(1, 37),
+    vocabulary=st.sampled_from([2, 5, 50, 67, 96, 131]),
+    rank=st.integers(0, 5),
+    sketch=st.integers(0, 3),
+    chunk=st.integers(1, 9),
+    options=st.sampled_from([{}, {"label_smoothing": 0.1, "softcap": 5.0}]),
+    weights=st.booleans(),
+    gradients=st.sampled_from(["auto", "forward", "recompute"]),
+    ignored=st.booleans(),
+    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2),
+    seed=st.integers(0, 99),
+)
 def test_no_operand_has_anything_between_its_rows(
-    dtypes: tuple[torch.dtype, torch.dtype | None], rows: int, width: int, vocabulary: int, rank: int, sketch: int,
-    chunk: int, options: dict[str, float], weights: bool, gradients: Any, ignored: bool, layouts: tuple[str, str],
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+    rows: int,
+    width: int,
+    vocabulary: int,
+    rank: int,
+    sketch: int,
+    chunk: int,
+    options: dict[str, float],
+    weights: bool,
+    gradients: Any,
+    ignored: bool,
+    layouts: tuple[str, str],
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     """Over all shapes, options and layouts: results from memory full of NaN are those from clean memory."""
     dtype, logits_dtype = dtypes
     g = torch.Generator().manual_seed(seed)
@@ -106,11 +124,19 @@ def test_no_operand_has_anything_between_its_rows(
 
         def step(x: dict[str, Tensor] = leaves) -> list[Tensor]:
             out = linear_cross_entropy(
-                x["hidden"], x["weight"], targets, sample_ids=torch.arange(rows) // 4, num_samples=6, bias=x["bias"],
-                **options, **half,
-                lora=Lora(x["a"], x["b"], 0.5) if rank else None, logits_dtype=logits_dtype, gradients=gradients,
+                x["hidden"],
+                x["weight"],
+                targets,
+                sample_ids=torch.arange(rows) // 4,
+                num_samples=6,
+                bias=x["bias"],
+                **options,
+                **half,
+                lora=Lora(x["a"], x["b"], 0.5) if rank else None,
+                logits_dtype=logits_dtype,
+                gradients=gradients,
                 chunk_bytes=chunk * 4 * vocabulary,
-            )  # fmt: skip
+            )
             upstream = out.loss if gradients == "forward" else out.loss + out.sample_nll.square().sum()
             found = torch.autograd.grad(upstream, list(x.values()))
             return [*(x.detach() for x in out if x is not None), *found]

@@ -1,5 +1,6 @@
 """The head's options against the float64 reference and PyTorch's own losses: what users of other fused heads expect of
 this one."""
+
 from __future__ import annotations
 
 import itertools
@@ -64,9 +65,17 @@ def test_agrees_with_the_reference(form: str, classes: bool, options: dict[str, 
     case = make_case()
     both(case, reduction=reduction, class_weight=case["classes"] if classes else None, **RETURNED, **options)
     if classes and options.get("softcap"):  # with everything at once
-        both(case, reduction=reduction, class_weight=case["classes"], token_weight=case["rows"], sample_ids=IDS,
-             num_samples=B, signature=(torch.randn(H, 2).double(), torch.randn(H, 2).double()),
-             **RETURNED, **options)  # fmt: skip
+        both(
+            case,
+            reduction=reduction,
+            class_weight=case["classes"],
+            token_weight=case["rows"],
+            sample_ids=IDS,
+            num_samples=B,
+            signature=(torch.randn(H, 2).double(), torch.randn(H, 2).double()),
+            **RETURNED,
+            **options,
+        )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
@@ -99,7 +108,11 @@ def test_is_pytorchs_cross_entropy(smoothing: float) -> None:
 def test_the_smallest_call(recorder: Any) -> None:
     """Three products, no sample, and nothing of what was not asked for."""
     case = make_case(torch.float32)
-    hidden, weight, targets = case["hidden"].requires_grad_(), case["weight"].requires_grad_(), case["targets"].clamp(min=0)
+    hidden, weight, targets = (
+        case["hidden"].requires_grad_(),
+        case["weight"].requires_grad_(),
+        case["targets"].clamp(min=0),
+    )
     with recorder() as record:
         out = linear_cross_entropy(hidden, weight, targets)
         out.loss.backward()
@@ -159,8 +172,9 @@ def test_shift_stays_within_packed_samples(form: str) -> None:
         assert torch.equal(ours, expected)
     apart = [
         linear_cross_entropy(operands[0][a:b], operands[1], operands[2][a:b], shift=True, reduction="none").loss
-        for a, b in itertools.pairwise(cu.tolist()) if b > a
-    ]  # fmt: skip
+        for a, b in itertools.pairwise(cu.tolist())
+        if b > a
+    ]
     torch.testing.assert_close(torch.cat(apart), packed.token_nll)
 
 
@@ -174,8 +188,17 @@ def test_no_option_looks_at_the_device(monkeypatch: pytest.MonkeyPatch, no_host_
         leaves = [case[name].clone().requires_grad_() for name in ("hidden", "weight")]
 
         def step(x: list[Tensor] = leaves) -> list[Tensor]:
-            out = linear_cross_entropy(*x, case["targets"].int(), cu_seqlens=cu, class_weight=case["classes"],
-                                       max_rows=T, reduction=reduction, shift=True, **ALL, **RETURNED)  # fmt: skip
+            out = linear_cross_entropy(
+                *x,
+                case["targets"].int(),
+                cu_seqlens=cu,
+                class_weight=case["classes"],
+                max_rows=T,
+                reduction=reduction,
+                shift=True,
+                **ALL,
+                **RETURNED,
+            )
             out.loss.sum().backward()
             return [x.detach() for x in out if x is not None]
 
@@ -262,8 +285,16 @@ def test_compiled_with_every_option() -> None:
     case = make_case(torch.float32, shape=(2, 12))
 
     def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        out = linear_cross_entropy(hidden, weight, case["targets"], class_weight=case["classes"], label_smoothing=0.1,
-                                   reduction="none", shift=True, **RETURNED)  # fmt: skip
+        out = linear_cross_entropy(
+            hidden,
+            weight,
+            case["targets"],
+            class_weight=case["classes"],
+            label_smoothing=0.1,
+            reduction="none",
+            shift=True,
+            **RETURNED,
+        )
         return out.loss, out.lse, out.entropy, out.token_accuracy
 
     found = []
@@ -335,7 +366,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("logits_dtype is torch.bfloat16", {"logits_dtype": torch.bfloat16}),
     ("weight is on meta", {"weight": torch.ones(V, H, device="meta")}),
     ("lora.b has shape", {"lora": Lora(torch.ones(2, H), torch.ones(V, 3), 1.0)}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("message", "changes"), REFUSED, ids=[f"{i}" for i in range(len(REFUSED))])

@@ -1,4 +1,5 @@
 """The head inside what people train with: torch.compile, activation checkpointing, autocast, gradient scaling, FSDP2, modules."""
+
 from __future__ import annotations
 
 import os
@@ -30,8 +31,9 @@ def make_case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tenso
 
 
 def loss_of(hidden: Tensor, weight: Tensor, targets: Tensor, gradients: Any = "auto") -> tuple[Tensor, Tensor]:
-    out = linear_cross_entropy(hidden, weight, targets, sample_ids=IDS, num_samples=B, softcap=5.0, gradients=gradients,
-                               chunk_bytes=4 * V * 16)  # fmt: skip
+    out = linear_cross_entropy(
+        hidden, weight, targets, sample_ids=IDS, num_samples=B, softcap=5.0, gradients=gradients, chunk_bytes=4 * V * 16
+    )
     return out.loss, out.sample_nll
 
 
@@ -52,14 +54,38 @@ def test_operators_pass_opcheck() -> None:
     hidden, weight, targets = make_case()
     left, right = torch.randn(2, H, 3)
     call = HeadCall(
-        hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), bias=torch.randn(V).requires_grad_(),
-        lora_a=None, lora_b=None, targets=targets, class_weight=torch.rand(V), sample_ids=IDS, cu_seqlens=None,
-        token_weight=torch.rand(T), left=left, right=right, num_samples=B, want_hidden=True, want_weight=True,
-        want_bias=True, want_lora=False,
-        want_rows=True, want_lse=True, want_entropy=True, want_predicted=True, rows_differentiable=True, lora_scale=1.0,
-        softcap=None, logit_scale=1.0, label_smoothing=0.1, z_loss=0.0, ignore_index=-100, max_rows=None,
-        chunk_bytes=None, logits_dtype=torch.float32,
-    )  # fmt: skip
+        hidden=hidden.requires_grad_(),
+        weight=weight.requires_grad_(),
+        bias=torch.randn(V).requires_grad_(),
+        lora_a=None,
+        lora_b=None,
+        targets=targets,
+        class_weight=torch.rand(V),
+        sample_ids=IDS,
+        cu_seqlens=None,
+        token_weight=torch.rand(T),
+        left=left,
+        right=right,
+        num_samples=B,
+        want_hidden=True,
+        want_weight=True,
+        want_bias=True,
+        want_lora=False,
+        want_rows=True,
+        want_lse=True,
+        want_entropy=True,
+        want_predicted=True,
+        rows_differentiable=True,
+        lora_scale=1.0,
+        softcap=None,
+        logit_scale=1.0,
+        label_smoothing=0.1,
+        z_loss=0.0,
+        ignore_index=-100,
+        max_rows=None,
+        chunk_bytes=None,
+        logits_dtype=torch.float32,
+    )
     torch.library.opcheck(head, tuple(call), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
 
 
@@ -77,7 +103,9 @@ def test_operators_pass_opcheck() -> None:
 def test_compiled_without_a_graph_break(compiler: str, gradients: str, upstream: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(loss_of, fullgraph=True, backend=compiler)
-    assert_equal(gradients_of(compiled, gradients, upstream=upstream), gradients_of(loss_of, gradients, upstream=upstream))
+    assert_equal(
+        gradients_of(compiled, gradients, upstream=upstream), gradients_of(loss_of, gradients, upstream=upstream)
+    )
 
 
 def test_compiled_together_with_what_comes_before() -> None:
@@ -94,13 +122,18 @@ def test_compiled_for_any_number_of_rows() -> None:
     torch._dynamo.reset()
     counts = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda h, w, y, s: linear_cross_entropy(h, w, y, sample_ids=s, num_samples=B).loss, fullgraph=True, dynamic=True, backend=counts
+        lambda h, w, y, s: linear_cross_entropy(h, w, y, sample_ids=s, num_samples=B).loss,
+        fullgraph=True,
+        dynamic=True,
+        backend=counts,
     )
     hidden, weight, targets = make_case()
     graphs = []
     for rows in (T, T - 3, T - 7):
         h, y, s = (x[:rows].clone() for x in (hidden, targets, IDS))
-        torch.testing.assert_close(compiled(h, weight, y, s), linear_cross_entropy(h, weight, y, sample_ids=s, num_samples=B).loss)
+        torch.testing.assert_close(
+            compiled(h, weight, y, s), linear_cross_entropy(h, weight, y, sample_ids=s, num_samples=B).loss
+        )
         graphs.append(counts.frame_count)
     assert graphs == graphs[:1] * 3
 
@@ -141,7 +174,9 @@ def test_module_is_the_function_and_shares_what_it_is_made_of() -> None:
     module = LinearCrossEntropy.of(linear, softcap=5.0)
     assert module.weight is embedding.weight
     out = module(hidden, targets, sample_ids=IDS, num_samples=B)
-    expected = linear_cross_entropy(hidden, weight, targets, sample_ids=IDS, num_samples=B, bias=linear.bias, softcap=5.0)
+    expected = linear_cross_entropy(
+        hidden, weight, targets, sample_ids=IDS, num_samples=B, bias=linear.bias, softcap=5.0
+    )
     assert torch.equal(out.loss, expected.loss)
 
 

@@ -1,4 +1,5 @@
 """The utility update: the formula, visits, dummies."""
+
 from __future__ import annotations
 
 import importlib
@@ -48,7 +49,11 @@ def test_agrees_with_reference_and_leaves_the_rest_alone(form: str, data: st.Dat
 def test_both_forms_agree_in_every_bit(form: str) -> None:
     """Otherwise two ranks, or a resumed run on another device, could order two samples differently."""
     g = torch.Generator().manual_seed(1)
-    utility, visits, ids = torch.randn(101, generator=g), torch.zeros(101, dtype=torch.int32), torch.randperm(100, generator=g)
+    utility, visits, ids = (
+        torch.randn(101, generator=g),
+        torch.zeros(101, dtype=torch.int32),
+        torch.randperm(100, generator=g),
+    )
     loss, change = torch.randn(100, generator=g).bfloat16(), torch.randn(100, generator=g)
     want = utility.clone()
     want[ids] = 0.9 * (loss.float() + change) + 0.1 * utility[ids]
@@ -76,12 +81,21 @@ def test_no_samples_and_strides(form: str) -> None:
     none = torch.zeros(0)
     idu_update(utility, visits, none.long(), none, none, 0.5)
     assert visits.tolist() == [0] * 4
-    idu_update(utility, visits, torch.tensor([0, 1, 2, 3])[::2], torch.tensor([3.0, 4.0, 5.0, 6.0])[::2], torch.zeros(1).expand(2), 0.0)
+    idu_update(
+        utility,
+        visits,
+        torch.tensor([0, 1, 2, 3])[::2],
+        torch.tensor([3.0, 4.0, 5.0, 6.0])[::2],
+        torch.zeros(1).expand(2),
+        0.0,
+    )
     assert utility.tolist() == [3.0, 1.0, 5.0, 1.0]
     assert visits.tolist() == [1, 0, 1, 0]
 
 
-@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
+@pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only"
+)
 def test_the_kernels_path_reads_nothing(no_host_reads: type) -> None:
     utility, visits = torch.ones(9), torch.zeros(9, dtype=torch.int32)
     with no_host_reads():
@@ -107,7 +121,10 @@ def test_under_torch_compile(form: str) -> None:
 
     states = [(torch.ones(6), torch.zeros(6, dtype=torch.int32)) for _ in range(2)]
     ids, loss = torch.tensor([1, 5, 4]), torch.tensor([1.0, 2.0, 3.0])
-    fall = [f(*state, ids, loss) for f, state in zip((step, torch.compile(step, fullgraph=True, backend="aot_eager")), states, strict=True)]
+    fall = [
+        f(*state, ids, loss)
+        for f, state in zip((step, torch.compile(step, fullgraph=True, backend="aot_eager")), states, strict=True)
+    ]
     assert torch.equal(fall[0], torch.tensor([0.0, 1.0, 0.0, 0.0, 4.0, 0.0]))
     assert torch.equal(fall[0], fall[1])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))

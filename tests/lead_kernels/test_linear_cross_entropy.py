@@ -1,4 +1,5 @@
 """The head against its dense float64 reference: values, gradients, options, ignored rows, refusals."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +13,12 @@ from lead_kernels import head_chunks, linear_cross_entropy, reference, row_pass_
 
 T, H, V, B, Q = 75, 24, 131, 7, 5
 CHUNK = 4 * V * 16  # 16 rows: five chunks, none of them full
-WEIGHTS = {"mean": None, "float": 0.3, "scalar": torch.tensor(0.02), "rows": torch.rand(T, generator=torch.Generator().manual_seed(1))}
+WEIGHTS = {
+    "mean": None,
+    "float": 0.3,
+    "scalar": torch.tensor(0.02),
+    "rows": torch.rand(T, generator=torch.Generator().manual_seed(1)),
+}
 WEIGHTS["rows"][::4] = 0.0
 OPTIONS: dict[str, dict[str, float]] = {
     "plain": {},
@@ -45,8 +51,16 @@ def run(function: Any, case: dict[str, Tensor], upstream: float = 1.0, **options
     leaves = [case[name].detach().clone().requires_grad_() for name in ("hidden", "weight", "bias")]
     if function is linear_cross_entropy:
         options = {"chunk_bytes": CHUNK, **options}
-    out = function(leaves[0], leaves[1], case["targets"], sample_ids=case["sample_ids"], num_samples=B, bias=leaves[2],
-                   signature=(case["P"], case["Q"]), **options)  # fmt: skip
+    out = function(
+        leaves[0],
+        leaves[1],
+        case["targets"],
+        sample_ids=case["sample_ids"],
+        num_samples=B,
+        bias=leaves[2],
+        signature=(case["P"], case["Q"]),
+        **options,
+    )
     (out.loss * upstream).backward()
     return out, [leaf.grad for leaf in leaves]
 
@@ -58,7 +72,9 @@ def assert_same(ours: tuple[Any, list[Tensor]], expected: tuple[Any, list[Tensor
         if b is None:
             continue
         scale = float(b.detach().abs().max()) + 1
-        torch.testing.assert_close(a, b.to(a.dtype), rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a, b.to(a.dtype), rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -92,7 +108,9 @@ def test_reference_and_operator_pass_gradcheck() -> None:
     for function in (reference.linear_cross_entropy, linear_cross_entropy):
 
         def loss(h: Tensor, w: Tensor, b: Tensor, function: Any = function) -> Tensor:
-            return function(h, w, targets, sample_ids=ids, num_samples=B, bias=b, softcap=3.0, label_smoothing=0.2, z_loss=0.05).loss
+            return function(
+                h, w, targets, sample_ids=ids, num_samples=B, bias=b, softcap=3.0, label_smoothing=0.2, z_loss=0.05
+            ).loss
 
         assert torch.autograd.gradcheck(loss, leaves)
 
@@ -100,7 +118,9 @@ def test_reference_and_operator_pass_gradcheck() -> None:
 def test_matches_torch_cross_entropy_with_all_rows_counted() -> None:
     case = make_case(dtype=torch.float32)
     targets = case["targets"].clamp(min=0)
-    out = linear_cross_entropy(case["hidden"], case["weight"], targets, sample_ids=case["sample_ids"], num_samples=B, chunk_bytes=CHUNK)
+    out = linear_cross_entropy(
+        case["hidden"], case["weight"], targets, sample_ids=case["sample_ids"], num_samples=B, chunk_bytes=CHUNK
+    )
     torch.testing.assert_close(out.loss, F.cross_entropy(case["hidden"] @ case["weight"].t(), targets))
     assert out.sample_tokens.tolist() == [9, 0, 1, 30, 0, 25, 10]
     assert out.sample_nll[1] == 0
@@ -118,7 +138,9 @@ def test_cu_seqlens_is_the_same_as_sample_ids(form: str) -> None:
         assert torch.equal(a, b)
     fewer = linear_cross_entropy(*leading, cu_seqlens=cu, num_samples=B - 2, signature=signature)
     assert torch.equal(fewer.sample_nll, ids.sample_nll[: B - 2])
-    torch.testing.assert_close(fewer.signature, ids.signature[: B - 2])  # the rows after the last sample belong to nobody
+    torch.testing.assert_close(
+        fewer.signature, ids.signature[: B - 2]
+    )  # the rows after the last sample belong to nobody
 
 
 @pytest.mark.parametrize("where", ["first", "last", "sample", "all"])
@@ -151,7 +173,9 @@ def test_huge_logits_lose_no_digits(form: str) -> None:
     hidden[:, 0] = 1.0
     weight = torch.tensor([[1e4, 0.0], [1e4 - 3, 0.0], [-1e4, 0.0]], requires_grad=True)
     targets = torch.tensor([0, 1, 0, 2])
-    out = linear_cross_entropy(hidden.requires_grad_(), weight, targets, sample_ids=torch.zeros(4, dtype=torch.int64), num_samples=1)
+    out = linear_cross_entropy(
+        hidden.requires_grad_(), weight, targets, sample_ids=torch.zeros(4, dtype=torch.int64), num_samples=1
+    )
     z = weight.detach().double()[:, 0]
     torch.testing.assert_close(out.token_nll.double(), z.logsumexp(0) - z[targets], rtol=1e-6, atol=1e-6)
     out.loss.backward()
@@ -176,7 +200,13 @@ def test_a_row_of_weight_zero_may_have_infinite_nll() -> None:
     bias[targets[0]] = -torch.inf
     token_weight = (targets != targets[0]).float() / T
     out = linear_cross_entropy(
-        case["hidden"], case["weight"], targets, sample_ids=case["sample_ids"], num_samples=B, bias=bias, token_weight=token_weight
+        case["hidden"],
+        case["weight"],
+        targets,
+        sample_ids=case["sample_ids"],
+        num_samples=B,
+        bias=bias,
+        token_weight=token_weight,
     )
     assert out.token_nll[0] == torch.inf
     assert bool(out.loss.isfinite())
@@ -191,8 +221,15 @@ def test_signature_ignores_token_weight(form: str) -> None:
 
 def products_of(recorder: Any, case: dict[str, Tensor], **options: Any) -> int:
     with recorder() as record:
-        linear_cross_entropy(case["hidden"], case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B,
-                             chunk_bytes=2**30, **options)  # fmt: skip
+        linear_cross_entropy(
+            case["hidden"],
+            case["weight"],
+            case["targets"],
+            sample_ids=case["sample_ids"],
+            num_samples=B,
+            chunk_bytes=2**30,
+            **options,
+        )
     return len(record.products())
 
 
@@ -214,8 +251,16 @@ def test_no_grad_gives_values_and_no_graph() -> None:
     case = make_case()
     expected = run(linear_cross_entropy, case)[0]
     with torch.no_grad():
-        out = linear_cross_entropy(case["hidden"], case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B,
-                                   bias=case["bias"], signature=(case["P"], case["Q"]), chunk_bytes=CHUNK)  # fmt: skip
+        out = linear_cross_entropy(
+            case["hidden"],
+            case["weight"],
+            case["targets"],
+            sample_ids=case["sample_ids"],
+            num_samples=B,
+            bias=case["bias"],
+            signature=(case["P"], case["Q"]),
+            chunk_bytes=CHUNK,
+        )
     assert not out.loss.requires_grad
     for a, b in zip(out[:5], expected[:5], strict=True):
         assert torch.equal(a, b)
@@ -225,8 +270,12 @@ def test_ignored_rows_stay_out_of_the_products(recorder: Any) -> None:
     case = make_case()
     counted = int((case["targets"] >= 0).sum())
     with recorder() as record:
-        linear_cross_entropy(case["hidden"], case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B).loss.backward()
-    assert all(counted in (*shapes[0], *shapes[1]) and T not in (*shapes[0], *shapes[1]) for shapes in record.products())
+        linear_cross_entropy(
+            case["hidden"], case["weight"], case["targets"], sample_ids=case["sample_ids"], num_samples=B
+        ).loss.backward()
+    assert all(
+        counted in (*shapes[0], *shapes[1]) and T not in (*shapes[0], *shapes[1]) for shapes in record.products()
+    )
 
 
 def test_gradients_once_and_not_twice() -> None:
@@ -263,7 +312,9 @@ def test_two_runs_agree_bit_for_bit(form: str, dtype: torch.dtype) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        (first, first_grads), (second, second_grads) = (run(linear_cross_entropy, case, token_weight=WEIGHTS["rows"]) for _ in range(2))
+        (first, first_grads), (second, second_grads) = (
+            run(linear_cross_entropy, case, token_weight=WEIGHTS["rows"]) for _ in range(2)
+        )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip((*first[:5], *first_grads), (*second[:5], *second_grads), strict=True))

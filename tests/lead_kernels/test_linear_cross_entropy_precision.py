@@ -1,4 +1,5 @@
 """bf16 and fp16: the head's error against float64 is at most 1.2 times that of unfused PyTorch in this precision."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -29,7 +30,9 @@ def case(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Ten
 
 def unfused(hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor) -> dict[str, Tensor]:
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    nll = F.cross_entropy((hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)), targets, reduction="none")
+    nll = F.cross_entropy(
+        (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)), targets, reduction="none"
+    )
     loss = (nll * token_weight).sum()
     loss.backward()
     return {"loss": loss.detach(), "token_nll": nll.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
@@ -48,9 +51,14 @@ def small(dtype: torch.dtype, signal: float, rows: int) -> tuple[Tensor, Tensor,
 
 
 def check_errors(
-    dtype: torch.dtype, signal: float, counted: int, weights: str, upstream: str, chunk_rows: int,
+    dtype: torch.dtype,
+    signal: float,
+    counted: int,
+    weights: str,
+    upstream: str,
+    chunk_rows: int,
     gradients: str = "auto",
-) -> None:  # fmt: skip
+) -> None:
     """All errors are at most 1.2 times those of unfused PyTorch. `weights` are those of the rows; upstream gradients
     come from a power of two, a loss scale, or from the rows' own losses.
 
@@ -66,8 +74,14 @@ def check_errors(
     def gradients_of(kind: torch.dtype, ours: bool) -> dict[str, Tensor]:
         h, w = (x.to(kind, copy=True).requires_grad_() for x in (hidden, weight))
         if ours:
-            out = linear_cross_entropy(h, w, targets, token_weight=None if weights == "mean" else rows[weights],
-                                       gradients=gradients, chunk_bytes=4 * 257 * chunk_rows)  # fmt: skip
+            out = linear_cross_entropy(
+                h,
+                w,
+                targets,
+                token_weight=None if weights == "mean" else rows[weights],
+                gradients=gradients,
+                chunk_bytes=4 * 257 * chunk_rows,
+            )
             nll = out.token_nll
             loss = (nll * rows[weights] * factors).sum() if upstream == "rows" else out.loss * factors
         else:
@@ -95,10 +109,14 @@ def test_error_is_that_of_unfused_pytorch(form: str, dtype: torch.dtype) -> None
 
 @settings(deadline=None, max_examples=40)
 @given(
-    dtype=st.sampled_from(LOW), signal=st.sampled_from([0.02, 0.3, 2.0]), counted=st.integers(100, 400),
-    weights=st.sampled_from(["mean", "rows"]), upstream=st.sampled_from(["unit", "loss scale", "rows"]),
-    chunk_rows=st.sampled_from([10_000, 64]), gradients=st.sampled_from(["auto", "recompute"]),
-)  # fmt: skip
+    dtype=st.sampled_from(LOW),
+    signal=st.sampled_from([0.02, 0.3, 2.0]),
+    counted=st.integers(100, 400),
+    weights=st.sampled_from(["mean", "rows"]),
+    upstream=st.sampled_from(["unit", "loss scale", "rows"]),
+    chunk_rows=st.sampled_from([10_000, 64]),
+    gradients=st.sampled_from(["auto", "recompute"]),
+)
 def test_error_for_any_number_of_rows(
     dtype: torch.dtype, signal: float, counted: int, weights: str, upstream: str, chunk_rows: int, gradients: str
 ) -> None:
@@ -111,7 +129,10 @@ def test_frozen_weight(dtype: torch.dtype) -> None:
     leaf = hidden.clone().requires_grad_()
     linear_cross_entropy(leaf, weight, targets, cu_seqlens=torch.tensor([0, T]), num_samples=1).loss.backward()
     exact = unfused(hidden.double(), weight.double(), targets, torch.tensor(1.0 / T))["dhidden"]
-    assert error(leaf.grad, exact) <= 1.2 * error(unfused(hidden, weight, targets, torch.tensor(1.0 / T))["dhidden"], exact) + EPSILON
+    assert (
+        error(leaf.grad, exact)
+        <= 1.2 * error(unfused(hidden, weight, targets, torch.tensor(1.0 / T))["dhidden"], exact) + EPSILON
+    )
     assert weight.grad is None
 
 
@@ -121,14 +142,18 @@ def test_signature_error(form: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(2)
     left, right = torch.randn(H, Q, generator=g) / Q**0.5, torch.randn(H, Q, generator=g) / Q**0.5
 
-    def phi(errors: Tensor, p: Tensor, q: Tensor, states: Tensor) -> Tensor:  # every operand and product in the states' precision
+    def phi(
+        errors: Tensor, p: Tensor, q: Tensor, states: Tensor
+    ) -> Tensor:  # every operand and product in the states' precision
         rows = [(errors[ids == b] @ p).t() @ (states[ids == b] @ q) / int((ids == b).sum()) for b in range(B)]
         return torch.stack(rows)
 
     exact_e = unfused(hidden.double(), weight.double(), targets, torch.ones(()).double())["dhidden"]
     exact = phi(exact_e, left.double(), right.double(), hidden.double())
     theirs = phi(unfused(hidden, weight, targets, torch.ones(()))["dhidden"], left.to(dtype), right.to(dtype), hidden)
-    mine = linear_cross_entropy(hidden, weight, targets, sample_ids=ids, num_samples=B, signature=(left, right)).signature
+    mine = linear_cross_entropy(
+        hidden, weight, targets, sample_ids=ids, num_samples=B, signature=(left, right)
+    ).signature
     assert mine.dtype == torch.float32
     assert error(mine, exact) <= 1.2 * error(theirs, exact) + EPSILON
 
@@ -139,7 +164,9 @@ def test_small_target_gradient_survives(form: str, dtype: torch.dtype) -> None:
     hidden = torch.ones(5, 1, dtype=dtype, requires_grad=True)
     weight = torch.tensor([[8.0], [0.0], [0.0]], dtype=dtype)
     targets = torch.zeros(5, dtype=torch.int64)
-    out = linear_cross_entropy(hidden, weight, targets, cu_seqlens=torch.tensor([0, 5]), num_samples=1, token_weight=1.0)
+    out = linear_cross_entropy(
+        hidden, weight, targets, cu_seqlens=torch.tensor([0, 5]), num_samples=1, token_weight=1.0
+    )
     out.loss.backward()
     p = torch.softmax(weight.double().flatten(), 0)
     torch.testing.assert_close(hidden.grad.double(), (8 * (p[0] - 1)).expand(5, 1), rtol=2**-7, atol=0)
@@ -190,8 +217,16 @@ def test_no_intermediate_is_larger_than_a_chunk(recorder: Callable, form: str, d
     targets[::7] = -100
     for options in ({}, {"softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.1, "logit_scale": 0.5}):
         with recorder() as record:
-            linear_cross_entropy(hidden, weight, targets, sample_ids=ids, num_samples=9, chunk_bytes=budget, **options,
-                                 signature=(torch.randn(width, 4), torch.randn(width, 4))).loss.backward()  # fmt: skip
+            linear_cross_entropy(
+                hidden,
+                weight,
+                targets,
+                sample_ids=ids,
+                num_samples=9,
+                chunk_bytes=budget,
+                **options,
+                signature=(torch.randn(width, 4), torch.randn(width, 4)),
+            ).loss.backward()
         assert record.largest <= budget
     with recorder() as record:
         unfused(hidden.detach(), weight.detach(), targets.clamp(min=0), torch.tensor(1.0))
@@ -230,6 +265,8 @@ def test_signature_function_rounds_like_the_head() -> None:
     hidden, weight, targets, ids = case(torch.bfloat16)
     left, right = torch.randn(H, Q), torch.randn(H, Q)
     leaf = hidden.clone().requires_grad_()
-    out = linear_cross_entropy(leaf, weight, targets, sample_ids=ids, num_samples=B, token_weight=1.0, signature=(left, right))
+    out = linear_cross_entropy(
+        leaf, weight, targets, sample_ids=ids, num_samples=B, token_weight=1.0, signature=(left, right)
+    )
     out.loss.backward()
     assert torch.equal(gradient_signature(hidden, leaf.grad, left, right, ids, B), out.signature)

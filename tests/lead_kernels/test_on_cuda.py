@@ -2,6 +2,7 @@
 
 Skipped where there is none. Kernels are compiled before synchronisation is forbidden, by a first run.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from kernel_round import CAPACITY, CASES, TOLERANCE, assert_agree, select, step,
 from lead_kernels import gather_batch, linear_cross_entropy, select_topk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
@@ -57,7 +59,9 @@ def test_a_pinned_pool_is_read_over_the_bus() -> None:
     pinned = {name: w[name].cpu().pin_memory() for name in ("tokens", "response", "offsets")}
     for ids in select(w).sample_ids.unbind(0):
         expected = gather_batch(w["tokens"], w["response"], w["offsets"], ids, capacity=CAPACITY, num_rows=CAPACITY)
-        ours = gather_batch(pinned["tokens"], pinned["response"], pinned["offsets"], ids, capacity=CAPACITY, num_rows=CAPACITY)
+        ours = gather_batch(
+            pinned["tokens"], pinned["response"], pinned["offsets"], ids, capacity=CAPACITY, num_rows=CAPACITY
+        )
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
@@ -87,8 +91,16 @@ def test_error_is_that_of_unfused_pytorch(
 
     exact, theirs = unfused(torch.float64), unfused(dtype)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = linear_cross_entropy(h, w, targets, cu_seqlens=torch.tensor([0, rows], device="cuda"), num_samples=1, token_weight=token_weight,
-                               logits_dtype=logits_dtype, chunk_bytes=4 * vocabulary * 256)  # fmt: skip
+    out = linear_cross_entropy(
+        h,
+        w,
+        targets,
+        cu_seqlens=torch.tensor([0, rows], device="cuda"),
+        num_samples=1,
+        token_weight=token_weight,
+        logits_dtype=logits_dtype,
+        chunk_bytes=4 * vocabulary * 256,
+    )
     out.loss.backward()
     mine = {"token_nll": out.token_nll.detach(), "dhidden": h.grad, "dweight": w.grad}
     for name in exact:
@@ -106,10 +118,20 @@ def test_options_are_those_of_the_cpu(dtype: torch.dtype, reduction: str) -> Non
     for device in ("cpu", "cuda"):
         h, w, y, c = (x.to(device, copy=True) for x in (hidden, weight, targets, classes))
         out = linear_cross_entropy(
-            h.requires_grad_(), w.requires_grad_(), y, class_weight=c, label_smoothing=0.1, z_loss=1e-3, softcap=20.0,
-            shift=True, reduction=reduction, return_lse=True, return_entropy=True, return_predicted=True,
+            h.requires_grad_(),
+            w.requires_grad_(),
+            y,
+            class_weight=c,
+            label_smoothing=0.1,
+            z_loss=1e-3,
+            softcap=20.0,
+            shift=True,
+            reduction=reduction,
+            return_lse=True,
+            return_entropy=True,
+            return_predicted=True,
             logits_dtype=torch.float32,
-        )  # fmt: skip
+        )
         out.loss.sum().backward()
         found.append([x.detach().cpu() for x in (*out, h.grad, w.grad) if x is not None])
     for host, device in zip(*found, strict=True):
@@ -125,8 +147,15 @@ def test_memory_beside_inputs_and_gradients_is_a_chunk() -> None:
     targets = torch.randint(0, vocabulary, (rows,), device="cuda")
 
     def run() -> None:
-        linear_cross_entropy(hidden, weight, targets, cu_seqlens=torch.tensor([0, rows], device="cuda"), num_samples=1, gradients="forward",
-                             chunk_bytes=chunk).loss.backward()  # fmt: skip
+        linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            cu_seqlens=torch.tensor([0, rows], device="cuda"),
+            num_samples=1,
+            gradients="forward",
+            chunk_bytes=chunk,
+        ).loss.backward()
 
     run()  # cuBLAS takes its workspace once
     hidden.grad = weight.grad = None
@@ -134,5 +163,7 @@ def test_memory_beside_inputs_and_gradients_is_a_chunk() -> None:
     torch.cuda.reset_peak_memory_stats()
     run()
     extra = torch.cuda.max_memory_allocated() - before
-    gradients = hidden.numel() * 2 * 2 + weight.numel() * (2 + 4)  # dh before and after scaling; dW in bf16 and its fp32 sum
+    gradients = hidden.numel() * 2 * 2 + weight.numel() * (
+        2 + 4
+    )  # dh before and after scaling; dW in bf16 and its fp32 sum
     assert extra <= gradients + chunk + 32 * 2**20

@@ -1,4 +1,5 @@
 """Packing: capacity, slots, an exact budget, nobody lost or twice, the same bins however it is cut, and how much is wasted."""
+
 from __future__ import annotations
 
 import importlib
@@ -58,7 +59,9 @@ def test_promises(form: str, problem: dict[str, Any]) -> None:
     packed = [i for samples in bins for i in samples]
     assert torch.equal(order, before)  # the kernel's queue is its own
     assert plan.sample_ids.shape == (problem["num_bins"], slots)
-    assert [row[: len(b)] for row, b in zip(plan.sample_ids.tolist(), bins, strict=True)] == bins  # empty slots come last
+    assert [
+        row[: len(b)] for row, b in zip(plan.sample_ids.tolist(), bins, strict=True)
+    ] == bins  # empty slots come last
     assert len(packed) == len(set(packed))
     assert plan.tokens.tolist() == [sum(int(lengths[i]) for i in b) for b in bins]
     assert int(plan.tokens.max()) <= capacity
@@ -107,14 +110,21 @@ def test_budget_is_the_longest_prefix_that_fits(form: str, budget: int) -> None:
     assert packed == list(range(len(packed)))
     assert int(plan.tokens.sum()) == int(lengths[: len(packed)].sum()) <= budget
     assert len(packed) == 200 or int(lengths[: len(packed) + 1].sum()) > budget
-    on_device = pack_plan(torch.arange(200), lengths, num_bins=40, capacity=64, slots=8, max_tokens=torch.tensor(budget))
+    on_device = pack_plan(
+        torch.arange(200), lengths, num_bins=40, capacity=64, slots=8, max_tokens=torch.tensor(budget)
+    )
     assert torch.equal(on_device.sample_ids, plan.sample_ids)
 
 
 def test_gaps_are_filled_with_the_longest_that_fits(form: str) -> None:
     lengths = torch.tensor([5, 8, 3, 4, 4, 1, 6])
     plan = pack_plan(torch.arange(7), lengths, num_bins=4, capacity=10, slots=6)
-    assert bins_of(plan, 7) == [[0, 3, 5], [1], [2, 4], [6]]  # behind 0: 8 is too long, the first 4 before the second and before 3
+    assert bins_of(plan, 7) == [
+        [0, 3, 5],
+        [1],
+        [2, 4],
+        [6],
+    ]  # behind 0: 8 is too long, the first 4 before the second and before 3
     assert plan.tokens.tolist() == [10, 8, 7, 6]
 
 
@@ -138,7 +148,13 @@ def test_runs_longer_than_a_window(form: str) -> None:
     """More samples in a bin than the kernel reads at once, and bins that end inside, at the end of and beyond a window."""
     lengths = torch.tensor([1] * (3 * LOOK_AHEAD) + [2] * 70)
     for capacity in (LOOK_AHEAD - 1, LOOK_AHEAD, 2 * LOOK_AHEAD, 2 * LOOK_AHEAD + 1):
-        problem = {"order": torch.arange(len(lengths)), "lengths": lengths, "num_bins": 7, "capacity": capacity, "slots": 90}
+        problem = {
+            "order": torch.arange(len(lengths)),
+            "lengths": lengths,
+            "num_bins": 7,
+            "capacity": capacity,
+            "slots": 90,
+        }
         assert torch.equal(pack_plan(**problem).sample_ids, reference.pack_plan(**problem).sample_ids)
 
 
@@ -172,7 +188,9 @@ def test_waste_is_small(mean: float, longest: int, most: float) -> None:
 
 
 def test_waste_counts_the_steps_that_are_computed() -> None:
-    tokens = torch.tensor([[10, 8], [6, 0], [0, 0]])  # the third step has nothing to train and is left out, the second is computed whole
+    tokens = torch.tensor(
+        [[10, 8], [6, 0], [0, 0]]
+    )  # the third step has nothing to train and is left out, the second is computed whole
     assert float(packing_waste(tokens, 10)) == pytest.approx(1 - 24 / 40)
     assert float(packing_waste(tokens[2:], 10)) == 0.0
     assert packing_waste(tokens, 10).dtype == torch.float32

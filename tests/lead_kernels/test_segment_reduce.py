@@ -1,4 +1,5 @@
 """Sums over segments in both forms: the reference, empty segments, rows outside, precision, determinism, tracing, refusals."""
+
 from __future__ import annotations
 
 import sys
@@ -74,9 +75,15 @@ def test_error_is_no_larger_than_that_of_torch_sum(form: str, rows: int) -> None
     for part in (values, values[:, 0]):
         exact, unfused, ours = (
             f(x, ids, 2).double()
-            for f, x in ((reference.segment_reduce, part.double()), (reference.segment_reduce, part), (segment_reduce, part))
+            for f, x in (
+                (reference.segment_reduce, part.double()),
+                (reference.segment_reduce, part),
+                (segment_reduce, part),
+            )
         )
-        assert float((ours - exact).norm()) <= 1.2 * float((unfused - exact).norm()) + 2**-24 * float(exact.norm())  # one rounding
+        assert float((ours - exact).norm()) <= 1.2 * float((unfused - exact).norm()) + 2**-24 * float(
+            exact.norm()
+        )  # one rounding
 
 
 def test_a_bad_segment_stays_alone(form: str) -> None:
@@ -106,7 +113,9 @@ def test_rows_beyond_two_to_the_31_elements(form: str, monkeypatch: pytest.Monke
     """4 GiB of addresses, of which only the last rows are ever touched."""
     from triton.runtime.interpreter import GridExecutor
 
-    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)  # it would copy the arguments onto themselves
+    monkeypatch.setattr(
+        GridExecutor, "_restore_args_dev", lambda *_: None
+    )  # it would copy the arguments onto themselves
     monkeypatch.setattr(module, "tile", lambda width: module.Tile(rows=2**18, step=4, columns=2048))
     rows, width = 2**20 + 8, 2048
     values = torch.empty(rows, width, dtype=torch.float16)
@@ -126,7 +135,9 @@ def test_kernels_never_look_at_the_device(form: str, small_tiles: None, no_host_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_fake_tensors(dtype: torch.dtype) -> None:
     with FakeTensorMode():
-        sums = segment_reduce(torch.empty(9, 2, 3, dtype=dtype, device="meta"), torch.empty(9, dtype=torch.int64, device="meta"), 4)
+        sums = segment_reduce(
+            torch.empty(9, 2, 3, dtype=dtype, device="meta"), torch.empty(9, dtype=torch.int64, device="meta"), 4
+        )
     assert (sums.shape, sums.dtype) == ((4, 2, 3), torch.promote_types(dtype, torch.float32))
 
 

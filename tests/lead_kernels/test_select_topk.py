@@ -1,5 +1,6 @@
 """The order of the fine stage: proportional prefixes, the highest utility first, ties, dummies, weights instead of sizes; the radix select
 and what it rests on."""
+
 from __future__ import annotations
 
 import importlib
@@ -36,8 +37,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHOOSE_TILE", 64)
 
 
-def expected(utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, *weights: Tensor | None) -> Tensor:
-    return reference.select_topk(torch.where(utility.isnan(), -torch.inf, utility), eligible, task, num_tasks, k, *weights)
+def expected(
+    utility: Tensor, eligible: Tensor, task: Tensor, num_tasks: int, k: int, *weights: Tensor | None
+) -> Tensor:
+    return reference.select_topk(
+        torch.where(utility.isnan(), -torch.inf, utility), eligible, task, num_tasks, k, *weights
+    )
 
 
 @property_test
@@ -97,7 +102,10 @@ def test_with_drawn_offsets_a_small_task_gets_what_it_is_due(form: str) -> None:
     assert int((task[halves] == 1).sum()) == 0
     assert torch.equal(select_topk(utility, every, task, 2, 8, weight, torch.full((2,), 2048)), halves)
     drawn = [select_topk(utility, every, task, 2, 8, weight, torch.tensor([2048, 64 * u + 32])) for u in range(64)]
-    assert sum(int((task[order] == 1).sum()) for order in drawn) in (15, 16)  # of 64; the 8th place ends between 7.5 and 8 times 1 / 31
+    assert sum(int((task[order] == 1).sum()) for order in drawn) in (
+        15,
+        16,
+    )  # of 64; the 8th place ends between 7.5 and 8 times 1 / 31
     with pytest.raises(ValueError, match="needs weights"):
         select_topk(utility, every, task, 2, 8, None, torch.zeros(2, dtype=torch.int64))
 
@@ -140,7 +148,9 @@ def test_pools_of_every_kind(form: str, shape: str) -> None:
         "any": torch.randn(count, generator=g),
         "equal": torch.full((count,), 2.5),
         "few": torch.randint(-2, 3, (count,), generator=g).float(),
-        "neighbours": (torch.randint(-40, 40, (count,), generator=g, dtype=torch.int32) + 0x40000000).view(torch.float32),
+        "neighbours": (torch.randint(-40, 40, (count,), generator=g, dtype=torch.int32) + 0x40000000).view(
+            torch.float32
+        ),
     }[values]
     want = expected(utility, eligible, task, tasks, k)
     for _ in range(2):
@@ -190,7 +200,11 @@ def test_equal_weights_take_turns_and_the_others_fill_up(form: str) -> None:
 def test_weights_outside_their_range_write_nowhere_else(form: str) -> None:
     """They are taken as 0 and 2^28: the candidates must fit into the memory that is set aside for them."""
     g = torch.Generator().manual_seed(0)
-    utility, every, task = torch.randn(300, generator=g), torch.ones(300, dtype=torch.bool), torch.randint(0, 4, (300,), generator=g)
+    utility, every, task = (
+        torch.randn(300, generator=g),
+        torch.ones(300, dtype=torch.bool),
+        torch.randint(0, 4, (300,), generator=g),
+    )
     order = select_topk(utility, every, task, 4, 20, torch.tensor([-(2**62), 2**62, 3, -1]))
     assert torch.equal(order, expected(utility, every, task, 4, 20, torch.tensor([0, 2**28, 3, 0])))
 
@@ -208,9 +222,20 @@ def test_nan_comes_last_and_ineligible_never(form: str) -> None:
     nobody = torch.zeros(4, dtype=torch.bool)
     assert select_topk(utility, nobody, torch.zeros(4, dtype=torch.int64), 1, 2).tolist() == [4, 4]
     weight = torch.tensor([5])
-    assert select_topk(utility, eligible, torch.zeros(4, dtype=torch.int64), 1, 6, weight).tolist() == [1, 0, 2, 4, 4, 4]
+    assert select_topk(utility, eligible, torch.zeros(4, dtype=torch.int64), 1, 6, weight).tolist() == [
+        1,
+        0,
+        2,
+        4,
+        4,
+        4,
+    ]
     assert select_topk(utility, nobody, torch.zeros(4, dtype=torch.int64), 1, 2, weight).tolist() == [4, 4]
-    assert select_topk(utility, eligible, torch.arange(4), 4, 3, torch.zeros(4, dtype=torch.int64)).tolist() == [4, 4, 4]
+    assert select_topk(utility, eligible, torch.arange(4), 4, 3, torch.zeros(4, dtype=torch.int64)).tolist() == [
+        4,
+        4,
+        4,
+    ]
 
 
 def test_the_sign_of_zero_is_no_rank(form: str) -> None:
@@ -265,9 +290,14 @@ def test_by_weight_a_task_fills_no_more_places_than_its_quota(largest: int, draw
     reached = exhausted = 0
     for tasks in (1, 2, 3, 5, 9):
         for _ in range(12):
-            size, weight = torch.randint(0, 12, (tasks,), generator=g), torch.randint(0, largest + 1, (tasks,), generator=g)
+            size, weight = (
+                torch.randint(0, 12, (tasks,), generator=g),
+                torch.randint(0, largest + 1, (tasks,), generator=g),
+            )
             n, pairs = int(size.sum()), list(zip(size.tolist(), weight.tolist(), strict=True))
-            first = [Fraction(int(torch.randint(0, 4096, (), generator=g)), 4096) if drawn else Fraction(1, 2) for _ in pairs]
+            first = [
+                Fraction(int(torch.randint(0, 4096, (), generator=g)), 4096) if drawn else Fraction(1, 2) for _ in pairs
+            ]
             keys = sorted(((r + first[j]) / w, j) for j, (c, w) in enumerate(pairs) if w for r in range(c))
             for k in range(1, n + 3):
                 found = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
@@ -298,7 +328,9 @@ def water_level(sizes: list[int], weights: list[int], volume: Fraction) -> Fract
 @given(data=st.data(), tasks=st.integers(1, 6))
 def test_a_weighted_quota_is_exact_up_to_the_largest_pools(data: st.DataObject, tasks: int) -> None:
     """Pools of up to 2^30 samples, weights of up to 2^28, tasks that run out at almost the same level: no product overflows."""
-    sizes = data.draw(st.lists(st.one_of(st.integers(0, 2**30 // tasks), st.integers(0, 9)), min_size=tasks, max_size=tasks))
+    sizes = data.draw(
+        st.lists(st.one_of(st.integers(0, 2**30 // tasks), st.integers(0, 9)), min_size=tasks, max_size=tasks)
+    )
     near = st.sampled_from(sizes).map(lambda n: min(max(n, 1), 2**28))
     weights = data.draw(st.lists(st.one_of(WEIGHTS, st.just(2**28), near), min_size=tasks, max_size=tasks))
     samples = max(sum(sizes), 1)
@@ -347,7 +379,9 @@ def test_shares_that_doubles_cannot_tell_apart() -> None:
     assert a == b
 
 
-@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
+@pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only"
+)
 @pytest.mark.parametrize(("weighted", "drawn"), [(False, False), (True, False), (True, True)])
 def test_the_kernel_computes_the_same_shares(weighted: bool, drawn: bool) -> None:
     """Candidates of three large tasks: the kernel's ranks are places behind the start of the task."""
@@ -358,7 +392,11 @@ def test_the_kernel_computes_the_same_shares(weighted: bool, drawn: bool) -> Non
     group, position = torch.tensor([0] * 5 + [1] * 7 + [2] * 5), torch.arange(19)
     sorted_key = torch.cat([(group << 32) | torch.randint(0, 2**32, (17,), generator=g), torch.full((2,), module.NONE)])
     by_task, sample = torch.randperm(19, generator=g), torch.randint(0, 2**29, (19,), generator=g)
-    whole, share, sample_by_task = torch.full_like(sorted_key, -7), torch.empty_like(sorted_key), torch.empty_like(sample)
+    whole, share, sample_by_task = (
+        torch.full_like(sorted_key, -7),
+        torch.empty_like(sorted_key),
+        torch.empty_like(sample),
+    )
     vectors = sorted_key, by_task, sample, weight, offset, start, whole, share, sample_by_task
     module._share_kernel[(3,)](*vectors, 19, WEIGHTED=weighted, OFFSET=drawn, BLOCK=8)
     rank = position[:17] - start[group]
@@ -374,13 +412,17 @@ def test_the_kernel_computes_the_same_shares(weighted: bool, drawn: bool) -> Non
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 7, 64, 65, 1000, 4096, 100_000])
 @pytest.mark.parametrize("num_samples", [1, 2049, 600_000, 10_000_000, 100_000_000, 2**30])
-def test_launches_cover_the_pool_and_no_index_overflows(monkeypatch: pytest.MonkeyPatch, num_samples: int, num_tasks: int) -> None:
+def test_launches_cover_the_pool_and_no_index_overflows(
+    monkeypatch: pytest.MonkeyPatch, num_samples: int, num_tasks: int
+) -> None:
     monkeypatch.undo()
     block, tiles, programs, bits, copies = module._launch(num_samples, num_tasks)
     assert programs * tiles * block >= num_samples > (programs - 1) * tiles * block
     assert programs * tiles < 2**31
     assert 1 <= copies <= programs
-    assert copies * num_tasks << bits <= max(module.COUNTERS, num_tasks << 4)  # 16 MiB, or the least that so many tasks need
+    assert copies * num_tasks << bits <= max(
+        module.COUNTERS, num_tasks << 4
+    )  # 16 MiB, or the least that so many tasks need
     assert num_tasks > 8192 or programs < 128 or copies >= 32
     id_bits = (num_samples - 1).bit_length()
     digits = module._digits(module.ORDER_BITS + id_bits, bits)
@@ -396,18 +438,28 @@ def test_launches_cover_the_pool_and_no_index_overflows(monkeypatch: pytest.Monk
 
 def test_every_configuration_is_listed_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    listed = {build.constants["DIGITS"]: build.constants["ROWS"] for build in module.builds() if "DIGITS" in build.constants}
+    listed = {
+        build.constants["DIGITS"]: build.constants["ROWS"] for build in module.builds() if "DIGITS" in build.constants
+    }
     for num_tasks in range(1, 20_000, 7):
         bits = module._launch(10**8, num_tasks).bits
         assert listed[1 << bits] == max(1, module.CHOOSE_TILE >> bits)
-    assert {build.constants["BLOCK"] for build in module.builds() if "BLOCK" in build.constants} == {module._launch(10**8, 1).block}
+    assert {build.constants["BLOCK"] for build in module.builds() if "BLOCK" in build.constants} == {
+        module._launch(10**8, 1).block
+    }
 
 
-@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
+@pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only"
+)
 @pytest.mark.parametrize("weight", [None, [4, 0, 9], [0, 0, 0]])
 def test_the_kernels_path_reads_nothing(no_host_reads: type, weight: list[int] | None) -> None:
     g = torch.Generator().manual_seed(0)
-    utility, eligible, task = torch.randn(90, generator=g), torch.rand(90, generator=g) < 0.6, torch.randint(0, 3, (90,), generator=g)
+    utility, eligible, task = (
+        torch.randn(90, generator=g),
+        torch.rand(90, generator=g) < 0.6,
+        torch.randint(0, 3, (90,), generator=g),
+    )
     weights = None if weight is None else torch.tensor(weight)
     want = expected(utility, eligible, task, 3, 20, weights)
     with no_host_reads():
@@ -442,7 +494,9 @@ def test_under_torch_compile(form: str) -> None:
 
 
 @property_test
-@given(rows=st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=60), dtype=st.sampled_from(DTYPES))
+@given(
+    rows=st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=60), dtype=st.sampled_from(DTYPES)
+)
 def test_groups_present(form: str, rows: list[tuple[bool, int]], dtype: torch.dtype) -> None:
     mask, group = (torch.tensor(column) for column in zip(*rows, strict=True))
     present = groups_present(mask, group.to(dtype), 7)
@@ -457,7 +511,11 @@ def test_on_a_gpu_as_on_the_host(monkeypatch: pytest.MonkeyPatch, tasks: int, va
     count = 1_000_003
     few = torch.randint(0, 9, (count,), generator=g).float()
     utility = {"any": torch.randn(count, generator=g), "few": few, "equal": torch.ones(count)}
-    pool = utility[values], torch.rand(count, generator=g) < 0.7, (torch.rand(count, generator=g) ** 2 * tasks).to(torch.int16)
+    pool = (
+        utility[values],
+        torch.rand(count, generator=g) < 0.7,
+        (torch.rand(count, generator=g) ** 2 * tasks).to(torch.int16),
+    )
     want = select_topk(*pool, tasks, 20_000)
     assert torch.equal(select_topk(*(x.cuda() for x in pool), tasks, 20_000).cpu(), want)
     weight = (2**28 * torch.rand(tasks, generator=g) ** 5).long()

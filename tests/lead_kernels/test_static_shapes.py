@@ -1,4 +1,5 @@
 """No operator looks at the device from the host: all run on tensors without data."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -42,8 +43,17 @@ def one_round(device: str, dtype: torch.dtype, options: dict[str, float]) -> tor
         hidden = embedding[batch.input_ids[batch.rows]]
         hidden.retain_grad()
         token_weight = torch.ones((), device=device) / (batch.targets >= 0).sum()
-        out = linear_cross_entropy(hidden, weight, batch.targets, sample_ids=batch.row_slots, num_samples=B, token_weight=token_weight,
-                                   signature=(empty(H, Q), empty(H, Q)), chunk_bytes=4 * V * 12, **options)  # fmt: skip
+        out = linear_cross_entropy(
+            hidden,
+            weight,
+            batch.targets,
+            sample_ids=batch.row_slots,
+            num_samples=B,
+            token_weight=token_weight,
+            signature=(empty(H, Q), empty(H, Q)),
+            chunk_bytes=4 * V * 12,
+            **options,
+        )
         out.loss.backward()
         sample_weight = out.sample_tokens * token_weight
         mean_grad = hidden.grad.float().t() @ hidden.detach().float()
@@ -55,7 +65,9 @@ def one_round(device: str, dtype: torch.dtype, options: dict[str, float]) -> tor
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.1}], ids=["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_round_runs_without_data(blind_host: Callable[[], Any], dtype: torch.dtype, options: dict[str, float]) -> None:
+def test_a_round_runs_without_data(
+    blind_host: Callable[[], Any], dtype: torch.dtype, options: dict[str, float]
+) -> None:
     with blind_host() as device:
         new = one_round(device, dtype, options)
     assert new.shape == (K,)

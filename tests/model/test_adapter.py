@@ -1,4 +1,5 @@
 """An adapter on the LM head works inside the loss: against peft, against the merged model, under FSDP, and through merge."""
+
 from __future__ import annotations
 
 import json
@@ -62,7 +63,9 @@ def test_head_adapter_starts_at_the_base(make_model, make_pool) -> None:
     names, others = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (model, without))
     assert names - others == {"head.projection.lora_A.default.weight", "head.projection.lora_B.default.weight"}
     own, other = dict(model.named_parameters()), dict(without.named_parameters())
-    assert all(torch.equal(own[name], other[name]) for name in others)  # the blocks' adapters start as they do without it
+    assert all(
+        torch.equal(own[name], other[name]) for name in others
+    )  # the blocks' adapters start as they do without it
 
 
 def test_head_adapter_is_read_by_peft(trained) -> None:
@@ -89,9 +92,13 @@ def test_gradients_are_those_of_peft(trained) -> None:
     shares = (store.response_rows[IDS] / store.response_rows[IDS].sum()).double()
     theirs = {}
     for dtype in (torch.float64, torch.float32):
-        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder, is_trainable=True).to(dtype)
+        peft = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder, is_trainable=True
+        ).to(dtype)
         (their_losses(peft, store) * shares.to(dtype)).sum().backward()
-        theirs[dtype] = {n.removeprefix("base_model.model."): p.grad.double() for n, p in peft.named_parameters() if p.requires_grad}
+        theirs[dtype] = {
+            n.removeprefix("base_model.model."): p.grad.double() for n, p in peft.named_parameters() if p.requires_grad
+        }
     assert ours.keys() == theirs[torch.float64].keys()
     for name, exact in theirs[torch.float64].items():
         error, allowed = ((x[name] - exact).norm() for x in (ours, theirs[torch.float32]))
@@ -118,19 +125,44 @@ def test_selection_sees_the_effective_head(trained) -> None:
         torch.testing.assert_close(ours, effective, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         model.head.projection.lora_B["default"].weight.zero_()
-    assert (run(model, store, token_weight=0.1, signature=sketch).signature - seen[0][0]).norm() > 0.1 * seen[0][0].norm()
+    assert (run(model, store, token_weight=0.1, signature=sketch).signature - seen[0][0]).norm() > 0.1 * seen[0][
+        0
+    ].norm()
 
 
 OPTIONS = [
-    "--budget", "0.5", "--batch.capacity", "64", "--batch.micro-batches", "2", "--selection.round-steps", "2", "--lora.rank", "4",
-    "--lora.head", "--selection.calibrate-every", "2", "--optimizer.lr", "1e-3",
-]  # fmt: skip
+    "--budget",
+    "0.5",
+    "--batch.capacity",
+    "64",
+    "--batch.micro-batches",
+    "2",
+    "--selection.round-steps",
+    "2",
+    "--lora.rank",
+    "4",
+    "--lora.head",
+    "--selection.calibrate-every",
+    "2",
+    "--optimizer.lr",
+    "1e-3",
+]
 
 
 def test_an_adapter_is_trained_on_as_it_is(make_model, make_pool, run_ranks, tmp_path: Path) -> None:
     """A run that starts from a run's adapter (4-bit base, head) goes on where that one ended, and names the same base."""
     pool, base = make_pool(samples=60), make_model("llama", hidden_size=64, head_dim=16, intermediate_size=128)
-    line = ["train", "--pool", pool, "--batch.capacity", "64", "--batch.micro-batches", "2", "--selection.round-steps", "2"]
+    line = [
+        "train",
+        "--pool",
+        pool,
+        "--batch.capacity",
+        "64",
+        "--batch.micro-batches",
+        "2",
+        "--selection.round-steps",
+        "2",
+    ]
     line += ["--lora.rank", "4", "--lora.head", "--optimizer.lr", "1e-3"]
     line += ["--runtime.precision", "fp32", "--method", "full", "--lora.quantize", "nf4"]
     run_ranks(*line, "--model", base, "--out", tmp_path / "first", "--optimizer.lr", "1e-2")
@@ -146,7 +178,9 @@ def test_an_adapter_is_trained_on_as_it_is(make_model, make_pool, run_ranks, tmp
     assert (tmp_path / "second" / "model" / "quantization_config.json").exists()
     config = json.loads((tmp_path / "second" / "model" / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]) == base
-    refused = run_ranks(*line, "--model", tmp_path / "first", "--out", tmp_path / "third", "--lora.rank", "8", check=False)
+    refused = run_ranks(
+        *line, "--model", tmp_path / "first", "--out", tmp_path / "third", "--lora.rank", "8", check=False
+    )
     assert refused.processes[0].exitcode == 2
     assert "--lora.rank 8: --model" in refused.output()
     assert "is an adapter already (LoRA rank 4, alpha 16; here: 4)" in " ".join(refused.output().split())
@@ -160,9 +194,13 @@ def test_ranks_do_not_matter(form: str, make_model, make_pool, run_ranks, tmp_pa
     outs = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
     for ranks, out in outs.items():
         run_ranks("train", "--pool", pool, "--model", base, "--out", out, *OPTIONS, *extra, ranks=ranks)
-    one, two = ([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in outs.values())
+    one, two = (
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in outs.values()
+    )
     for key, tolerance in (("loss", 1e-5), ("mean_change", 1e-3)):
-        np.testing.assert_allclose([line[key] for line in one], [line[key] for line in two], rtol=tolerance, err_msg=key)
+        np.testing.assert_allclose(
+            [line[key] for line in one], [line[key] for line in two], rtol=tolerance, err_msg=key
+        )
     weights = [load_file(out / "model" / "adapter_model.safetensors") for out in outs.values()]
     moved = weights[0]["base_model.model.lm_head.lora_B.weight"]
     assert moved.abs().mean() > 1e-4
@@ -173,20 +211,36 @@ def test_ranks_do_not_matter(form: str, make_model, make_pool, run_ranks, tmp_pa
 def test_bf16_and_everything_at_once(make_model, make_pool, run_ranks, tmp_path: Path) -> None:
     """Adapters fp32 on a bf16 base with bytes among its parameters, in one FSDP unit; 8-bit moments; on two ranks."""
     pool, base = make_pool(samples=100), make_model("llama", hidden_size=64, head_dim=16, intermediate_size=128)
-    extra = ["--lora.quantize", "nf4", "--optimizer.kind", "adamw8bit", "--runtime.precision", "bf16", "--lora.rank", "16"]
+    extra = [
+        "--lora.quantize",
+        "nf4",
+        "--optimizer.kind",
+        "adamw8bit",
+        "--runtime.precision",
+        "bf16",
+        "--lora.rank",
+        "16",
+    ]
     run_ranks("train", "--pool", pool, "--model", base, "--out", tmp_path / "run", *OPTIONS, *extra, ranks=2)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()
     adapter = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
-    assert all(value.dtype == torch.float32 and value.isfinite().all() and value.abs().max() > 0 for value in adapter.values())
+    assert all(
+        value.dtype == torch.float32 and value.isfinite().all() and value.abs().max() > 0 for value in adapter.values()
+    )
 
 
 def test_a_tied_head_is_refused(make_model, make_pool, run_ranks, tmp_path: Path) -> None:
     tied = make_model("qwen3", tie_word_embeddings=True)
-    refused = run_ranks("train", "--pool", make_pool(samples=60), "--model", tied, "--out", tmp_path / "run", *OPTIONS, check=False)
+    refused = run_ranks(
+        "train", "--pool", make_pool(samples=60), "--model", tied, "--out", tmp_path / "run", *OPTIONS, check=False
+    )
     assert refused.processes[0].exitcode == 2
     text = " ".join(refused.output().split())
-    assert "--lora.head, or the head among --lora.target-modules: this model's LM head and embedding are one matrix" in text
+    assert (
+        "--lora.head, or the head among --lora.target-modules: this model's LM head and embedding are one matrix"
+        in text
+    )
     assert "Traceback" not in text
 
 

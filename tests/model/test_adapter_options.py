@@ -1,4 +1,5 @@
 """LoRA's options against peft: its adapters are read, give its losses, are trained by its gradients, merged, and saved as it reads them."""
+
 from __future__ import annotations
 
 import functools
@@ -33,14 +34,25 @@ THEIRS: dict[str, dict[str, Any]] = {
     "names": {"target_modules": ["q_proj", "down_proj"]},
     "pattern, last layer": {"target_modules": r".*\.1\.self_attn\.(q|v)_proj", "use_rslora": True},
     "layers and ranks": {
-        "target_modules": ["q_proj", "up_proj", "o_proj"], "layers_to_transform": [1], "rank_pattern": {"up_proj": 2},
-        "alpha_pattern": {"q_proj": 3}, "exclude_modules": ["o_proj"],
+        "target_modules": ["q_proj", "up_proj", "o_proj"],
+        "layers_to_transform": [1],
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+        "exclude_modules": ["o_proj"],
     },
-    "DoRA, rank-stabilised": {"target_modules": ["q_proj", "v_proj", "gate_proj"], "use_dora": True, "use_rslora": True},
+    "DoRA, rank-stabilised": {
+        "target_modules": ["q_proj", "v_proj", "gate_proj"],
+        "use_dora": True,
+        "use_rslora": True,
+    },
     "all whole": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
-    "DoRA and a module": {"target_modules": "all-linear", "use_dora": True, "modules_to_save": ["model.norm", "mlp.down_proj"]},
+    "DoRA and a module": {
+        "target_modules": "all-linear",
+        "use_dora": True,
+        "modules_to_save": ["model.norm", "mlp.down_proj"],
+    },
     "drawn otherwise": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal", "lora_dropout": 0.3},
-}  # fmt: skip
+}
 
 
 def build(folder: Path, **options: Any) -> PackedLM:
@@ -98,14 +110,17 @@ def test_an_adapter_of_peft(name: str, base: Path, store: TokenStore, tmp_path: 
     ours, shares = build(theirs), (store.response_rows[IDS] / store.response_rows[IDS].sum()).double()
     gradients = {}
     for dtype in (torch.float64, torch.float32):
-        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), theirs, is_trainable=True)
+        peft = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=dtype), theirs, is_trainable=True
+        )
         peft = peft.to(dtype).eval()
         found = their_losses(peft, store)
         (found * shares.to(dtype)).sum().backward()
         gradients[dtype] = {
             adapter.stored_name(their_name(name)): parameter.grad.double()
-            for name, parameter in peft.named_parameters() if parameter.requires_grad
-        }  # fmt: skip
+            for name, parameter in peft.named_parameters()
+            if parameter.requires_grad
+        }
     ours.eval()  # without dropout
     head = losses(ours, store, token_weight=1.0 / float(store.response_rows[IDS].sum()))
     torch.testing.assert_close(head.sample_nll, found.detach(), rtol=1e-5, atol=1e-5)
@@ -123,13 +138,20 @@ def test_an_adapter_of_peft(name: str, base: Path, store: TokenStore, tmp_path: 
         again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
         torch.testing.assert_close(their_losses(again, store), losses(ours, store).sample_nll, rtol=1e-5, atol=1e-5)
         assert (losses(ours, store).sample_nll - head.sample_nll).abs().max() > 1e-3
-        torch.testing.assert_close(losses(build(tmp_path / "ours").eval(), store).sample_nll, losses(ours, store).sample_nll)
+        torch.testing.assert_close(
+            losses(build(tmp_path / "ours").eval(), store).sample_nll, losses(ours, store).sample_nll
+        )
 
 
 def test_new_adapters_have_peft_s_layers(base: Path, store: TokenStore) -> None:
     """What the flags ask for is what peft puts in for the same words, starts at the base, and can be saved."""
-    lora = LoraConfig(rank=4, target_modules=("q_proj", "v_proj"), dora=True, rslora=True, dropout=0.2, modules_to_save=("lm_head",))
-    model, theirs = build(base, lora=lora), get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter.new_config(lora))
+    lora = LoraConfig(
+        rank=4, target_modules=("q_proj", "v_proj"), dora=True, rslora=True, dropout=0.2, modules_to_save=("lm_head",)
+    )
+    model, theirs = (
+        build(base, lora=lora),
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter.new_config(lora)),
+    )
     names = model.checkpoint_names()
     wanted = {their_name(name) for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     assert {names[name] for name in model.adapter_parameters} == wanted
@@ -167,10 +189,14 @@ def test_dropout_is_what_its_seed_says(quantize: str, make_model, store: TokenSt
     assert torch.equal(losses(model, store).sample_nll, losses(model, store).sample_nll)
 
 
-@pytest.mark.parametrize("kind", [kind.value for kind in PeftType if kind != PeftType.LORA] + ["NO_SUCH", "", None, 3, ["LORA"]])
+@pytest.mark.parametrize(
+    "kind", [kind.value for kind in PeftType if kind != PeftType.LORA] + ["NO_SUCH", "", None, 3, ["LORA"]]
+)
 def test_other_kinds_are_refused(kind: Any, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "base_model_name_or_path": "x"}))
-    with pytest.raises(UserError, match=r"adapter_config.json: (an adapter of kind|it names no peft_type).*merge it into its base"):
+    with pytest.raises(
+        UserError, match=r"adapter_config.json: (an adapter of kind|it names no peft_type).*merge it into its base"
+    ):
         read_config(tmp_path)
 
 
@@ -196,8 +222,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"layers_to_transform": [17]}, "cannot have that adapter"),
     "module": ({"modules_to_save": ["score"]}, "no module whose name ends with score"),
     "both": ({"modules_to_save": ["proj"]}, "cannot have that adapter .modules_to_save cannot be applied"),
-    "DoRA on the head": ({"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "inside the loss, chunk by chunk, without use_dora"),
-}  # fmt: skip
+    "DoRA on the head": (
+        {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+        "inside the loss, chunk by chunk, without use_dora",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +256,11 @@ WORDS = st.sampled_from([None, True, -1, 0.5, "", "x", [], ["x"], {}, {"x": 1}, 
 
 
 @settings(max_examples=150, deadline=None)
-@given(values=st.dictionaries(st.sampled_from([*PeftLoraConfig.__dataclass_fields__, "surprise"]), WORDS, min_size=1, max_size=3))
+@given(
+    values=st.dictionaries(
+        st.sampled_from([*PeftLoraConfig.__dataclass_fields__, "surprise"]), WORDS, min_size=1, max_size=3
+    )
+)
 def test_no_config_raises_anything_else(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("config")
     config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "x", **values}
@@ -246,12 +279,18 @@ def test_damaged_configs_are_named(text: str, tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_named(base: Path, plain: Path, make_model, tmp_path: Path) -> None:
     """Missing, too many, of another shape, of integers, as a pickle, of another base: by training and by merging alike."""
-    tensors, name = load_file(plain / "adapter_model.safetensors"), "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    tensors, name = (
+        load_file(plain / "adapter_model.safetensors"),
+        "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight",
+    )
     other = make_model("llama", hidden_size=48, head_dim=12)
     config = json.loads((plain / "adapter_config.json").read_text())
     wrong = {
         f"no tensor {name}": {n: v for n, v in tensors.items() if n != name},
-        r"base_model.model.lm_head.weight has no place": {**tensors, "base_model.model.lm_head.weight": torch.ones(320, 32)},
+        r"base_model.model.lm_head.weight has no place": {
+            **tensors,
+            "base_model.model.lm_head.weight": torch.ones(320, 32),
+        },
         rf"{name} has shape \[2, 32\], the model wants \[4, 32\]": {**tensors, name: tensors[name][:2].contiguous()},
         name: {**tensors, name: tensors[name].to(torch.int8)},
         r"lora_A.weight has shape \[4, 32\], the model wants \[4, 48\]": tensors,
@@ -277,7 +316,10 @@ def test_tied_modules_are_refused(make_model) -> None:
         said = rf"--lora.modules-to-save (model.)?{module}: this model's LM head and embedding are one matrix"
         with pytest.raises(UserError, match=said):
             build(tied, lora=LoraConfig(rank=2, modules_to_save=(module,)))
-    assert any("q_norm" in name for name in build(tied, lora=LoraConfig(rank=2, modules_to_save=("q_norm",))).adapter_parameters)
+    assert any(
+        "q_norm" in name
+        for name in build(tied, lora=LoraConfig(rank=2, modules_to_save=("q_norm",))).adapter_parameters
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,7 +327,10 @@ def test_tied_modules_are_refused(make_model) -> None:
     [
         ({"dora": True}, "--lora.dora True: must be left out without adapters"),
         ({"modules_to_save": ("a", "b")}, "--lora.modules-to-save a b: must be left out without adapters"),
-        ({"rank": 2, "target_modules": ("q_proj", ".*")}, r"--lora.target-modules q_proj \.\*: must be names, or one regular"),
+        (
+            {"rank": 2, "target_modules": ("q_proj", ".*")},
+            r"--lora.target-modules q_proj \.\*: must be names, or one regular",
+        ),
         ({"rank": 2, "target_modules": ("(q",)}, r"--lora.target-modules \(q: no regular expression"),
         ({"rank": 2, "target_modules": ("all-linear", "x")}, "or all-linear alone"),
         ({"rank": 2, "dropout": 1.0}, "--lora.dropout 1.0: "),

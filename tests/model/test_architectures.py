@@ -2,6 +2,7 @@
 
 The table is the list of what is trained at all (lead_engine/model/architectures.py): an architecture that is not here is refused.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,7 +33,9 @@ def test_the_table_is_what_is_supported() -> None:
 
 
 def build(folder: Path, attention: str = "auto", max_length: int = 64) -> PackedLM:
-    return build_model(folder, device=CPU, runtime=RuntimeConfig(precision="fp32", attention=attention), max_length=max_length)
+    return build_model(
+        folder, device=CPU, runtime=RuntimeConfig(precision="fp32", attention=attention), max_length=max_length
+    )
 
 
 def batch(store: TokenStore, ids: list[int], slots: int = 8, spare: int = 6) -> PackedBatch:
@@ -79,7 +82,11 @@ def test_micro_batches_that_teach_nothing(kind: str, make_model, store: TokenSto
     folder = make_model(kind, all_random=True, **KINDS[kind])
     for attention in ("segment", "mask"):
         model = build(folder, attention)
-        for nothing in (batch(store, [], spare=16), batch(silent_store, [0, 1]), batch(silent_store, [1], slots=1, spare=0)):
+        for nothing in (
+            batch(store, [], spare=16),
+            batch(silent_store, [0, 1]),
+            batch(silent_store, [1], slots=1, spare=0),
+        ):
             out = model(nothing, token_weight=0.25)
             out.loss.backward()
             assert out.loss == 0
@@ -94,7 +101,9 @@ def test_micro_batches_that_teach_nothing(kind: str, make_model, store: TokenSto
 def silent_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     """Two samples without a response token."""
     folder = tmp_path_factory.mktemp("silent") / "store"
-    TokenStore.write(folder, [(torch.arange(5, 5 + n).numpy(), torch.zeros(n, dtype=torch.bool).numpy()) for n in (9, 12)])
+    TokenStore.write(
+        folder, [(torch.arange(5, 5 + n).numpy(), torch.zeros(n, dtype=torch.bool).numpy()) for n in (9, 12)]
+    )
     return TokenStore.open(folder)
 
 
@@ -116,7 +125,10 @@ def test_the_plain_experts_loop_does(make_model) -> None:
 
 
 def fake_step(config, options: dict[str, str]) -> None:
-    options |= {"attn_implementation": NAME, "dtype": torch.bfloat16}  # in which grouped products have a kernel on a GPU
+    options |= {
+        "attn_implementation": NAME,
+        "dtype": torch.bfloat16,
+    }  # in which grouped products have a kernel on a GPU
     hf = AutoModelForCausalLM.from_config(architectures.as_trained(config), **options)
     model = PackedLM(hf, attention="mask", max_length=12, chunk_bytes=1 << 16)
     mode = FakeTensorMode()
@@ -126,7 +138,11 @@ def fake_step(config, options: dict[str, str]) -> None:
         for name, value in list(module.named_buffers(recurse=False)):
             setattr(module, name, mode.from_tensor(value))
     with mode:
-        tokens, response, offsets = torch.zeros(60, dtype=torch.int32), torch.ones(60, dtype=torch.bool), torch.arange(0, 61, 12)
+        tokens, response, offsets = (
+            torch.zeros(60, dtype=torch.int32),
+            torch.ones(60, dtype=torch.bool),
+            torch.arange(0, 61, 12),
+        )
         packed = gather_batch(tokens, response, offsets, torch.tensor([0, 3, 5]), capacity=48, num_rows=40)
         model(packed).loss.backward()
         assert all(p.grad is not None for p in model.parameters())
@@ -135,7 +151,12 @@ def fake_step(config, options: dict[str, str]) -> None:
 @pytest.mark.parametrize("longest", [40, 16])
 def test_longrope_is_chosen_by_each_samples_own_length(longest: int, make_model, make_pool) -> None:
     """Phi-3's long frequencies are for samples of more than 16 tokens here; transformers goes by the longest of a call."""
-    rope = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    }
     rope |= {"original_max_position_embeddings": 16}
     folder = make_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
     store = TokenStore.open(make_pool(samples=30, longest=longest) / "store")

@@ -1,4 +1,5 @@
 """Soft-capped attention: the three forms agree, with windows and shared key heads; what no form computes is refused."""
+
 from __future__ import annotations
 
 import itertools
@@ -14,7 +15,9 @@ from lead_engine.model.softcap import packed_blocks
 
 CU = [0, 5, 5, 26, 40, 48]
 """Samples of 5, 0, 21 and 14 tokens, and a tail of 8."""
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is here"))
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is here")
+)
 
 
 def inputs(device: str, dtype: torch.dtype, width: int = 16) -> list[Tensor]:
@@ -25,7 +28,9 @@ def inputs(device: str, dtype: torch.dtype, width: int = 16) -> list[Tensor]:
 
 def attend(kind: str, qkv: list[Tensor], window: int | None, softcap: float | None = 0.7) -> Tensor:
     packing = Packing(torch.tensor(CU, dtype=torch.int32, device=qkv[0].device), 21, kind)
-    return packed_attention(nn.Identity(), *qkv, None, packing=packing, scaling=0.4, sliding_window=window, softcap=softcap)[0][:, : CU[-2]]
+    return packed_attention(
+        nn.Identity(), *qkv, None, packing=packing, scaling=0.4, sliding_window=window, softcap=softcap
+    )[0][:, : CU[-2]]
 
 
 def by_hand(qkv: list[Tensor], window: int | None, softcap: float) -> Tensor:
@@ -54,7 +59,9 @@ def test_soft_caps(kind: str, window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 6])
 def test_soft_caps_on_a_gpu(device: str, window: int | None) -> None:
     """The compiled kernel, forward and backward, as near to float64 as the masked form in bf16."""
-    exact, flex, masked = ([x.requires_grad_() for x in inputs(device, dtype)] for dtype in (torch.float64, torch.bfloat16, torch.bfloat16))
+    exact, flex, masked = (
+        [x.requires_grad_() for x in inputs(device, dtype)] for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)
+    )
     found = []
     for kind, qkv in (("mask", exact), ("varlen", flex), ("mask", masked)):
         out = attend(kind, qkv, window)

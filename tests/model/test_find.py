@@ -1,4 +1,5 @@
 """A base model is named so that others find it, by the hub's name and commit, and files can be read as others' can."""
+
 from __future__ import annotations
 
 import json
@@ -44,7 +45,9 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def train(folder: Path, out: Path, **options) -> PackedLM:
-    model = build_model(folder, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=64, **options)
+    model = build_model(
+        folder, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=64, **options
+    )
     save_model(model, load_tokenizer(folder), out, base=folder, rank=0)
     return model
 

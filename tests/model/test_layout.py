@@ -1,4 +1,5 @@
 """Checkpoints in shards: a rank reads its own slices and no others; what is written has the names, shapes and dtypes of what was read."""
+
 from __future__ import annotations
 
 import json
@@ -145,7 +146,11 @@ def test_one_file_without_an_index_stays_one(make_model, tmp_path: Path) -> None
 def changed(folder: Path, place: Path, change) -> Path:
     """A copy of a one-file model whose tensors went through `change`."""
     shutil.copytree(folder, place)
-    save_file({name: value.clone() for name, value in change(load_file(folder / SINGLE)).items()}, place / SINGLE, {"format": "pt"})
+    save_file(
+        {name: value.clone() for name, value in change(load_file(folder / SINGLE)).items()},
+        place / SINGLE,
+        {"format": "pt"},
+    )
     return place
 
 
@@ -174,7 +179,10 @@ def test_other_forms_of_the_same_checkpoint(make_model, tmp_path: Path) -> None:
 
 def test_tensors_that_the_model_has_no_place_for_are_named_and_kept(make_model, tmp_path: Path, capsys) -> None:
     bias = "model.layers.0.self_attn.q_proj.bias"
-    extra = {bias: torch.arange(32.0, dtype=torch.float16), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    extra = {
+        bias: torch.arange(32.0, dtype=torch.float16),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
     folder = changed(make_model("llama"), tmp_path / "more", lambda t: {**t, **extra})
     model = build(folder)
     assert f"one of its tensors is not in the model that config.json describes, and kept as stored: {bias}" in " ".join(
@@ -197,7 +205,11 @@ def test_checkpoints_that_do_not_fit_are_named(make_model, tmp_path: Path) -> No
     few = changed(mixture, tmp_path / "few", lambda t: {n: v for n, v in t.items() if ".experts.3." not in n})
     with pytest.raises(UserError, match=r"down_proj .* has shape \[3, 32, 16\], the model wants \[4, 32, 16\]"):
         build(few)
-    whole = changed(mixture, tmp_path / "eight", lambda t: {n: v.to(torch.float8_e4m3fn) if n == expert else v for n, v in t.items()})
+    whole = changed(
+        mixture,
+        tmp_path / "eight",
+        lambda t: {n: v.to(torch.float8_e4m3fn) if n == expert else v for n, v in t.items()},
+    )
     with pytest.raises(UserError, match=r"up_proj.weight is stored as F8_E4M3.*not quantised"):
         build(whole)
     lying = tmp_path / "lying"

@@ -114,7 +114,10 @@ def test_kernels_agree_with_the_mask(kind: str, window: int | None) -> None:
     samples, length = [96, 1, 0, 33, 96, 64], 2048
     cu = torch.tensor([0, *itertools.accumulate(samples), length], dtype=torch.int32, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
-    exact = [torch.randn(1, heads, length, 64, device="cuda", generator=generator, dtype=torch.float64) for heads in (8, 2, 2)]
+    exact = [
+        torch.randn(1, heads, length, 64, device="cuda", generator=generator, dtype=torch.float64)
+        for heads in (8, 2, 2)
+    ]
     upstream = torch.randn(1, length, 8, 64, device="cuda", generator=generator, dtype=torch.float64)
     found = []
     for form, dtype in (("mask", torch.float64), (kind, torch.bfloat16), ("mask", torch.bfloat16)):

@@ -1,4 +1,5 @@
 """4-bit bases are bitsandbytes' own, on any number of ranks; what is trained on them is what transformers, peft, eval and merge compute."""
+
 from __future__ import annotations
 
 import json
@@ -28,13 +29,33 @@ pytestmark = BITSANDBYTES
 CPU = torch.device("cpu")
 # Rows that three ranks do not divide; more than one block of scales in a weight; biases.
 SHAPE = {
-    "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32, "num_key_value_heads": 2,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "num_key_value_heads": 2,
     "attention_bias": True,
-}  # fmt: skip
+}
 OPTIONS = [
-    "--budget", "0.5", "--batch.capacity", "64", "--batch.micro-batches", "6", "--selection.round-steps", "2", "--lora.rank", "4",
-    "--lora.quantize", "nf4", "--selection.sketch-dim", "8", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
-]  # fmt: skip
+    "--budget",
+    "0.5",
+    "--batch.capacity",
+    "64",
+    "--batch.micro-batches",
+    "6",
+    "--selection.round-steps",
+    "2",
+    "--lora.rank",
+    "4",
+    "--lora.quantize",
+    "nf4",
+    "--selection.sketch-dim",
+    "8",
+    "--optimizer.lr",
+    "1e-3",
+    "--runtime.precision",
+    "fp32",
+]
 
 
 def build(folder: Path, runtime: RuntimeConfig | None = None, **options) -> PackedLM:
@@ -43,10 +64,16 @@ def build(folder: Path, runtime: RuntimeConfig | None = None, **options) -> Pack
 
 def load_4bit(folder: Path):
     options = json.loads((folder / nf4.CONFIG).read_text()) if (folder / nf4.CONFIG).exists() else None
-    quantised = BitsAndBytesConfig.from_dict(options) if options else BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )  # fmt: skip
-    base = folder if options is None else json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    quantised = (
+        BitsAndBytesConfig.from_dict(options)
+        if options
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    )
+    base = (
+        folder
+        if options is None
+        else json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
     return AutoModelForCausalLM.from_pretrained(base, quantization_config=quantised)
 
 
@@ -83,11 +110,15 @@ def test_weights_are_those_of_bitsandbytes(stored: torch.dtype, make_model, tmp_
         assert torch.equal(layer.scale_scales, state.state2.absmax)
         assert torch.equal(layer.scale_offset, state.offset)
         assert torch.equal(layer.levels, state.state2.code)
-    bits = 8 * sum(sum(t.nbytes for t in (x.weight, x.scale_codes, x.scale_scales, x.scale_offset)) for x in layers.values())
+    bits = 8 * sum(
+        sum(t.nbytes for t in (x.weight, x.scale_codes, x.scale_scales, x.scale_offset)) for x in layers.values()
+    )
     assert bits / sum(x.in_features * x.out_features for x in layers.values()) < 4.14
     plain = build(base, lora=LoraConfig(rank=4))
     assert count_parameters(ours) == count_parameters(plain)
-    assert {name for name, p in ours.named_parameters() if p.requires_grad} == {n for n, p in plain.named_parameters() if p.requires_grad}
+    assert {name for name, p in ours.named_parameters() if p.requires_grad} == {
+        n for n, p in plain.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,7 +160,10 @@ def test_product_and_gradient(dtype: torch.dtype) -> None:
 def test_a_product_reads_nothing_from_the_device() -> None:
     """Tensors without data: whatever reads one raises."""
     layer, mode = nf4.NF4Linear(96, 192, None), FakeTensorMode()
-    held = {name: mode.from_tensor(torch.zeros(t.shape, dtype=t.dtype)) for name, t in layer.state_dict(keep_vars=True).items()}
+    held = {
+        name: mode.from_tensor(torch.zeros(t.shape, dtype=t.dtype))
+        for name, t in layer.state_dict(keep_vars=True).items()
+    }
     held |= {name: mode.from_tensor(torch.zeros_like(t)) for name, t in layer.named_buffers()}
     with mode:
         x = torch.randn(5, 192, requires_grad=True)
@@ -163,18 +197,29 @@ def test_adapters_get_the_gradients_that_the_rounded_base_gives_them(make_model,
         assert (ours - unrounded).norm() > 1e-3 * same.norm()
 
 
-def test_what_is_frozen_is_stored_as_it_is_computed_with(make_model, make_pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_frozen_is_stored_as_it_is_computed_with(
+    make_model, make_pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under FSDP in bf16: adapters fp32, codes bytes, all else of the base bf16, which changes no bit of any loss."""
     base, store = make_model("llama", **SHAPE), TokenStore.open(make_pool(samples=20) / "store")
-    options = {"device": CPU, "runtime": RuntimeConfig(precision="bf16"), "max_length": 64, "lora": LoraConfig(rank=4, quantize="nf4")}
+    options = {
+        "device": CPU,
+        "runtime": RuntimeConfig(precision="bf16"),
+        "max_length": 64,
+        "lora": LoraConfig(rank=4, quantize="nf4"),
+    }
     materialise = weights.materialise
     with process_group() as ranks:
         model = build_model(base, mesh=ranks.mesh, **options)
-        monkeypatch.setattr(weights, "materialise", lambda model, device, dtype, frozen: materialise(model, device, dtype))
+        monkeypatch.setattr(
+            weights, "materialise", lambda model, device, dtype, frozen: materialise(model, device, dtype)
+        )
         wide = build_model(base, mesh=ranks.mesh, **options)
         for name, parameter in model.named_parameters():
             codes = name.endswith("scale_codes") or ("_proj." in name and name.endswith("base_layer.weight"))
-            assert parameter.dtype == (torch.uint8 if codes else torch.float32 if parameter.requires_grad else torch.bfloat16), name
+            assert parameter.dtype == (
+                torch.uint8 if codes else torch.float32 if parameter.requires_grad else torch.bfloat16
+            ), name
         assert wide.decoder.embed_tokens.weight.dtype == torch.float32
         assert torch.equal(our_losses(model, store), our_losses(wide, store))
 
@@ -186,9 +231,24 @@ def test_trained_run_is_the_same_everywhere(make_model, make_pool, run_ranks, ru
     runs = {}
     for ranks in (1, 3):
         runs[ranks] = tmp_path / str(ranks)
-        line = ["train", "--pool", pool, "--model", base, "--out", runs[ranks], *OPTIONS, "--lora.dora", "--lora.dropout", "0.1"]
+        line = [
+            "train",
+            "--pool",
+            pool,
+            "--model",
+            base,
+            "--out",
+            runs[ranks],
+            *OPTIONS,
+            "--lora.dora",
+            "--lora.dropout",
+            "0.1",
+        ]
         run_ranks(*line, ranks=ranks)
-    losses = {ranks: [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()] for ranks, out in runs.items()}
+    losses = {
+        ranks: [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for ranks, out in runs.items()
+    }
     adapters = {ranks: load_file(out / "model" / "adapter_model.safetensors") for ranks, out in runs.items()}
     assert len(losses[1]) >= 4
     np.testing.assert_allclose(losses[3], losses[1], rtol=1e-5)
@@ -220,14 +280,24 @@ def test_trained_run_is_the_same_everywhere(make_model, make_pool, run_ranks, ru
     assert (their_losses(merged, store) - ours).abs().max() < 1e-2 * apart
 
 
-def test_what_cannot_be_quantised_is_refused(make_model, make_pool, run_ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_cannot_be_quantised_is_refused(
+    make_model, make_pool, run_ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     lora = LoraConfig(rank=4, quantize="nf4")
     narrow = make_model("llama", **{**SHAPE, "intermediate_size": 96})
-    refused = run_ranks("train", "--pool", make_pool(samples=60), "--model", narrow, "--out", tmp_path / "run", *OPTIONS, check=False)
+    refused = run_ranks(
+        "train", "--pool", make_pool(samples=60), "--model", narrow, "--out", tmp_path / "run", *OPTIONS, check=False
+    )
     assert refused.processes[0].exitcode == 2
-    assert "--lora.quantize nf4: model.layers.0.mlp.down_proj has 96 inputs, no multiple of 64" in " ".join(refused.output().split())
-    experts = make_model("qwen3_moe", **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
-    with pytest.raises(UserError, match=r"--lora\.quantize nf4: model\.layers\.0\.mlp\.experts\.\w+ is a weight .* of no linear layer"):
+    assert "--lora.quantize nf4: model.layers.0.mlp.down_proj has 96 inputs, no multiple of 64" in " ".join(
+        refused.output().split()
+    )
+    experts = make_model(
+        "qwen3_moe", **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1
+    )
+    with pytest.raises(
+        UserError, match=r"--lora\.quantize nf4: model\.layers\.0\.mlp\.experts\.\w+ is a weight .* of no linear layer"
+    ):
         build(experts, lora=lora)
     with monkeypatch.context() as older:
         older.setattr(torch, "__version__", TorchVersion("2.11.1+cpu"))
@@ -235,7 +305,9 @@ def test_what_cannot_be_quantised_is_refused(make_model, make_pool, run_ranks, m
         with process_group() as ranks:
             build(make_model("llama", **SHAPE), lora=lora, mesh=ranks.mesh)  # on one rank nothing is sharded
             offload = RuntimeConfig(precision="fp32", offload=True)
-            with pytest.raises(UserError, match=r"--lora\.quantize nf4: FSDP shards and offloads integers from torch 2\.12 on"):
+            with pytest.raises(
+                UserError, match=r"--lora\.quantize nf4: FSDP shards and offloads integers from torch 2\.12 on"
+            ):
                 build(make_model("llama", **SHAPE), lora=lora, mesh=ranks.mesh, runtime=offload)
     for name in ("bitsandbytes", "bitsandbytes.functional"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -243,11 +315,15 @@ def test_what_cannot_be_quantised_is_refused(make_model, make_pool, run_ranks, m
         build(make_model("llama", **SHAPE), lora=lora)
 
 
-def test_merge_of_a_plain_adapter_keeps_the_base(make_model, make_pool, run_ranks, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_merge_of_a_plain_adapter_keeps_the_base(
+    make_model, make_pool, run_ranks, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     base, options = make_model("llama", **SHAPE), list(OPTIONS)
     options[options.index("nf4")] = "none"
     run_ranks("train", "--pool", make_pool(samples=60), "--model", base, "--out", tmp_path / "run", *options)
     merge.run(MergeConfig(run=tmp_path / "run", out=tmp_path / "merged"))
     assert "NF4" not in capsys.readouterr().out
     name = "model.embed_tokens.weight"
-    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[name], load_file(base / "model.safetensors")[name])
+    assert torch.equal(
+        load_file(tmp_path / "merged" / "model.safetensors")[name], load_file(base / "model.safetensors")[name]
+    )

@@ -1,4 +1,5 @@
 """Packed micro-batches: accumulation, neighbours, bf16, what cannot run. Packed = separate: test_architectures.py."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,7 +19,9 @@ CPU = torch.device("cpu")
 
 
 def build(folder: Path, attention: str = "auto", precision: str = "fp32") -> PackedLM:
-    return build_model(folder, device=CPU, runtime=RuntimeConfig(precision=precision, attention=attention), max_length=64)
+    return build_model(
+        folder, device=CPU, runtime=RuntimeConfig(precision=precision, attention=attention), max_length=64
+    )
 
 
 def batch(store: TokenStore, ids: list[int], slots: int, capacity: int):

@@ -1,4 +1,5 @@
 """What wrapping a model changes (memory, speed, where things lie) and what it must not (gradients, names)."""
+
 from __future__ import annotations
 
 import datetime
@@ -134,11 +135,20 @@ def test_what_selective_keeps() -> None:
 
     ops = torch.ops
     kept = [
-        ops.aten.mm.default, ops.aten._grouped_mm.default, ops.aten._scaled_dot_product_flash_attention.default,
-        ops.torch_attn._varlen_attn.default, ops.lead_engine.segment_attention.default, ops.transformers.grouped_mm_fallback.default,
-    ]  # fmt: skip
+        ops.aten.mm.default,
+        ops.aten._grouped_mm.default,
+        ops.aten._scaled_dot_product_flash_attention.default,
+        ops.torch_attn._varlen_attn.default,
+        ops.lead_engine.segment_attention.default,
+        ops.transformers.grouped_mm_fallback.default,
+    ]
     assert {keep_products(None, op) for op in kept} == {CheckpointPolicy.MUST_SAVE}
-    again = [ops.aten.silu.default, ops.aten.bmm.default, ops.aten.rsqrt.default, ops.lead_engine.segment_attention_backward.default]
+    again = [
+        ops.aten.silu.default,
+        ops.aten.bmm.default,
+        ops.aten.rsqrt.default,
+        ops.lead_engine.segment_attention_backward.default,
+    ]
     assert {keep_products(None, op) for op in again} == {CheckpointPolicy.PREFER_RECOMPUTE}
 
 
@@ -173,7 +183,9 @@ def test_segment_attention_as_one_operator() -> None:
         same = torch.autograd.grad(expected, plain, upstream.transpose(1, 2))
         exact = [x.double().requires_grad_() for x in (q, k, v)]
         reference = segment_attention(*exact, bounds, scaling, window)
-        for a, b, c in zip(got, same, torch.autograd.grad(reference, exact, upstream.transpose(1, 2).double()), strict=True):
+        for a, b, c in zip(
+            got, same, torch.autograd.grad(reference, exact, upstream.transpose(1, 2).double()), strict=True
+        ):
             assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-7 * c.norm()
     torch.library.opcheck(
         torch.ops.lead_engine.segment_attention.default,
@@ -185,7 +197,10 @@ def test_segment_attention_as_one_operator() -> None:
 KINDS = {
     "llama": (1, {"num_hidden_layers": 10}),
     "qwen3_moe": (1, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
-    "gemma2": (2, {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 7}),
+    "gemma2": (
+        2,
+        {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 7},
+    ),
 }
 """Kinds of layers, and what is special about the model: more layers than torch.compile bears versions of a function; experts; soft caps."""
 
@@ -223,7 +238,9 @@ def test_a_block_that_cannot_be_compiled_is_refused() -> None:
 
     block = Reads()
     compile_block(block)
-    with pytest.raises(UserError, match=r"--runtime.compile: Reads cannot be compiled as one graph \(.+\); leave the flag out"):
+    with pytest.raises(
+        UserError, match=r"--runtime.compile: Reads cannot be compiled as one graph \(.+\); leave the flag out"
+    ):
         block(torch.ones(3))
 
 
@@ -244,7 +261,9 @@ def test_the_mesh_of_replicas() -> None:
     """Neighbouring ranks share a replica."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
     try:
-        ranks = SimpleNamespace(size=8, device=CPU, mesh=init_device_mesh("cpu", (8,)), timeout=datetime.timedelta(seconds=60))
+        ranks = SimpleNamespace(
+            size=8, device=CPU, mesh=init_device_mesh("cpu", (8,)), timeout=datetime.timedelta(seconds=60)
+        )
         assert data_mesh(ranks, 1) is ranks.mesh
         mesh = data_mesh(ranks, 2)
         assert mesh.mesh.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]

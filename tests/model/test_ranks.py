@@ -1,4 +1,5 @@
 """Architectures on two real ranks: an idle rank reduces the same gradients, and a trained model is what transformers reads."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,9 +24,21 @@ from separate import worst
 
 CPU = torch.device("cpu")
 TRAINED = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "phi", "phi3", "smollm3",
-    "qwen3_moe", "mixtral", "olmoe", "glm4_moe",
-]  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gemma3",
+    "phi",
+    "phi3",
+    "smollm3",
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
+    "glm4_moe",
+]
 MIXED = ["llama", "gemma2", "phi", "qwen3_moe", "mixtral", "glm4_moe"]
 
 
@@ -61,7 +74,9 @@ def fixed_batch(store: TokenStore):
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_trained_on_two_ranks_and_read_by_transformers(kind: str, make_model, make_pool, tmp_path: Path) -> None:
-    train_and_compare(2, make_model(kind, shards="40KB", all_random=True, **KINDS[kind]), make_pool(samples=40), tmp_path)
+    train_and_compare(
+        2, make_model(kind, shards="40KB", all_random=True, **KINDS[kind]), make_pool(samples=40), tmp_path
+    )
 
 
 def test_a_vocabulary_that_three_ranks_do_not_divide(make_model, make_pool, tmp_path: Path) -> None:
@@ -74,9 +89,28 @@ def train_and_compare(ranks: int, base: Path, pool: Path, tmp_path: Path) -> Non
     out = tmp_path / "run"
     load_tokenizer(base).save_pretrained(pool / "tokenizer")  # transformers reads it by the model's kind
     line = [
-        "train", "--pool", pool, "--model", base, "--out", out, "--method", "random", "--budget", 0.11 * ranks, "--batch.capacity", "96",
-        "--batch.micro-batches", ranks, "--selection.round-steps", "2", "--optimizer.lr", "1e-2", "--runtime.precision", "fp32",
-    ]  # fmt: skip
+        "train",
+        "--pool",
+        pool,
+        "--model",
+        base,
+        "--out",
+        out,
+        "--method",
+        "random",
+        "--budget",
+        0.11 * ranks,
+        "--batch.capacity",
+        "96",
+        "--batch.micro-batches",
+        ranks,
+        "--selection.round-steps",
+        "2",
+        "--optimizer.lr",
+        "1e-2",
+        "--runtime.precision",
+        "fp32",
+    ]
     store = TokenStore.open(pool / "store")
 
     def work(_rank: int) -> Tensor:
@@ -102,7 +136,9 @@ def train_and_compare(ranks: int, base: Path, pool: Path, tmp_path: Path) -> Non
 
 
 def transformers_losses(folder: Path, store: TokenStore, dtype: torch.dtype) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     losses = []
     for i in (2, 5, 8):
         low, high = int(store.offsets[i]), int(store.offsets[i + 1])

@@ -1,4 +1,5 @@
 """What is written is what Hugging Face reads: whole models, adapters, merged models; and damaged files are named."""
+
 from __future__ import annotations
 
 import json
@@ -47,7 +48,9 @@ def their_loss(model, store: TokenStore) -> torch.Tensor:
     for low, high in zip(store.offsets[:3].tolist(), store.offsets[1:4].tolist(), strict=True):
         tokens, mask = store.tokens[low:high].long(), store.response[low:high]
         with torch.no_grad():
-            nll = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1].float(), tokens[1:], reduction="none")
+            nll = torch.nn.functional.cross_entropy(
+                model(tokens[None]).logits[0, :-1].float(), tokens[1:], reduction="none"
+            )
         losses.append(nll[mask[1:]].mean())
     return torch.stack(losses)
 
@@ -144,7 +147,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         build(tmp_path)
 
 
-def test_what_cannot_be_written_is_told_after_all_is_gathered(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_is_told_after_all_is_gathered(
+    make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gathering is a collective: if rank 0 left it at the first file that fails, the other ranks would wait for it for ever."""
     base, gathered, whole = make_model("llama", shards="40KB"), [], weights.whole
     model = build(base)

@@ -40,7 +40,7 @@ QWEN25 = (
     "{%- if message.content %}{{- '\\n' + message.content }}{%- endif %}"
     "{%- for call in message.tool_calls %}{%- if call.function is defined %}{%- set call = call.function %}{%- "
     "endif %}"
-    "{{- '\\n<tool_call>\\n{\"name\": \"' }}{{- call.name }}{{- '\", \"arguments\": ' }}"
+    '{{- \'\\n<tool_call>\\n{"name": "\' }}{{- call.name }}{{- \'", "arguments": \' }}'
     "{{- call.arguments | tojson }}{{- '}\\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\\n' }}"
     "{%- elif message.role == 'tool' %}"
     "{%- if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}"
@@ -174,12 +174,16 @@ FAMILIES = {
     "phi3": Family(PHI3, PHI3_TOKENS, "<|endoftext|>", "<|end|>"),
     "zephyr": Family(ZEPHYR, ("<s>", "</s>"), "</s>", "</s>", "<s>"),
     "deepseek-r1": Family(
-        R1, DEEPSEEK_TOKENS, DEEPSEEK_TOKENS[1], DEEPSEEK_TOKENS[1], DEEPSEEK_TOKENS[0],
+        R1,
+        DEEPSEEK_TOKENS,
+        DEEPSEEK_TOKENS[1],
+        DEEPSEEK_TOKENS[1],
+        DEEPSEEK_TOKENS[0],
         plain=("<｜User｜>", "<｜Assistant｜>", *THINK),
     ),
     "deepseek-v2": Family(DEEPSEEK2, DEEPSEEK_TOKENS, DEEPSEEK_TOKENS[1], DEEPSEEK_TOKENS[1], DEEPSEEK_TOKENS[0]),
     "alpaca": Family(ALPACA, ("</s>",), "</s>", ""),
-}  # fmt: skip
+}
 
 
 def tokenizer_of(base: PreTrainedTokenizerFast, family: Family, *, puts_bos: bool = False) -> PreTrainedTokenizerFast:
@@ -191,6 +195,9 @@ def tokenizer_of(base: PreTrainedTokenizerFast, family: Family, *, puts_bos: boo
         bos = (family.bos, core.token_to_id(family.bos))
         core.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=family.bos, eos_token=family.eos, chat_template=family.template,
+        tokenizer_object=core,
+        bos_token=family.bos,
+        eos_token=family.eos,
+        chat_template=family.template,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )

@@ -107,8 +107,12 @@ def parts_in(record: dict[str, Any]) -> bool:
 NAMES = ["messages", "conversations", "prompt", "completion", "instruction", "output", "input", "context", "system"]
 NAMES += ["history", "tools", "functions", "weight", "train", "images", "id", "dataset", "reasoning", "topic"]
 TURN_NAMES = ["role", "from", "content", "value", "weight", "masked", "tool_calls", "function_call", "name", "thinking"]
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "user", "gpt", "[1]", "{}"])
-CALLS = st.fixed_dictionaries({}, optional={"function": SCALARS, "name": SCALARS, "arguments": SCALARS, "type": SCALARS})
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "user", "gpt", "[1]", "{}"])
+)
+CALLS = st.fixed_dictionaries(
+    {}, optional={"function": SCALARS, "name": SCALARS, "arguments": SCALARS, "type": SCALARS}
+)
 VALUES = st.recursive(SCALARS | CALLS, lambda inner: st.lists(inner, max_size=2), max_leaves=4)
 TURNS = st.dictionaries(st.sampled_from(TURN_NAMES), VALUES, max_size=5)
 RECORDS = st.dictionaries(st.sampled_from(NAMES), VALUES | st.lists(TURNS, max_size=3), max_size=6)

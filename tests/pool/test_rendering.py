@@ -22,10 +22,31 @@ THINKING: Turns = [QUESTION[0], ("assistant", "<think>\nTwo and two.</think>It i
 SYSTEM: Turns = [("system", "Answer in French only."), *QUESTION]
 
 words = st.sampled_from(
-    ["a", "e", "|", "user", "assistant", "model", "system", "[INST]", "<|im_end|>", "<|user|>", "</s>", "User:", "\n",
-     " x\n", "It is four.", "  indented", "trailing \n\n", "Grüße 東京 \N{ROCKET}", "{{ bos_token }}", "\\n", '"quoted"',
-     "\U000f0000"]
-)  # fmt: skip
+    [
+        "a",
+        "e",
+        "|",
+        "user",
+        "assistant",
+        "model",
+        "system",
+        "[INST]",
+        "<|im_end|>",
+        "<|user|>",
+        "</s>",
+        "User:",
+        "\n",
+        " x\n",
+        "It is four.",
+        "  indented",
+        "trailing \n\n",
+        "Grüße 東京 \N{ROCKET}",
+        "{{ bos_token }}",
+        "\\n",
+        '"quoted"',
+        "\U000f0000",
+    ]
+)
 texts = st.lists(words | st.text(max_size=8), min_size=1, max_size=3).map("".join)
 answers = texts.filter(lambda text: text.strip())
 thoughts = st.builds("<think>{}</think>{}".format, texts, answers)
@@ -245,9 +266,13 @@ def test_tools_calls_and_their_results_stand_in_the_text(renderers: dict[str, Re
 
 @pytest.mark.parametrize(
     ("cut", "name"),
-    [("tool | tojson", "a tool's name in the record's tools"), ("call.arguments | tojson", "a tool call's argument"),
-     ("call.name", "a tool's name in turn 2"), ("message.content }}{{- '\\n</tool_response>'", "turn 3 (tool)")],
-)  # fmt: skip
+    [
+        ("tool | tojson", "a tool's name in the record's tools"),
+        ("call.arguments | tojson", "a tool call's argument"),
+        ("call.name", "a tool's name in turn 2"),
+        ("message.content }}{{- '\\n</tool_response>'", "turn 3 (tool)"),
+    ],
+)
 def test_a_template_that_ignores_part_of_a_tool_call(chatml: PreTrainedTokenizerFast, cut: str, name: str) -> None:
     kept = "'' }}{{- '\\n</tool_response>'" if "response" in cut else "''"
     renderer = with_template(chatml, FAMILIES["qwen2.5"].template.replace(cut, kept), "qwen2.5")

@@ -123,9 +123,14 @@ def test_stop_tokens_of_the_families(chatml: PreTrainedTokenizerFast) -> None:
 
 @pytest.mark.parametrize(
     ("base", "config", "written"),
-    [({"eos_token_id": 3, "top_p": 0.9}, {}, [3, 2]), ({"eos_token_id": [3, 2]}, {}, None),
-     ({}, {"eos_token_id": 3}, [3, 2]), (None, {"eos_token_id": 3}, [3, 2]), ({"eos_token_id": 2}, {}, None)],
-)  # fmt: skip
+    [
+        ({"eos_token_id": 3, "top_p": 0.9}, {}, [3, 2]),
+        ({"eos_token_id": [3, 2]}, {}, None),
+        ({}, {"eos_token_id": 3}, [3, 2]),
+        (None, {"eos_token_id": 3}, [3, 2]),
+        ({"eos_token_id": 2}, {}, None),
+    ],
+)
 def test_saved_models_stop_at_the_end_of_turn(
     chatml: PreTrainedTokenizerFast, tmp_path: Path, base: dict | None, config: dict, written: list[int] | None
 ) -> None:

@@ -25,7 +25,9 @@ PLACEMENTS = ("device", "pinned", "mmap")
 Samples = list[tuple[list[int], list[bool]]]
 
 sample = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=12)
-pools = st.lists(sample, min_size=1, max_size=8).map(lambda pool: [([t for t, _ in s], [r for _, r in s]) for s in pool])
+pools = st.lists(sample, min_size=1, max_size=8).map(
+    lambda pool: [([t for t, _ in s], [r for _, r in s]) for s in pool]
+)
 
 
 def make_samples(count: int = 60, seed: int = 0, longest: int = 40) -> Samples:

@@ -55,7 +55,9 @@ def learnt_turns(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> list[str
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral"])
 @pytest.mark.parametrize("turns", [SINGLE, MULTI, MULTI[1:]], ids=["single", "system and turns", "turns"])
-def test_learnt_text_is_the_answers_and_their_ends(name: str, turns: list[tuple[str, str]], request: pytest.FixtureRequest) -> None:
+def test_learnt_text_is_the_answers_and_their_ends(
+    name: str, turns: list[tuple[str, str]], request: pytest.FixtureRequest
+) -> None:
     tokenizer = request.getfixturevalue(name)
     sample = encode_one(tokenizer, turns)
     # The [INST] template puts a space before the answer, which belongs to the answer's first token.
@@ -66,7 +68,9 @@ def test_learnt_text_is_the_answers_and_their_ends(name: str, turns: list[tuple[
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral"])
-def test_what_stands_before_an_answer_is_what_the_model_is_asked_with(name: str, request: pytest.FixtureRequest) -> None:
+def test_what_stands_before_an_answer_is_what_the_model_is_asked_with(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     tokenizer = request.getfixturevalue(name)
     sample = encode_one(tokenizer, MULTI)
     asked = render(tokenizer, [{"role": r, "content": c} for r, c in MULTI[:-1]], prompt=True)
@@ -101,7 +105,9 @@ blank_free = st.text(min_size=1, max_size=40).filter(lambda t: t.strip() and not
     system=st.none() | st.text(max_size=20),
     turns=st.lists(st.tuples(st.text(max_size=30), blank_free), min_size=1, max_size=3),
 )
-def test_any_text_is_split_into_learnt_and_not(chatml: PreTrainedTokenizerFast, system: str | None, turns: list[tuple[str, str]]) -> None:
+def test_any_text_is_split_into_learnt_and_not(
+    chatml: PreTrainedTokenizerFast, system: str | None, turns: list[tuple[str, str]]
+) -> None:
     messages = [("system", system)] if system is not None else []
     for question, answer in turns:
         messages += [("user", question), ("assistant", answer)]
@@ -147,7 +153,9 @@ class TestTruncation:
             ("response_truncated_away", 3),
         ]
 
-    def test_an_answer_of_which_only_the_first_token_is_left_teaches_nothing(self, chatml: PreTrainedTokenizerFast) -> None:
+    def test_an_answer_of_which_only_the_first_token_is_left_teaches_nothing(
+        self, chatml: PreTrainedTokenizerFast
+    ) -> None:
         bare = copy.deepcopy(chatml)
         bare.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
         problems = Problems()

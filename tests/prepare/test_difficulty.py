@@ -14,7 +14,14 @@ def test_difficulty_is_a_ratio_of_mean_losses() -> None:
 
 def test_clusters_are_ordered_and_separate_what_is_separate() -> None:
     torch.manual_seed(0)
-    ratio = torch.cat([0.3 + 0.01 * torch.randn(40), 0.9 + 0.01 * torch.randn(10), 0.6 + 0.01 * torch.randn(20), torch.tensor([1.2, 5.0])])
+    ratio = torch.cat(
+        [
+            0.3 + 0.01 * torch.randn(40),
+            0.9 + 0.01 * torch.randn(10),
+            0.6 + 0.01 * torch.randn(20),
+            torch.tensor([1.2, 5.0]),
+        ]
+    )
     dropped = ratio >= 1
     cluster, centers = cluster_by_difficulty(ratio, dropped, 3, seed=0)
     assert cluster[~dropped].tolist() == [0] * 40 + [2] * 10 + [1] * 20
@@ -36,7 +43,9 @@ def test_tasks_by_name() -> None:
 
 def test_tasks_by_topic_follow_directions() -> None:
     torch.manual_seed(0)
-    means = torch.cat([torch.tensor([[1.0, 0, 0]]) * torch.rand(30, 1), torch.tensor([[0, 1.0, 0]]) * (1 + torch.rand(30, 1))])
+    means = torch.cat(
+        [torch.tensor([[1.0, 0, 0]]) * torch.rand(30, 1), torch.tensor([[0, 1.0, 0]]) * (1 + torch.rand(30, 1))]
+    )
     task, names = tasks_by_topic(means + 1e-3 * torch.randn(60, 3), 2, seed=0)
     assert len(names) == 2
     assert task[:30].unique().numel() == task[30:].unique().numel() == 1

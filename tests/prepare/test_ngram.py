@@ -1,4 +1,5 @@
 """n-gram losses against counting by hand, one sample after another."""
+
 from __future__ import annotations
 
 import math

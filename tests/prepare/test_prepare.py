@@ -1,4 +1,5 @@
 """prepare through the real command line: scores against a plain forward pass, resumption, refusals."""
+
 from __future__ import annotations
 
 import json
@@ -21,8 +22,17 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.prepare import run as prepare_here
 
 OPTIONS = [
-    "--max-length", "64", "--clusters", "3", "--batch.capacity", "128", "--runtime.precision", "fp32", "--warmup-share", "0",
-]  # fmt: skip
+    "--max-length",
+    "64",
+    "--clusters",
+    "3",
+    "--batch.capacity",
+    "128",
+    "--runtime.precision",
+    "fp32",
+    "--warmup-share",
+    "0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,9 @@ def test_scores_are_those_of_a_plain_forward_pass(run_cli, records: Path, make_m
         tokens, mask = store.tokens[low:high].long(), store.response[low:high]
         given = loss(tokens, mask)
         torch.testing.assert_close(state.utility[i], given, rtol=1e-5, atol=1e-5)
-        if request is None:  # the template's request for an answer: what stands between the question and the first response token
+        if (
+            request is None
+        ):  # the template's request for an answer: what stands between the question and the first response token
             from lead_engine.model.load import load_tokenizer
             from lead_engine.pool.tokenizer import generation_prompt_ids
 
@@ -87,7 +99,9 @@ def test_killed_and_run_again_gives_the_same(run_cli, records: Path, make_model,
     assert prepare(run_cli, records, model, whole, "--warmup-share", "0.1").returncode == 0
     line = [sys.executable, "-m", "lead_engine", "prepare", "--pool", records, "--model", model, "--out", parted]
     line += [*OPTIONS, "--warmup-share", "0.1"]
-    process = subprocess.Popen([str(part) for part in line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [str(part) for part in line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not list(parted.glob("stages/base/*.safetensors")) and time.monotonic() < deadline:
         assert process.poll() is None, "it ended before it could be killed"
@@ -131,7 +145,9 @@ def test_topics_beside_named_tasks_are_refused(records: Path, make_model, tmp_pa
     """One record that names its `dataset` is enough for names to count; --tasks would be ignored."""
     mixed = tmp_path / "mixed.jsonl"
     lines = [json.loads(line) for line in records.read_text().splitlines()]
-    mixed.write_text("".join(json.dumps({**line, "dataset": "a" if i == 7 else ""}) + "\n" for i, line in enumerate(lines)))
+    mixed.write_text(
+        "".join(json.dumps({**line, "dataset": "a" if i == 7 else ""}) + "\n" for i, line in enumerate(lines))
+    )
     config = PrepareConfig(pool=(str(mixed),), model=str(make_model("llama")), out=tmp_path / "P", tasks=3)
     with pytest.raises(UserError, match=r"--tasks 3: 1 of 120 records name .*mixed\.jsonl, line 8 .*leave --tasks out"):
         prepare_here(config)
@@ -140,6 +156,8 @@ def test_topics_beside_named_tasks_are_refused(records: Path, make_model, tmp_pa
 
 def test_what_its_warm_up_would_refuse_is_refused_at_once(run_ranks, records: Path, make_model, tmp_path: Path) -> None:
     more = ["--warmup-share", "0.1", "--runtime.replicate", "2"]
-    ended = run_ranks("prepare", "--pool", records, "--model", make_model(), "--out", tmp_path / "pool", *OPTIONS, *more, check=False)
+    ended = run_ranks(
+        "prepare", "--pool", records, "--model", make_model(), "--out", tmp_path / "pool", *OPTIONS, *more, check=False
+    )
     assert "--runtime.replicate 2: 1 ranks cannot be parted" in ended.output()
     assert not (tmp_path / "pool").exists()

@@ -1,4 +1,5 @@
 """Whatever seed a config takes, everything that draws from it takes too."""
+
 from __future__ import annotations
 
 import random

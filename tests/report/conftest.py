@@ -55,7 +55,11 @@ def make_run(
     for first in range(0, steps, per_round):
         p = 0.9 * np.exp(weights) / np.exp(weights).sum() + 0.1 / CLUSTERS if method == "lead" else np.ones(1)
         arm = int(rng.choice(len(p), p=p))
-        eligible = np.flatnonzero((visits < 4) & (cluster == arm)) if method == "lead" else np.flatnonzero(visits == visits.min())
+        eligible = (
+            np.flatnonzero((visits < 4) & (cluster == arm))
+            if method == "lead"
+            else np.flatnonzero(visits == visits.min())
+        )
         order = eligible[np.argsort(-final[eligible])] if method == "lead" else rng.permutation(eligible)
         ids = order[: 5 * per_round]
         before = final[ids].mean()
@@ -176,20 +180,35 @@ def make_evaluation(folder: Path, gain: float) -> Path:
     return folder
 
 
-def make_study(folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = (0.025, 0.05, 0.1), variants: int = 0) -> Path:
+def make_study(
+    folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = (0.025, 0.05, 0.1), variants: int = 0
+) -> Path:
     """A folder as `compare` leaves it: full, lead, random, and so many variants of lead."""
     for seed in range(seeds):
         make_run(folder / "runs" / f"full-100pct-s{seed}", method="full", seed=seed)
         for budget in budgets:
             for method in ("lead", "random"):
-                make_run(folder / "runs" / f"{method}-{100 * budget:g}pct-s{seed}", method=method, budget=budget, seed=seed)
+                make_run(
+                    folder / "runs" / f"{method}-{100 * budget:g}pct-s{seed}", method=method, budget=budget, seed=seed
+                )
             for i in range(variants):
                 name = f"lead-variant-{chr(ord('a') + i)}"
-                make_run(folder / "runs" / f"{name}-{100 * budget:g}pct-s{seed}", budget=budget, seed=seed, extra=0.02 * i - 0.2)
+                make_run(
+                    folder / "runs" / f"{name}-{100 * budget:g}pct-s{seed}",
+                    budget=budget,
+                    seed=seed,
+                    extra=0.02 * i - 0.2,
+                )
     make_evaluation(folder / "base", 0.0)
     names = ["lead", *(f"lead-variant-{chr(ord('a') + i)}" for i in reversed(range(variants))), "random", "full"]
     interval = {"mean": -0.1, "low": -0.15, "high": -0.05, "n": seeds}
-    contrast = {"a": "lead", "b": names[1], "budgets": list(budgets), "pooled": len(budgets) > 1, "seeds": list(range(seeds))}
+    contrast = {
+        "a": "lead",
+        "b": names[1],
+        "budgets": list(budgets),
+        "pooled": len(budgets) > 1,
+        "seeds": list(range(seeds)),
+    }
     results = {
         "reference": "random",
         "runs": [{"variant": name} for name in names],

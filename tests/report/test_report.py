@@ -20,7 +20,14 @@ from lead_engine.report.style import SETTINGS, Plot, variant_colours
 from lead_engine.report.write import plots_of
 
 ONE_RUN = {"heldout", "loss", "optimizer", "bandit", "selected", "utility"}
-TOGETHER = {"compare-heldout", "compare-difference", "compare-task-differences", "compare-tasks", "compare-time", "compare-loss"}
+TOGETHER = {
+    "compare-heldout",
+    "compare-difference",
+    "compare-task-differences",
+    "compare-tasks",
+    "compare-time",
+    "compare-loss",
+}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -182,13 +189,20 @@ def test_paired_differences_pair_by_seed(study: Path) -> None:
     collection = read_collection([study])
     ((method, budget, by_kind),) = difference_plots.paired_differences(collection)
     assert (method, budget) == ("lead", 0.025)
-    losses = {(run.method, run.seed): run.evaluation["loss"]["overall"] for run in collection.runs if run.evaluation is not None}
+    losses = {
+        (run.method, run.seed): run.evaluation["loss"]["overall"]
+        for run in collection.runs
+        if run.evaluation is not None
+    }
     expected = [losses["lead", seed] - losses["random", seed] for seed in (0, 1)]
     assert by_kind["overall"][1] == pytest.approx(expected)
     assert by_kind["overall"][0].mean == pytest.approx(np.mean(expected))
     without = Collection([run for run in collection.runs if (run.method, run.seed) != ("random", 1)])
     assert difference_plots.paired_differences(without)[0][2]["overall"][1] == pytest.approx(expected[:1])
-    assert difference_plots.paired_differences(Collection([run for run in collection.runs if run.method != "random"])) == []
+    assert (
+        difference_plots.paired_differences(Collection([run for run in collection.runs if run.method != "random"]))
+        == []
+    )
 
 
 def test_one_seed_has_no_interval_but_plots(study: Path) -> None:
@@ -207,7 +221,9 @@ def test_many_variants_are_drawn_in_the_order_of_the_study(synthetic: ModuleType
     collection = read_collection([study])
     expected = ["lead", *(f"lead-variant-{letter}" for letter in "hgfedcba"), "random", "full"]
     assert collection.variants == expected
-    assert list(collection.groups) == [(name, budget) for budget in (0.01, 0.02) for name in expected[:-1]] + [("full", None)]
+    assert list(collection.groups) == [(name, budget) for budget in (0.01, 0.02) for name in expected[:-1]] + [
+        ("full", None)
+    ]
     rows = difference_plots.paired_differences(collection)
     assert [row[:2] for row in rows] == [(name, budget) for name in expected[:-2] for budget in (0.01, 0.02)]
     with matplotlib.rc_context(SETTINGS):
@@ -217,7 +233,9 @@ def test_many_variants_are_drawn_in_the_order_of_the_study(synthetic: ModuleType
     assert "a panel for each variant" in plots["compare-heldout"].text
     assert "The first 6 variants of 11" in plots["compare-loss"].text
     shown = write.runs_shown(collection)
-    assert [run.name for run in shown] == sorted(run.name for run in collection.runs if run.seed == 0 and run.budget != 0.01)
+    assert [run.name for run in shown] == sorted(
+        run.name for run in collection.runs if run.seed == 0 and run.budget != 0.01
+    )
     assert "11 of 42 runs are drawn here" in page(collection, [], [(run, []) for run in shown])
 
 
@@ -229,7 +247,10 @@ def test_another_reference_and_the_mean_over_samples(synthetic: ModuleType, tmp_
     assert list(rows) == ["lead", "random"]
     means = []
     for seed in (0, 1):
-        nll = [pq.read_table(study / "runs" / f"{name}-5pct-s{seed}/eval/samples.parquet")["nll"] for name in ("lead", "lead-variant-a")]
+        nll = [
+            pq.read_table(study / "runs" / f"{name}-5pct-s{seed}/eval/samples.parquet")["nll"]
+            for name in ("lead", "lead-variant-a")
+        ]
         means.append(np.mean(nll[0].to_numpy()) - np.mean(nll[1].to_numpy()))
     assert rows["lead"]["per_sample"][1] == pytest.approx(means)
     assert rows["lead"]["per_sample"][0].mean == pytest.approx(np.mean(means))

@@ -25,9 +25,23 @@ from ranks import free_port
 
 SCRIPTS = ["multi_node.sh", "slurm.sbatch"]
 OPTIONS = [
-    "--budget", "0.9", "--seed", "3", "--batch.capacity", "64", "--batch.micro-batches", "2", "--selection.round-steps", "2",
-    "--selection.sketch-dim", "8", "--optimizer.lr", "1e-3", "--runtime.precision", "fp32",
-]  # fmt: skip
+    "--budget",
+    "0.9",
+    "--seed",
+    "3",
+    "--batch.capacity",
+    "64",
+    "--batch.micro-batches",
+    "2",
+    "--selection.round-steps",
+    "2",
+    "--selection.sketch-dim",
+    "8",
+    "--optimizer.lr",
+    "1e-3",
+    "--runtime.precision",
+    "fp32",
+]
 JOB = "4711"
 LIMIT = 100
 
@@ -84,7 +98,9 @@ def test_mistakes_are_named(
     started.write_text('#!/usr/bin/env bash\necho "started: $*"\n')
     started.chmod(0o755)
     given = {**os.environ, "PYTHON": str(started), "GPUS": "1", **environment}
-    done = subprocess.run([repository / "scripts" / "multi_node.sh", *arguments], env=given, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [repository / "scripts" / "multi_node.sh", *arguments], env=given, capture_output=True, text=True, check=False
+    )
     if message is None:
         assert done.returncode == 0, done.stderr
         assert "started: -m torch.distributed.run --nnodes 1 --nproc-per-node 1" in done.stdout
@@ -100,13 +116,30 @@ def test_the_line_of_a_machine_among_several(repository: Path, tmp_path: Path) -
     started, record = tmp_path / "python", tmp_path / "record"
     started.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" >"$RECORD"\n')
     started.chmod(0o755)
-    given = {"NODES": "4", "HOST": "first", "PORT": "5000", "GPUS": "8", "RUN_ID": "a b", "NODE_RANK": "0", "ADDRESS": "10.0.0.1"}
+    given = {
+        "NODES": "4",
+        "HOST": "first",
+        "PORT": "5000",
+        "GPUS": "8",
+        "RUN_ID": "a b",
+        "NODE_RANK": "0",
+        "ADDRESS": "10.0.0.1",
+    }
     given |= {"RESTARTS": "2", "PYTHON": str(started), "RECORD": str(record)}
     arguments = ["train", "--out", "with space", "--resume", "--runtime.replicate", "4"]
     line = [repository / "scripts" / "multi_node.sh", *arguments]
     subprocess.run(line, env={**os.environ, **given}, check=True, capture_output=True)
     expected = ["-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "8", "--rdzv-backend", "c10d"]
-    expected += ["--rdzv-endpoint", "first:5000", "--rdzv-id", "a b", "--rdzv-conf", "is_host=1", "--local-addr", "10.0.0.1"]
+    expected += [
+        "--rdzv-endpoint",
+        "first:5000",
+        "--rdzv-id",
+        "a b",
+        "--rdzv-conf",
+        "is_host=1",
+        "--local-addr",
+        "10.0.0.1",
+    ]
     expected += ["--max-restarts", "2", "-m", "lead_engine", *arguments, "1"]
     assert record.read_text().splitlines() == expected
 
@@ -124,17 +157,26 @@ class Slurm:
 
     def start(self, *arguments: Any, **environment: str) -> subprocess.Popen:
         place = {
-            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "RECORD": str(self.folder), "SLURM_JOB_ID": JOB,
-            "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_RESTART_COUNT": str(self.starts),
-            "SLURM_SUBMIT_DIR": str(self.repository), "LEAD_ENGINE_ROOT": "",  # scripts/test.sh has set it
-            "SLURM_GPUS_ON_NODE": "1", "PORT": str(free_port()), "PYTHON": sys.executable,
-        }  # fmt: skip
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "RECORD": str(self.folder),
+            "SLURM_JOB_ID": JOB,
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_RESTART_COUNT": str(self.starts),
+            "SLURM_SUBMIT_DIR": str(self.repository),
+            "LEAD_ENGINE_ROOT": "",  # scripts/test.sh has set it
+            "SLURM_GPUS_ON_NODE": "1",
+            "PORT": str(free_port()),
+            "PYTHON": sys.executable,
+        }
         script = self.folder / "slurm_script"  # a copy, as Slurm makes one
         shutil.copy(self.repository / "scripts" / "slurm.sbatch", script)
         self.starts += 1
         with self.log.open("w") as log:
             line = ["bash", str(script), *map(str, arguments)]
-            process = subprocess.Popen(line, env={**os.environ, **place, **environment}, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                line, env={**os.environ, **place, **environment}, stdout=log, stderr=subprocess.STDOUT
+            )
         self.started.append(process)
         return process
 
@@ -187,7 +229,9 @@ def test_a_job_gives_way_and_goes_on(
     assert not (out / "summary.json").exists(), "the run was over before it was stopped; make it longer"
     assert len(list(out.glob("checkpoints/step-*/COMPLETE"))) == 1
     assert "attempts" not in slurm.log.read_text()
-    assert not [p for p in psutil.process_iter() if str(out) in " ".join(quiet_line(p))], "something of the first start still runs"
+    assert not [p for p in psutil.process_iter() if str(out) in " ".join(quiet_line(p))], (
+        "something of the first start still runs"
+    )
 
     if number == signal.SIGTERM:
         return  # what follows does not depend on the signal
@@ -209,7 +253,9 @@ def quiet_line(process: psutil.Process) -> list[str]:
 
 
 def assert_same(one: Path, two: Path) -> None:
-    steps = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
+    steps = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)
+    ]
     assert [(line["step"], line["loss"]) for line in steps[0]] == [(line["step"], line["loss"]) for line in steps[1]]
     expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -228,7 +274,11 @@ def test_a_run_that_fails_is_not_queued_again(slurm: Slurm, make_model: Any, tmp
 def test_job_mistakes_are_named(slurm: Slurm, tmp_path: Path) -> None:
     for arguments, environment, message in (
         ([], {}, "--out RUN: must be given"),
-        (["--out", "x"], {"SLURM_SUBMIT_DIR": str(tmp_path)}, "submit from the repository's root or set LEAD_ENGINE_ROOT"),
+        (
+            ["--out", "x"],
+            {"SLURM_SUBMIT_DIR": str(tmp_path)},
+            "submit from the repository's root or set LEAD_ENGINE_ROOT",
+        ),
         (["--out", "x"], {"SLURM_JOB_ID": ""}, "submit this with sbatch"),
     ):
         process = slurm.start(*arguments, **environment)

@@ -60,7 +60,9 @@ def make_selector(make_state, make_lengths) -> SelectorFactory:
     What is not said is the published setting, so that a new default changes no test.
     """
 
-    def make(samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options) -> Selector:
+    def make(
+        samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options
+    ) -> Selector:
         shape = {"steps": 2, "micro_batches": 2, "slots": 4, "capacity": 40}
         layout = Layout(**{name: options.pop(name, default) for name, default in shape.items()})
         device = options.pop("device", "cpu")

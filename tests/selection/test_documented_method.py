@@ -15,8 +15,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "METHODS.md"
 def test_the_page_names_every_method() -> None:
     table = PAGE.read_text(encoding="utf-8").split("## LEAD's parts")[0]
     assert re.findall(r"^\| `([a-z][a-z-]*)` \|", table, flags=re.MULTILINE) == [
-        "lead", "iterit", "rescore", "loss", "ifd", "random", "random-matched", "full",
-    ]  # fmt: skip
+        "lead",
+        "iterit",
+        "rescore",
+        "loss",
+        "ifd",
+        "random",
+        "random-matched",
+        "full",
+    ]
 
 
 def test_the_documented_method_works(make_selector, monkeypatch) -> None:

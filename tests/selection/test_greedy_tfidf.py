@@ -1,4 +1,5 @@
 """The lazy greedy choice against re-summing everything for every choice."""
+
 from __future__ import annotations
 
 import itertools
@@ -74,9 +75,17 @@ def test_a_common_column_makes_every_bound_stale() -> None:
 def test_stored_zeros_and_repeated_entries_are_what_they_add_up_to() -> None:
     """A zero that is stored is no use of its column: the second row's weight must not fall by the first's."""
     stored = sp.csr_matrix((3, 3))
-    stored.data, stored.indices, stored.indptr = np.array([1.0, 1.0, 0.0, 1.5, 1.0]), np.array([0, 0, 1, 1, 2]), np.array([0, 3, 4, 5])
+    stored.data, stored.indices, stored.indptr = (
+        np.array([1.0, 1.0, 0.0, 1.5, 1.0]),
+        np.array([0, 0, 1, 1, 2]),
+        np.array([0, 3, 4, 5]),
+    )
     dense = np.array([[2.0, 0, 0], [0, 1.5, 0], [0, 0, 1.0]])
-    assert choose(stored, np.ones(3), np.ones(3), 3, 0.5).tolist() == slow(dense, np.ones(3), np.ones(3), 3, 0.5) == [0, 1, 2]
+    assert (
+        choose(stored, np.ones(3), np.ones(3), 3, 0.5).tolist()
+        == slow(dense, np.ones(3), np.ones(3), 3, 0.5)
+        == [0, 1, 2]
+    )
     assert stored.nnz == 5, "the caller's matrix is left as it was"
 
 
@@ -94,7 +103,9 @@ def test_most_rows_are_never_scored_again(monkeypatch) -> None:
     matrix = sp.random(2000, 5000, density=0.002, random_state=random, format="csr")
     scored = []
     score = greedy_tfidf._Scores.__call__
-    monkeypatch.setattr(greedy_tfidf._Scores, "__call__", lambda self, rows: scored.append(len(rows)) or score(self, rows))
+    monkeypatch.setattr(
+        greedy_tfidf._Scores, "__call__", lambda self, rows: scored.append(len(rows)) or score(self, rows)
+    )
     assert len(choose(matrix, random.random(2000), np.ones(2000), 20)) == 20
     assert 2000 <= sum(scored) < 3000
 
@@ -112,7 +123,13 @@ def test_most_rows_are_never_scored_again(monkeypatch) -> None:
     ],
 )
 def test_refuses_what_breaks_the_bound(name: str, change: dict) -> None:
-    arguments = {"tfidf": sp.csr_matrix(np.eye(2)), "quality": np.ones(2), "costs": np.ones(2), "budget": 1, "decay": 0.1}
+    arguments = {
+        "tfidf": sp.csr_matrix(np.eye(2)),
+        "quality": np.ones(2),
+        "costs": np.ones(2),
+        "budget": 1,
+        "decay": 0.1,
+    }
     with pytest.raises(ValueError, match=name):
         choose(**{**arguments, **change})
 
@@ -141,7 +158,9 @@ def test_token_tfidf_is_answer_tfidf_with_tokens_for_words(seed: int) -> None:
     got = token_tfidf(tokens, offsets)
     words = answer_tfidf([" ".join(f"t{t}" for t in tokens[a:b]) for a, b in itertools.pairwise(offsets)])
     assert got.shape == words.shape
-    np.testing.assert_allclose((got @ got.T).toarray(), (words @ words.T).toarray(), atol=1e-12)  # columns are numbered differently
+    np.testing.assert_allclose(
+        (got @ got.T).toarray(), (words @ words.T).toarray(), atol=1e-12
+    )  # columns are numbered differently
     np.testing.assert_allclose(np.sort(got.toarray(), axis=1), np.sort(words.toarray(), axis=1), atol=1e-12)
 
 

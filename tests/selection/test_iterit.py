@@ -1,4 +1,5 @@
 """IterIT's epochs on small pools, against its definition on dense matrices."""
+
 from __future__ import annotations
 
 import math
@@ -48,7 +49,9 @@ class Run:
         self.store = TokenStore.open(folder / "store")
         random = torch.Generator().manual_seed(seed)
         n = len(pairs)
-        self.scorer = FakeScorer(self.store, torch.rand(n, generator=random) * 5, torch.rand(n, generator=random) * 5 + 1)
+        self.scorer = FakeScorer(
+            self.store, torch.rand(n, generator=random) * 5, torch.rand(n, generator=random) * 5 + 1
+        )
         self.options = options
         self.method = self.fresh()
 
@@ -186,7 +189,17 @@ def test_the_third_epoch_goes_by_what_the_second_measured(make_run) -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "spent", "expected"),
-    [(3, 0.0, 0), (3, 0.33, 0), (3, 1 / 3, 1), (3, 0.66, 1), (3, 2 / 3, 2), (3, 0.99, 2), (3, 1.0, 2), (1, 0.99, 0), (4, 0.8, 3)],
+    [
+        (3, 0.0, 0),
+        (3, 0.33, 0),
+        (3, 1 / 3, 1),
+        (3, 0.66, 1),
+        (3, 2 / 3, 2),
+        (3, 0.99, 2),
+        (3, 1.0, 2),
+        (1, 0.99, 0),
+        (4, 0.8, 3),
+    ],
 )
 def test_when_epochs_begin(make_run, epochs: int, spent: float, expected: int) -> None:
     run = make_run(epochs=epochs)
@@ -240,5 +253,7 @@ def test_answer_tokens(make_run) -> None:
     tokens, offsets = answer_tokens(run.store, ids)
     for place, i in enumerate(ids.tolist()):
         words, mask = run.pairs[i]
-        assert tokens[offsets[place] : offsets[place + 1]].tolist() == [t for t, m in list(zip(words, mask, strict=True))[1:] if m]
+        assert tokens[offsets[place] : offsets[place + 1]].tolist() == [
+            t for t, m in list(zip(words, mask, strict=True))[1:] if m
+        ]
     assert answer_tokens(run.store, ids[:0])[1].tolist() == [0]

@@ -55,7 +55,9 @@ def test_small_tasks_come_in_as_many_rounds_as_they_are_due(make_state, make_sel
     assert abs(sum(places) / 300 - 0.3) < 3.3 * math.sqrt(0.3 * 0.7 / 300)  # 0.1 %
 
 
-@pytest.mark.parametrize(("power", "want"), [(1.0, [25.6, 5.12, 1.28]), (0.5, [19.15, 8.57, 4.28]), (0.0, [10.67, 10.67, 10.67])])
+@pytest.mark.parametrize(
+    ("power", "want"), [(1.0, [25.6, 5.12, 1.28]), (0.5, [19.15, 8.57, 4.28]), (0.0, [10.67, 10.67, 10.67])]
+)
 @pytest.mark.parametrize("draw", ["cluster", "mixture"])
 def test_task_power_stands_between_the_tasks_sizes_and_equal_quotas(make_state, make_selector, draw, power, want):
     """Tasks of 500, 100 and 25 samples in 32 places: shares in proportion to size ** power. A fourth task has none."""
@@ -80,13 +82,18 @@ def test_soft_ranking_draws_in_proportion_to_a_power(make_state, make_selector, 
     """Who comes first, over 600 seeds: chi-squared against U ** power; and who comes second, given the first."""
     value = [1.0, 2.0, 3.0, 2.0]
     state = pool(make_state, [0] * 4, utility=torch.tensor(value))
-    orders = [first_of(make_selector(state=state, ranking="soft", soft_power=power, bandit="none", seed=s), 2) for s in range(600)]
+    orders = [
+        first_of(make_selector(state=state, ranking="soft", soft_power=power, bandit="none", seed=s), 2)
+        for s in range(600)
+    ]
     weight = [v**power for v in value]
     first, total = Counter(order[0] for order in orders), sum(weight)
     want = [600 * w / total for w in weight]
     assert sum((first[i] - want[i]) ** 2 / want[i] for i in range(4)) < 16.3  # 3 degrees of freedom, 0.1 %
     second = Counter(order[1] for order in orders)
-    want = [600 * sum(weight[j] / total * weight[i] / (total - weight[j]) for j in range(4) if j != i) for i in range(4)]
+    want = [
+        600 * sum(weight[j] / total * weight[i] / (total - weight[j]) for j in range(4) if j != i) for i in range(4)
+    ]
     assert sum((second[i] - want[i]) ** 2 / want[i] for i in range(4)) < 16.3
 
 
@@ -101,7 +108,9 @@ def test_random_ranking_does_not_look_at_utility(make_state, make_selector):
 @pytest.mark.parametrize("ranking", ["soft", "random"])
 def test_a_sample_keeps_its_place_until_it_is_trained(make_state, make_selector, ranking):
     """Untrained samples follow each other in the same order in every round; one that was trained gets another place."""
-    selector = make_selector(state=pool(make_state, [0] * 40), ranking=ranking, bandit="none", use_tasks=False, steps=10, capacity=80)
+    selector = make_selector(
+        state=pool(make_state, [0] * 40), ranking=ranking, bandit="none", use_tasks=False, steps=10, capacity=80
+    )
     first = first_of(selector, 40)
     assert first_of(selector, 40, round=1) == first
     for i in first[::2]:
@@ -172,10 +181,16 @@ def test_a_loss_that_is_no_number_stays_with_its_sample(make_selector, options):
     assert float(stats.reward_raw) == pytest.approx(fall, rel=1e-5, abs=1e-6)
 
     for round in range(1, 200):  # they are still there, and come last
-        order, open_ids = bad.method.order(round).sample_ids.tolist(), bad.method.open_samples().nonzero().flatten().tolist()
+        order, open_ids = (
+            bad.method.order(round).sample_ids.tolist(),
+            bad.method.open_samples().nonzero().flatten().tolist(),
+        )
         cell = bad.method.cell.tolist()
         for c in {cell[i] for i in order if i < 90}:
-            chosen, left = [i for i in order if i < 90 and cell[i] == c], {i for i in open_ids if cell[i] == c and i not in broken}
+            chosen, left = (
+                [i for i in order if i < 90 and cell[i] == c],
+                {i for i in open_ids if cell[i] == c and i not in broken},
+            )
             sound = [i not in broken for i in chosen]
             assert sound == sorted(sound, reverse=True)
             assert all(sound) or left <= set(chosen)

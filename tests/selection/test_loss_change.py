@@ -36,7 +36,9 @@ def micro_batch(seed: int) -> MicroBatch:
     slots = torch.repeat_interleave(torch.arange(B - 1), lengths)
     targets = torch.randint(0, V, (len(slots),), generator=generator)
     hidden = F.rms_norm(torch.randn(R, H, generator=generator), (H,))
-    return MicroBatch(hidden, F.pad(targets, (0, R - len(slots)), value=-100), F.pad(slots, (0, R - len(slots)), value=B - 1))
+    return MicroBatch(
+        hidden, F.pad(targets, (0, R - len(slots)), value=-100), F.pad(slots, (0, R - len(slots)), value=B - 1)
+    )
 
 
 def head_weight(seed: int = 0) -> Tensor:
@@ -175,7 +177,9 @@ def test_exact_form_predicts_each_loss_where_the_last_layer_is_all_there_is():
         return F.cross_entropy(batch.hidden[rows].double() @ between.T @ weight.double().T, batch.targets[rows])
 
     eye = torch.eye(H, dtype=torch.float64)
-    seen = torch.tensor([[float(sample_loss(b, i, eye + step) - sample_loss(b, i, eye)) for i in range(B - 1)] for b in batches])
+    seen = torch.tensor(
+        [[float(sample_loss(b, i, eye + step) - sample_loss(b, i, eye)) for i in range(B - 1)] for b in batches]
+    )
     estimator = make(form="exact")
     collect(estimator, batches, weight)
     change = estimator.estimate(ARM, lr, alone, -(step.square().sum() / lr).float(), NORM)
@@ -258,7 +262,9 @@ def test_two_ranks_equal_one(change, form):
             for step in range(2):
                 batches = [micro_batch(1000 * round + 10 * step + i) for i in range(4)]
                 collect(estimator, batches[mine], weight, batches)
-                changes.append(estimator.estimate(arm, 0.1, all_reduce, torch.tensor(-0.5) if step == 0 else None, NORM))
+                changes.append(
+                    estimator.estimate(arm, 0.1, all_reduce, torch.tensor(-0.5) if step == 0 else None, NORM)
+                )
             estimator.finish_round(arm)
         return torch.stack(changes), estimator.state_dict()
 
@@ -309,7 +315,9 @@ def test_paper_equals_its_formula(form):
             assert change[used].unique().numel() == 1
             assert float(change[0, 0]) == pytest.approx(expected, rel=1e-4)
             steps.append(reference(estimator, batches, weight, torch.float64)[0])
-            kinds.add("none" if last is None else "first" if arm not in own else "same" if own[arm] is last else "mixed")
+            kinds.add(
+                "none" if last is None else "first" if arm not in own else "same" if own[arm] is last else "mixed"
+            )
         estimator.finish_round(torch.tensor(arm))
         own[arm] = last = torch.stack(steps).mean(0)
     assert kinds == {"none", "first", "same", "mixed"}
@@ -411,12 +419,14 @@ def test_paper_takes_the_shorter_gradient_where_both_point_one_way(own_scale, ti
     last, other = torch.randn(2, Q * Q, generator=generator)
     own = own_scale * (last + tilt * other)
     estimator = make("paper")
-    estimator.load_state_dict({
-        **estimator.state_dict(),
-        "by_cluster": torch.stack([torch.zeros(Q * Q), own, torch.zeros(Q * Q)]),
-        "visited": torch.tensor([False, True, False]),
-        "last": last,
-    })  # fmt: skip
+    estimator.load_state_dict(
+        {
+            **estimator.state_dict(),
+            "by_cluster": torch.stack([torch.zeros(Q * Q), own, torch.zeros(Q * Q)]),
+            "visited": torch.tensor([False, True, False]),
+            "last": last,
+        }
+    )
     collect(estimator, [micro_batch(0)], head_weight())
     change = estimator.estimate(torch.tensor(1), 0.1, alone, None, NORM)
     shorter = min(own.double().square().sum(), last.double().square().sum())

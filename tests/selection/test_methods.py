@@ -31,7 +31,11 @@ def rounds_of(selector, count=ROUNDS, max_tokens=10**9, scorer=None):
             selector.observe(ids, torch.full(ids.shape, 1.0 + round), torch.zeros(ids.shape))
         selector.finish_round(plan)
         bins = plan.sample_ids.flatten(0, 1).tolist()
-        yield [[i for i in row if i < selector.samples.num_samples] for row in bins if min(row) < selector.samples.num_samples]
+        yield [
+            [i for i in row if i < selector.samples.num_samples]
+            for row in bins
+            if min(row) < selector.samples.num_samples
+        ]
 
 
 def expected(selector, order_of, count=ROUNDS, max_tokens=10**9):
@@ -40,9 +44,13 @@ def expected(selector, order_of, count=ROUNDS, max_tokens=10**9):
     for _ in range(count):
         order = order_of(visits)[: shape.steps * shape.micro_batches * shape.slots]
         packed = reference.pack_plan(
-            torch.tensor(order, dtype=torch.int64), selector.samples.lengths, num_bins=shape.steps * shape.micro_batches,
-            capacity=shape.capacity, slots=shape.slots, max_tokens=max_tokens,
-        )  # fmt: skip
+            torch.tensor(order, dtype=torch.int64),
+            selector.samples.lengths,
+            num_bins=shape.steps * shape.micro_batches,
+            capacity=shape.capacity,
+            slots=shape.slots,
+            max_tokens=max_tokens,
+        )
         bins = [[i for i in row if i < len(visits)] for row in packed.sample_ids.tolist()]
         for i in chain.from_iterable(bins):
             visits[i] += 1
@@ -77,7 +85,9 @@ def test_ifd_ranks_those_that_the_instruction_helps(make_selector, make_state):
     """exp(NLL given - NLL alone), by its definition; never one that is 1 or more, and nobody where all are."""
     state = make_state(N)
     random = torch.Generator().manual_seed(1)
-    state = replace(state, answer_nll=torch.rand(N, generator=random) * 4 + 1, difficulty=torch.rand(N, generator=random) * 1.6)
+    state = replace(
+        state, answer_nll=torch.rand(N, generator=random) * 4 + 1, difficulty=torch.rand(N, generator=random) * 1.6
+    )
     state.difficulty[[4, 5]] = torch.nan
     selector = make_selector(N, method="ifd", state=state)
     given = state.difficulty.double() * state.answer_nll.double()
@@ -106,7 +116,9 @@ def test_random_is_a_pass_after_the_other_in_the_order_of_hashes(make_selector, 
 # --- rescore ---
 
 
-@pytest.mark.parametrize("options", [{}, {"draw": "mixture", "ranking": "soft"}, {"unseen": "drift"}, {"unseen": "estimate"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"draw": "mixture", "ranking": "soft"}, {"unseen": "drift"}, {"unseen": "estimate"}], ids=str
+)
 def test_rescore_ranks_by_what_was_measured_for_everybody_eligible(make_selector, made_up_losses, options):
     """U of the eligible is the losses measured, and no estimate stands in for them; the others keep what they had."""
     selector = make_selector(N, method="rescore", max_visits=2, **options)
@@ -120,7 +132,9 @@ def test_rescore_ranks_by_what_was_measured_for_everybody_eligible(make_selector
             want = before
         else:
             assert scorer.asked == ids[eligible].tolist()
-            want = torch.where(torch.cat([eligible, torch.tensor([False])]), made_up_losses(round).given(torch.arange(N + 1)), before)
+            want = torch.where(
+                torch.cat([eligible, torch.tensor([False])]), made_up_losses(round).given(torch.arange(N + 1)), before
+            )
         assert torch.equal(selector.samples.utility, want)
         plan = selector.plan(round, 10**9)
         assert torch.equal(plan.utility, want[plan.sample_ids])
@@ -158,7 +172,11 @@ def picks():
     return [random.permutation(N)[:12].tolist() for _ in range(6)]
 
 
-ONE_BY_ONE = {"steps": 4, "micro_batches": 1, "slots": 1}  # a micro-batch of several samples may be packed in another order
+ONE_BY_ONE = {
+    "steps": 4,
+    "micro_batches": 1,
+    "slots": 1,
+}  # a micro-batch of several samples may be packed in another order
 
 
 def test_matched_follows_the_run_under_other_names(make_selector, make_state, finished_run, picks):

@@ -1,4 +1,5 @@
 """The table of what is read only with what (lead_engine/reads.py), against what methods and estimators really read."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,18 +20,45 @@ from lead_engine.selection.methods import METHODS
 
 PAPER = RECIPES["paper"]["selection"]
 BASES: list[tuple[str, dict[str, Any]]] = [
-    ("lead", {}), ("lead", PAPER), ("lead", {"bandit": "exp3s", "unseen": "estimate"}), ("lead", {"bandit": "none"}),
-    ("lead", {"bandit": "uniform", "draw": "cluster", "ranking": "random"}), ("lead", {"ranking": "hard", "use_tasks": False}),
-    ("lead", {"loss_change": "none", "unseen": "drift"}), ("lead", {"inner_form": "exact", "rank_by": "utility"}),
-    ("rescore", {}), ("rescore", {"draw": "cluster", "bandit": "exp3s"}), ("random", {}), ("loss", {}), ("ifd", {}), ("full", {}),
-]  # fmt: skip
+    ("lead", {}),
+    ("lead", PAPER),
+    ("lead", {"bandit": "exp3s", "unseen": "estimate"}),
+    ("lead", {"bandit": "none"}),
+    ("lead", {"bandit": "uniform", "draw": "cluster", "ranking": "random"}),
+    ("lead", {"ranking": "hard", "use_tasks": False}),
+    ("lead", {"loss_change": "none", "unseen": "drift"}),
+    ("lead", {"inner_form": "exact", "rank_by": "utility"}),
+    ("rescore", {}),
+    ("rescore", {"draw": "cluster", "bandit": "exp3s"}),
+    ("random", {}),
+    ("loss", {}),
+    ("ifd", {}),
+    ("full", {}),
+]
 OTHER: dict[str, list[Any]] = {
-    "loss_change": ["none", "paper"], "inner_form": ["exact", "sketch"], "sketch_dim": [5], "calibrate_every": [3],
-    "smoothing": [0.6], "bandit": ["uniform", "none", "exp3s"], "gamma": [0.7], "exp3s_alpha": [0.5], "draw": ["cluster", "mixture"],
-    "prior": ["uniform", "size"], "ranking": ["hard", "random", "soft"], "soft_power": [7.0], "rank_by": ["answers", "utility"],
-    "unseen": ["drift", "estimate"], "optimism": [9.0], "drop_misaligned": [True, False], "use_tasks": [False, True],
-    "task_power": [0.0, 1.0], "max_visits": [1], "epochs": [7], "candidates": [9.0], "decay": [0.7],
-}  # fmt: skip
+    "loss_change": ["none", "paper"],
+    "inner_form": ["exact", "sketch"],
+    "sketch_dim": [5],
+    "calibrate_every": [3],
+    "smoothing": [0.6],
+    "bandit": ["uniform", "none", "exp3s"],
+    "gamma": [0.7],
+    "exp3s_alpha": [0.5],
+    "draw": ["cluster", "mixture"],
+    "prior": ["uniform", "size"],
+    "ranking": ["hard", "random", "soft"],
+    "soft_power": [7.0],
+    "rank_by": ["answers", "utility"],
+    "unseen": ["drift", "estimate"],
+    "optimism": [9.0],
+    "drop_misaligned": [True, False],
+    "use_tasks": [False, True],
+    "task_power": [0.0, 1.0],
+    "max_visits": [1],
+    "epochs": [7],
+    "candidates": [9.0],
+    "decay": [0.7],
+}
 
 
 def seen(make_selector: Any, method: str, options: dict[str, Any]) -> tuple[Any, ...]:
@@ -78,7 +106,13 @@ def test_the_table_has_every_option_of_the_selection() -> None:
     names = {f.name for f in dataclasses.fields(SelectionConfig)}
     assert set(SELECTION) == {f"selection.{name}" for name in names}
     assert set(OTHER) == names - {"round_steps", "match"}
-    own = {"iterit": {"epochs", "candidates", "decay"}, "random-matched": {"match"}, "random": set(), "full": set(), "loss": set()}
+    own = {
+        "iterit": {"epochs", "candidates", "decay"},
+        "random-matched": {"match"},
+        "random": set(),
+        "full": set(),
+        "loss": set(),
+    }
     for method, options in own.items():
         source = inspect.getsource(inspect.getmodule(METHODS[method]))
         assert set(re.findall(r"config\.([a-z]\w+)", source)) - {"import"} - {"SelectionConfig"} == options
@@ -107,28 +141,62 @@ LINE = {
     [
         ("train", "--epochs 3", "--epochs 3: is read only with --method full, not lead; leave it out"),
         ("train", "--epochs 1", "--epochs 1: is read only with --method full"),  # the default, but it was asked for
-        ("train", "--method full --budget 0.1", "--budget 0.1: is read only with --method that chooses among the samples, not full"),
-        ("train", "--selection.candidates 2", "--selection.candidates 2.0: is read only with --method iterit, not lead"),
+        (
+            "train",
+            "--method full --budget 0.1",
+            "--budget 0.1: is read only with --method that chooses among the samples, not full",
+        ),
+        (
+            "train",
+            "--selection.candidates 2",
+            "--selection.candidates 2.0: is read only with --method iterit, not lead",
+        ),
         ("train", "--method iterit --selection.epochs 1 --selection.candidates 2", "--selection.epochs above 1, not 1"),
         ("train", "--selection.match r", "--selection.match r: is read only with --method random-matched"),
-        ("train", "--method random --selection.gamma 0.1", "--selection.gamma 0.1: is read only with --method lead or rescore, not random"),
+        (
+            "train",
+            "--method random --selection.gamma 0.1",
+            "--selection.gamma 0.1: is read only with --method lead or rescore, not random",
+        ),
         ("train", "--method rescore --selection.sketch-dim 8", "is read only with --method lead, not rescore"),
-        ("train", "--selection.loss-change none --selection.calibrate-every 2", "--selection.loss-change inner, not none"),
+        (
+            "train",
+            "--selection.loss-change none --selection.calibrate-every 2",
+            "--selection.loss-change inner, not none",
+        ),
         ("train", "--selection.exp3s-alpha 0.1", "--selection.bandit exp3s, not exp3"),
         ("train", "--selection.optimism 2", "--selection.unseen estimate, not initial"),
         ("train", "--selection.no-use-tasks --selection.task-power 1", "--selection.use-tasks True, not False"),
-        ("train", "--method loss --selection.no-use-tasks", "--selection.use-tasks False: is read only with --method lead or rescore"),
+        (
+            "train",
+            "--method loss --selection.no-use-tasks",
+            "--selection.use-tasks False: is read only with --method lead or rescore",
+        ),
         ("train", "--lora.alpha 8", "--lora.alpha 8.0: is read only with --lora.rank above 0"),
         ("train", "--recipe paper --method random", "--recipe paper: is read only with --method lead or rescore"),
-        ("train", "--optimizer.schedule constant --optimizer.final-lr 0.2", "--optimizer.schedule cosine or linear, not constant"),
-        ("prepare", "--scoring ngram --warmup-share 0.1", "--warmup-share 0.1: is read only with --scoring model, not ngram"),
-        ("prepare", "--warmup-share 0 --optimizer.lr 1", "--optimizer.lr 1.0: is read only with --warmup-share above 0"),
+        (
+            "train",
+            "--optimizer.schedule constant --optimizer.final-lr 0.2",
+            "--optimizer.schedule cosine or linear, not constant",
+        ),
+        (
+            "prepare",
+            "--scoring ngram --warmup-share 0.1",
+            "--warmup-share 0.1: is read only with --scoring model, not ngram",
+        ),
+        (
+            "prepare",
+            "--warmup-share 0 --optimizer.lr 1",
+            "--optimizer.lr 1.0: is read only with --warmup-share above 0",
+        ),
         ("prepare", "--vocab-size 500", "--vocab-size 500: is read only with --model scratch:NAME, not m"),
         ("pretrain", "--vocab-size 500", "--vocab-size 500: is read only with --model scratch:NAME, not m"),
         ("eval", "--max-new-tokens 9", "--max-new-tokens 9: is read only with --generate above 0"),
     ],
 )
-def test_options_that_nothing_reads_are_refused(command: str, flags: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_nothing_reads_are_refused(
+    command: str, flags: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main([command, *LINE[command], *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --")
@@ -138,11 +206,17 @@ def test_options_that_nothing_reads_are_refused(command: str, flags: str, told: 
 def test_recipes_and_python_callers() -> None:
     paper = TrainConfig("p", "m", "o", recipe="paper")
     assert paper.selection == SelectionConfig(**PAPER)  # the recipe, not its name alone
-    assert TrainConfig("p", "m", "o", recipe="paper", selection={"gamma": 0.3}).selection == SelectionConfig(**PAPER | {"gamma": 0.3})
+    assert TrainConfig("p", "m", "o", recipe="paper", selection={"gamma": 0.3}).selection == SelectionConfig(
+        **PAPER | {"gamma": 0.3}
+    )
     with pytest.raises(UserError, match="--recipe paper: `selection` has none of it"):
         TrainConfig("p", "m", "o", recipe="paper", selection=SelectionConfig(gamma=0.3))
-    with pytest.raises(UserError, match=r"--selection\.gamma 0\.3: is read only with --method lead or rescore, not random"):
+    with pytest.raises(
+        UserError, match=r"--selection\.gamma 0\.3: is read only with --method lead or rescore, not random"
+    ):
         TrainConfig("p", "m", "o", method="random", selection=SelectionConfig(gamma=0.3))
-    none = TrainConfig("p", "m", "o", recipe="paper", selection={"bandit": "none"})  # the recipe's prior is nobody's mistake
+    none = TrainConfig(
+        "p", "m", "o", recipe="paper", selection={"bandit": "none"}
+    )  # the recipe's prior is nobody's mistake
     assert none.selection.prior == "uniform"
     assert without_unread(none, TRAIN, none.default_of) == none

@@ -88,7 +88,10 @@ def follows_quotas(selector, ids, eligible, plan):
     """
     task = selector.samples.task.tolist() if selector.config.use_tasks else [0] * selector.samples.num_samples
     cell = dict(enumerate(zip(arms(selector), task, strict=True)))
-    have, got, in_arm = (Counter(found) for found in ([cell[i] for i in eligible], [cell[i] for i in ids], [cell[i][0] for i in eligible]))
+    have, got, in_arm = (
+        Counter(found)
+        for found in ([cell[i] for i in eligible], [cell[i] for i in ids], [cell[i][0] for i in eligible])
+    )
     mixture, low, high = selector.config.draw == "mixture", 0.0, float("inf")
     for c in have if mixture else (c for c in have if c[0] == int(plan.cluster)):
         share = float(plan.probabilities[c[0]]) * have[c] / in_arm[c[0]] if mixture else have[c] / in_arm[c[0]]
@@ -119,12 +122,26 @@ def test_promises_for_any_pool_and_layout(make_selector, make_state, finished_ru
         state = replace(state, dropped=torch.ones(n, dtype=torch.bool))
     picks = data.draw(st.lists(st.lists(st.integers(0, n - 1), unique=True, max_size=n), max_size=4))
     selector = make_selector(
-        n, method=method, seed=seed, state=state, steps=whole(1, 3), micro_batches=whole(1, 3), slots=whole(1, 5), capacity=capacity,
-        longest=whole(2, capacity), max_visits=max_visits, bandit=one_of("exp3", "exp3s", "uniform", "none"), use_tasks=one_of(True, False),
-        draw=one_of("cluster", "mixture"), ranking=one_of("hard", "soft", "random"), prior=one_of("uniform", "size"),
-        rank_by=one_of("utility", "density"), unseen=one_of("initial", "drift", "estimate"), drop_misaligned=one_of(True, True, False),
+        n,
+        method=method,
+        seed=seed,
+        state=state,
+        steps=whole(1, 3),
+        micro_batches=whole(1, 3),
+        slots=whole(1, 5),
+        capacity=capacity,
+        longest=whole(2, capacity),
+        max_visits=max_visits,
+        bandit=one_of("exp3", "exp3s", "uniform", "none"),
+        use_tasks=one_of(True, False),
+        draw=one_of("cluster", "mixture"),
+        ranking=one_of("hard", "soft", "random"),
+        prior=one_of("uniform", "size"),
+        rank_by=one_of("utility", "density"),
+        unseen=one_of("initial", "drift", "estimate"),
+        drop_misaligned=one_of(True, True, False),
         match=finished_run(n, picks) if method == "random-matched" else None,
-    )  # fmt: skip
+    )
     shape, visits, generator = selector.layout, Counter(), torch.Generator().manual_seed(seed)
     bad_losses, arm = one_of(0.0, 0.0, 0.3, 1.0), torch.tensor(arms(selector))
     for round in range(10):
@@ -170,9 +187,13 @@ def test_promises_for_any_pool_and_layout(make_selector, make_state, finished_ru
         for step in plan.sample_ids:
             selector.observe(step, loss[step], -0.1 * loss[step])
         stats = selector.finish_round(plan)
-        assert int(stats.samples) == len(ids) == int(stats.samples_per_task.sum()) == int(stats.samples_per_cluster.sum())
+        assert (
+            int(stats.samples) == len(ids) == int(stats.samples_per_task.sum()) == int(stats.samples_per_cluster.sum())
+        )
         samples = selector.samples
-        assert stats.samples_per_task.tolist() == [sum(int(samples.task[i]) == t for i in ids) for t in range(samples.num_tasks)]
+        assert stats.samples_per_task.tolist() == [
+            sum(int(samples.task[i]) == t for i in ids) for t in range(samples.num_tasks)
+        ]
         assert selector.samples.visits[:-1].tolist() == [visits[i] for i in range(n)]
         assert all(bool(torch.isfinite(value).all()) for value in stats)
         assert -1 <= float(stats.reward) <= 1
@@ -255,7 +276,9 @@ def test_packing_of_a_pass_is_the_same_whatever_the_steps_of_a_round(make_select
 
 def test_a_pass_is_spread_evenly(make_selector):
     """Over many seeds every sample is as likely first as last: chi-squared on who opens the pass."""
-    opened = Counter(real(s, s.plan(0, LOTS))[0] for s in (make_selector(10, method="random", seed=k) for k in range(500)))
+    opened = Counter(
+        real(s, s.plan(0, LOTS))[0] for s in (make_selector(10, method="random", seed=k) for k in range(500))
+    )
     assert sum((opened[i] - 50) ** 2 / 50 for i in range(10)) < 27.9  # 9 degrees of freedom, 0.1 %
 
 
@@ -366,7 +389,9 @@ def test_rounds_never_look_at_the_device(make_variant, blind, options):
             max_tokens = torch.zeros((), dtype=torch.int64, device=blind.device) if round == 1 else 500
             plan = selector.plan(round, max_tokens)
             for ids in plan.sample_ids.unbind():
-                selector.observe(ids, torch.ones(ids.shape, device=blind.device), torch.zeros(ids.shape, device=blind.device))
+                selector.observe(
+                    ids, torch.ones(ids.shape, device=blind.device), torch.zeros(ids.shape, device=blind.device)
+                )
             stats = selector.finish_round(plan)
             values = (*plan, *stats, *selector.state_dict().values(), selector.fingerprint())
             assert {value.device.type for value in values} == {blind.device}
@@ -375,36 +400,57 @@ def test_rounds_never_look_at_the_device(make_variant, blind, options):
             lambda: bool(stats.samples > 0),
             lambda: plan.sample_ids[plan.sample_ids < 3],
         ):
-            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, RuntimeError, NotImplementedError)):
+            with pytest.raises(
+                (DataDependentOutputException, DynamicOutputShapeException, RuntimeError, NotImplementedError)
+            ):
                 read()  # so that the test can fail
 
 
-@pytest.mark.parametrize(("clusters", "tasks", "dtypes"), [
-    (4, 256, (torch.uint8, torch.uint8)), (4, 257, (torch.uint8, torch.int16)),
-    (300, 200, (torch.int16, torch.uint8)), (2, 40_000, (torch.uint8, torch.int32)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("clusters", "tasks", "dtypes"),
+    [
+        (4, 256, (torch.uint8, torch.uint8)),
+        (4, 257, (torch.uint8, torch.int16)),
+        (300, 200, (torch.int16, torch.uint8)),
+        (2, 40_000, (torch.uint8, torch.int32)),
+    ],
+)
 def test_narrow_types_hold_every_cluster_and_task(make_selector, clusters, tasks, dtypes):
     """The same plans and counts as with int64, where the numbers reach the ends of the types."""
     narrow, wide = (make_selector(400, clusters=clusters, tasks=tasks, steps=1) for _ in range(2))
     for selector in (narrow, wide):
         ends = torch.arange(400) % 2 == 0
-        selector.samples.task = torch.where(ends, tasks - 1, selector.samples.task.long()).to(selector.samples.task.dtype)
-        selector.samples.cluster = torch.where(ends, clusters - 1, selector.samples.cluster.long()).to(selector.samples.cluster.dtype)
+        selector.samples.task = torch.where(ends, tasks - 1, selector.samples.task.long()).to(
+            selector.samples.task.dtype
+        )
+        selector.samples.cluster = torch.where(ends, clusters - 1, selector.samples.cluster.long()).to(
+            selector.samples.cluster.dtype
+        )
     assert (narrow.samples.cluster.dtype, narrow.samples.task.dtype) == dtypes
-    wide.samples.cluster, wide.samples.task, wide.samples.cell = (getattr(wide.samples, v).long() for v in ("cluster", "task", "cell"))
+    wide.samples.cluster, wide.samples.task, wide.samples.cell = (
+        getattr(wide.samples, v).long() for v in ("cluster", "task", "cell")
+    )
     for selector in (narrow, wide):
-        selector.samples.cell = (selector.samples.cluster.long() * tasks + selector.samples.task).to(selector.samples.cell.dtype)
+        selector.samples.cell = (selector.samples.cluster.long() * tasks + selector.samples.task).to(
+            selector.samples.cell.dtype
+        )
         selector.method.arm, selector.method.cell = selector.samples.cluster, selector.samples.cell
         selector.method.count_open()  # counts the eligible anew
     for round in range(4):
         plans = narrow.plan(round, LOTS), wide.plan(round, LOTS)
         assert real(narrow, plans[0])
-        stats = [train(selector, plan, loss=1 / (1 + round)) for selector, plan in zip((narrow, wide), plans, strict=True)]
+        stats = [
+            train(selector, plan, loss=1 / (1 + round)) for selector, plan in zip((narrow, wide), plans, strict=True)
+        ]
         assert all(torch.equal(a, b) for a, b in zip((*plans[0], *stats[0]), (*plans[1], *stats[1]), strict=True))
 
 
-@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only")
-@pytest.mark.parametrize("options", [{}, {"bandit": "none", "use_tasks": False}, {"max_visits": 1, "steps": 1}], ids=str)
+@pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only"
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"bandit": "none", "use_tasks": False}, {"max_visits": 1, "steps": 1}], ids=str
+)
 def test_plans_of_the_kernels_are_those_of_the_host(make_selector, monkeypatch, options):
     """Bit by bit: the state after training too, so that no later plan can differ."""
 

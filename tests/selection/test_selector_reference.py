@@ -184,7 +184,11 @@ def losses(selector, round):
     visits = selector.samples.visits[:-1].numpy()
     pace = 0.05 + 0.2 * selector.samples.cluster.numpy()
     samples = selector.samples
-    loss = (1 + samples.cluster.numpy()) * np.exp(-pace * (visits + round / 20)) * rng.uniform(0.7, 1.3, samples.num_samples)
+    loss = (
+        (1 + samples.cluster.numpy())
+        * np.exp(-pace * (visits + round / 20))
+        * rng.uniform(0.7, 1.3, samples.num_samples)
+    )
     return loss.astype(np.float32), (-0.1 * loss * rng.uniform(0, 1, len(loss))).astype(np.float32)
 
 
@@ -245,7 +249,9 @@ def test_runs_equal_the_transcription_until_nothing_is_left(make_selector, optio
         if not any(bins) and not exact.eligible():
             break
         loss, change = losses(selector, round)
-        believed = [[slow.before[i] for i in plan.sample_ids.flatten().tolist() if i < exact.n] for slow in (exact, rounded)]
+        believed = [
+            [slow.before[i] for i in plan.sample_ids.flatten().tolist() if i < exact.n] for slow in (exact, rounded)
+        ]
         for step_ids in plan.sample_ids:
             selector.observe(step_ids, at(loss, step_ids), at(change, step_ids))
             step = [i for i in step_ids.flatten().tolist() if i < selector.samples.num_samples]

@@ -43,14 +43,19 @@ def weighted_sums(steps, keep):
 
 def slow_utility(samples, kind, optimism, first_visits):
     """U of all by the docstring's formulas; `first_visits`: of every step a list of (cell, loss, U0)."""
-    observed = [[(c, loss - start if kind == "drift" else loss) for c, loss, start in step if math.isfinite(loss)] for step in first_visits]
+    observed = [
+        [(c, loss - start if kind == "drift" else loss) for c, loss, start in step if math.isfinite(loss)]
+        for step in first_visits
+    ]
     weight, first, second = weighted_sums([[x for _, x in step] for step in observed], KEEP_ALL)
     mean = first / weight if weight else 0.0
     deviation = math.sqrt(max(second / weight - mean**2, 0)) if weight else 1.0
     utility = samples.utility.double()
     for i in range(N):
         if samples.visits[i] == 0:
-            known, total, _ = weighted_sums([[x for c, x in step if c == samples.cell[i]] for step in observed], KEEP_CELL)
+            known, total, _ = weighted_sums(
+                [[x for c, x in step if c == samples.cell[i]] for step in observed], KEEP_CELL
+            )
             estimate = total + (1 - known) * mean
             utility[i] = utility[i] + estimate if kind == "drift" else estimate + optimism * deviation * (1 - known)
     return utility

@@ -1,4 +1,5 @@
 """8-bit AdamW: bitsandbytes' where blocks are the same, sharded, skipped on the device, and through real checkpoints."""
+
 from __future__ import annotations
 
 import json
@@ -83,7 +84,10 @@ def test_other_rows_are_no_further_from_32_bits_than_bitsandbytes() -> None:
 def test_memory_is_a_byte_and_a_scale_a_moment() -> None:
     optimizer = AdamW8bit(parameters([(64, 512)]), **SETTINGS)
     train(optimizer, [(64, 512)], range(1))
-    assert sum(value.nbytes for state in optimizer.state.values() for value in state.values()) == 2 * (64 * 512 + 4 * 64 * 2) + 4
+    assert (
+        sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+        == 2 * (64 * 512 + 4 * 64 * 2) + 4
+    )
 
 
 def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +117,16 @@ def test_a_skipped_step_never_was() -> None:
             for key, value in never.state[b].items():
                 assert torch.equal(skipping.state[a][key], value), key
     assert all(float(state["step"]) == 3 for state in skipping.state.values())
-    plain = AdamW8bit(parameters(shapes), **SETTINGS)  # and an optimizer that is never told of skips does the same steps
+    plain = AdamW8bit(
+        parameters(shapes), **SETTINGS
+    )  # and an optimizer that is never told of skips does the same steps
     for step in (1, 2, 5):
         for parameter, gradient in zip(plain.param_groups[0]["params"], gradients(shapes, step), strict=True):
             parameter.grad = gradient
         plain.step()
-    assert all(torch.equal(a, b) for a, b in zip(plain.param_groups[0]["params"], never.param_groups[0]["params"], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.param_groups[0]["params"], never.param_groups[0]["params"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
@@ -189,7 +197,15 @@ def test_state_of_another_optimizer_is_refused() -> None:
         AdamW8bit(parameters([(64, 256)]), **SETTINGS).load_state_dict(optimizer.state_dict())
 
 
-SHAPE = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32, "num_key_value_heads": 2}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "num_key_value_heads": 2,
+}
+
+
 def test_the_loop_skips_a_step_that_is_not_finite(make_model, make_pool, tmp_path: Path) -> None:
     """The second of three steps meets a row of NaN in the embedding: parameters and all 8-bit state are those of a run without it."""
     folder = tmp_path / "model"
@@ -198,9 +214,13 @@ def test_the_loop_skips_a_step_that_is_not_finite(make_model, make_pool, tmp_pat
     tensors["model.embed_tokens.weight"][310] = torch.nan  # a token of no sample
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = TrainConfig(
-        make_pool(samples=60), str(folder), tmp_path, batch=BatchConfig(capacity=64, micro_batches=2),
-        selection=SelectionConfig(sketch_dim=8, round_steps=3), optimizer=OptimizerConfig(kind="adamw8bit"),
-    )  # fmt: skip
+        make_pool(samples=60),
+        str(folder),
+        tmp_path,
+        batch=BatchConfig(capacity=64, micro_batches=2),
+        selection=SelectionConfig(sketch_dim=8, round_steps=3),
+        optimizer=OptimizerConfig(kind="adamw8bit"),
+    )
     found = []
     with process_group() as ranks:
         for steps in ([0, 1, 2], [0, 2]):
@@ -213,7 +233,9 @@ def test_the_loop_skips_a_step_that_is_not_finite(make_model, make_pool, tmp_pat
             assert [bool(each.skipped) for each in stats] == [step == 1 for step in steps]
             state = engine.optimizer.state
             assert sum(s["exp_avg"].dtype == torch.uint8 for s in state.values()) > 10
-            found.append([[p.to_local().detach(), *(whole(value) for value in state[p].values())] for p in engine.trained])
+            found.append(
+                [[p.to_local().detach(), *(whole(value) for value in state[p].values())] for p in engine.trained]
+            )
     for skipped, left_out in zip(*found, strict=True):
         for a, b in zip(skipped, left_out, strict=True):
             assert torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7))
@@ -232,7 +254,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", ["full", pytest.param("QLoRA", marks=SHARDED_INTEGERS)])
 @pytest.mark.timeout(300)
-def test_resumed_run_is_the_uninterrupted_one(kind: str, make_model, make_pool, run_ranks, start_ranks, tmp_path: Path) -> None:
+def test_resumed_run_is_the_uninterrupted_one(
+    kind: str, make_model, make_pool, run_ranks, start_ranks, tmp_path: Path
+) -> None:
     """On two ranks bit for bit; and a checkpoint of two ranks goes on with one or three as the same run, to rounding."""
     ranks, options = KINDS[kind]
     line = ["train", "--pool", make_pool(samples=220), "--model", make_model("llama", **SHAPE), *OPTIONS, *options]

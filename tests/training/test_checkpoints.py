@@ -1,4 +1,5 @@
 """Checkpoints on disk: damaged ones are found out and passed over, nothing in them is run, and what cannot be written harms nothing."""
+
 from __future__ import annotations
 
 import json
@@ -90,7 +91,11 @@ def newest(folder: Path) -> Path:
 def sign(path: Path) -> None:
     """Make the marker fit what the files are now, as an attacker would."""
     marker = json.loads((path / MARKER).read_text())
-    marker["files"] = {name: [len(data), zlib.crc32(data)] for name in marker["files"] if (data := (path / name).read_bytes()) is not None}
+    marker["files"] = {
+        name: [len(data), zlib.crc32(data)]
+        for name in marker["files"]
+        if (data := (path / name).read_bytes()) is not None
+    }
     (path / MARKER).write_text(json.dumps(marker))
 
 
@@ -112,7 +117,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "metadata gone": (lambda path: (path / ".metadata").unlink(), r"\.metadata: No such file"),
     "marker empty": (lambda path: (path / MARKER).write_text(""), "COMPLETE cannot be read"),
     "signed, but no pickle": (lambda path: ((path / ".metadata").write_bytes(b"none"), sign(path)), "UnpicklingError"),
-    "signed, but of something else": (lambda path: ((path / ".metadata").write_bytes(pickle.dumps([1])), sign(path)), "no checkpoint's"),
+    "signed, but of something else": (
+        lambda path: ((path / ".metadata").write_bytes(pickle.dumps([1])), sign(path)),
+        "no checkpoint's",
+    ),
 }
 
 
@@ -143,14 +151,20 @@ def test_none_whole_is_an_error_and_none_at_all_a_start(three, ranks: Ranks, tmp
     assert World(tmp_path / "elsewhere", ranks).load() == (Progress(), {})
     for path in folder.iterdir():
         cut(path / "__0_0.distcp")
-    with pytest.raises(UserError, match=r"(?s)no checkpoint in .* is whole.*step-00000003.*step-00000002.*step-00000001"):
+    with pytest.raises(
+        UserError, match=r"(?s)no checkpoint in .* is whole.*step-00000003.*step-00000002.*step-00000001"
+    ):
         World(folder, ranks).load()
 
 
 def test_frozen_parameters_are_not_stored(three) -> None:
     folder, _ = three
     stored = dcp.FileSystemReader(newest(folder)).read_metadata().state_dict_metadata
-    assert {name for name in stored if name.startswith("model.")} == {"model.0.weight", "model.1.weight", "model.1.bias"}
+    assert {name for name in stored if name.startswith("model.")} == {
+        "model.0.weight",
+        "model.1.weight",
+        "model.1.bias",
+    }
 
 
 def test_only_the_last_are_kept_and_damaged_ones_do_not_push_out_whole_ones(three, ranks: Ranks) -> None:
@@ -260,7 +274,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB; needs the right to mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"A FULL DISK IS NOT TESTED HERE: no right to mount a small file system ({done.stderr.strip()})")
     yield disk
@@ -268,13 +284,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(300)
-def test_a_full_disk_costs_checkpoints_not_the_run(small_disk: Path, make_pool, make_model, run_ranks, tmp_path: Path) -> None:
+def test_a_full_disk_costs_checkpoints_not_the_run(
+    small_disk: Path, make_pool, make_model, run_ranks, tmp_path: Path
+) -> None:
     pool, model = make_pool(samples=60), make_model("llama", hidden_size=64, shards="100KB")
     arguments = ["train", "--pool", pool, "--model", model, *OPTIONS, "--checkpoint-every", "2"]
     run_ranks(*arguments, "--out", tmp_path / "whole", ranks=2)
     size = sum(path.stat().st_size for path in newest(tmp_path / "whole" / "checkpoints").iterdir())
     out, ballast = small_disk / "run", small_disk / "ballast"
-    ballast.write_bytes(bytes((4 << 20) - int(1.1 * size) - (180 << 10)))  # room for one checkpoint and the logs, not for the model
+    ballast.write_bytes(
+        bytes((4 << 20) - int(1.1 * size) - (180 << 10))
+    )  # room for one checkpoint and the logs, not for the model
 
     full = run_ranks(*arguments, "--out", out, ranks=2, check=False)
     assert full.wait() == [2, 2]
@@ -297,7 +317,18 @@ def test_a_full_disk_costs_checkpoints_not_the_run(small_disk: Path, make_pool, 
 def test_ranks_go_back_together(make_pool, make_model, start_ranks, run_ranks, tmp_path: Path) -> None:
     """A file of rank 1 is damaged: both ranks take the checkpoint before it."""
     pool, model = make_pool(samples=260), make_model("llama")
-    arguments = ["train", "--pool", pool, "--model", model, *OPTIONS, "--checkpoint-every", "2", "--keep-checkpoints", "9"]
+    arguments = [
+        "train",
+        "--pool",
+        pool,
+        "--model",
+        model,
+        *OPTIONS,
+        "--checkpoint-every",
+        "2",
+        "--keep-checkpoints",
+        "9",
+    ]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     run_ranks(*arguments, "--out", whole, ranks=2)
     kill_after_checkpoint(start_ranks(*arguments, "--out", parted, ranks=2), parted)

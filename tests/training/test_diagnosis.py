@@ -1,4 +1,5 @@
 """Whom the message about skipped steps blames."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,9 +22,10 @@ def told(barred: list[int]) -> str:
     finished = SimpleNamespace(header=SimpleNamespace(tokens=[9]), dummy=6, before=SimpleNamespace(step=4, round=1))
     bad = torch.isin(IDS, torch.tensor([*barred, 6]))
     values = SimpleNamespace(
-        steps=[SimpleNamespace(skipped=True, loss=nan, grad_norm=nan)], plan=SimpleNamespace(sample_ids=IDS),
+        steps=[SimpleNamespace(skipped=True, loss=nan, grad_norm=nan)],
+        plan=SimpleNamespace(sample_ids=IDS),
         stats=SimpleNamespace(barred=bad),
-    )  # fmt: skip
+    )
     with pytest.raises(UserError) as error:
         skipped.add(finished, values)
     return str(error.value)
@@ -36,7 +38,9 @@ def test_samples_in_micro_batches_of_their_own_are_to_blame(barred: list[int]) -
 
 
 def test_neighbours_in_a_micro_batch_may_have_been_spoilt() -> None:
-    assert "samples s0, s2, s4 (whose own loss was not finite; several in one micro-batch: one of them may" in told([0, 2, 4])
+    assert "samples s0, s2, s4 (whose own loss was not finite; several in one micro-batch: one of them may" in told(
+        [0, 2, 4]
+    )
 
 
 def test_without_a_loss_that_is_not_finite_nobody_is_picked_out() -> None:

@@ -1,4 +1,5 @@
 """Pools, budgets and vocabularies at the edge of what makes sense, through the command line: each run ends well, and says what was odd."""
+
 from __future__ import annotations
 
 import json
@@ -34,7 +35,9 @@ def run(make_model, run_ranks, tmp_path: Path):
     def train(pool: Path, *options: str, ranks: int = 2, model: Path | None = None) -> tuple[list[dict], str, Path]:
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         flags = fitting(OPTIONS, *options)
-        told = run_ranks("train", "--pool", pool, "--model", model or make_model("llama"), *flags, "--out", out, ranks=ranks)
+        told = run_ranks(
+            "train", "--pool", pool, "--model", model or make_model("llama"), *flags, "--out", out, ranks=ranks
+        )
         steps = lines(out / "metrics.jsonl")
         assert not any(line["skipped"] for line in steps)
         assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in steps)
@@ -70,7 +73,12 @@ def test_a_budget_smaller_than_any_sample(make_pool, run) -> None:
 @pytest.mark.parametrize("which", ["lead", "random", "paper", "exact"])
 def test_steps_without_a_response_token(which: str, make_pool, run) -> None:
     """A third of the samples have no answer, and a step takes one or two: whole steps have none. Their loss is 0."""
-    options = {"lead": [], "random": ["--method", "random"], "paper": ["--recipe", "paper"], "exact": ["--selection.inner-form", "exact"]}
+    options = {
+        "lead": [],
+        "random": ["--method", "random"],
+        "paper": ["--recipe", "paper"],
+        "exact": ["--selection.inner-form", "exact"],
+    }
     pool = without_answers(make_pool(samples=40), slice(None, None, 3))
     steps, _, _ = run(pool, *options[which], "--batch.capacity", "41", "--budget", "1.5")
     empty = [line for line in steps if line["loss"] == 0]

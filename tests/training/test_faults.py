@@ -1,4 +1,5 @@
 """Ranks that hang or die: the others end by themselves, and say who, where and what to do."""
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,5 @@
 """The formula of lead_engine/training/flops.py against what torch counts while real models run forward and backward."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,7 +14,13 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.training.flops import ModelFlops, Peak, find_peak, peak_of, utilisation, visible_pairs
 
 LENGTH = 48
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
 MODELS = {
     "llama": {},
     "llama, grouped heads, tied": {"kind": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
@@ -49,7 +56,9 @@ def test_formula_counts_what_runs(name: str, lora: str, make_model) -> None:
     options = dict(MODELS[name])
     folder = make_model(options.pop("kind", name), **options)
     flops = ModelFlops.of(load(folder, LORA[lora]))
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
     if LORA[lora].rank:
         adapter.inject(model, adapter.new_config(LORA[lora]))
     # Eager attention multiplies every query with every key, whether it may see it or not.
@@ -77,9 +86,18 @@ def test_bases_and_adapters_count_as_what_they_stand_for(make_model) -> None:
     folder = make_model("llama", hidden_size=64, intermediate_size=128, head_dim=16)
     whole = [LoraConfig(rank=4, modules_to_save=names) for names in (("lm_head", "norm"), ("embed_tokens",))]
     plain, quantised, head, dora, trained_head, trained_embedding = (
-        ModelFlops.of(build_model(folder, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=8, lora=lora))
-        for lora in (LoraConfig(rank=4), LoraConfig(rank=4, quantize="nf4"), LoraConfig(rank=4, head=True), LoraConfig(rank=4, dora=True),
-                     *whole)
+        ModelFlops.of(
+            build_model(
+                folder, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=8, lora=lora
+            )
+        )
+        for lora in (
+            LoraConfig(rank=4),
+            LoraConfig(rank=4, quantize="nf4"),
+            LoraConfig(rank=4, head=True),
+            LoraConfig(rank=4, dora=True),
+            *whole,
+        )
     )
     assert quantised == plain
     assert plain.per_row == 4 * 320 * 64
@@ -103,7 +121,9 @@ def test_pairs_are_those_of_the_mask() -> None:
 
 
 def test_windows_of_layers(make_model) -> None:
-    model = load(make_model("gemma3_text", sliding_window=16, layer_types=["sliding_attention", "full_attention"]), LoraConfig())
+    model = load(
+        make_model("gemma3_text", sliding_window=16, layer_types=["sliding_attention", "full_attention"]), LoraConfig()
+    )
     per_layer = 12 * 4 * 8
     assert sorted(ModelFlops.of(model).attention, key=str) == [(16, per_layer), (None, per_layer)]
 

@@ -268,7 +268,7 @@ def test_mistakes_are_refused_before_anything_is_trained(
         ({"patience": 2}, "--patience 2"),
         ({"skip_bad": True}, "--skip-bad True"),
         ({"eval_data": ("x.jsonl",), "patience": 2}, "--patience 2"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=f"{flag}: must be left out without --eval-"):
             replace(config, **options)
     bad = tmp_path / "bad.jsonl"

@@ -1,4 +1,5 @@
 """Fifty times in one run, at random moments, one rank or all are killed; resumed each time, it ends as the run that nobody touched."""
+
 from __future__ import annotations
 
 import random
@@ -60,8 +61,19 @@ def alive(group) -> bool:
 
 
 @pytest.mark.timeout(900)
-def test_fifty_kills_change_nothing(make_pool, make_model, start_ranks, run_ranks, tmp_path: Path, record_property) -> None:
-    arguments = ["train", "--pool", make_pool(samples=700), "--model", make_model("llama"), *OPTIONS, "--checkpoint-every", "1"]
+def test_fifty_kills_change_nothing(
+    make_pool, make_model, start_ranks, run_ranks, tmp_path: Path, record_property
+) -> None:
+    arguments = [
+        "train",
+        "--pool",
+        make_pool(samples=700),
+        "--model",
+        make_model("llama"),
+        *OPTIONS,
+        "--checkpoint-every",
+        "1",
+    ]
     whole, out = tmp_path / "whole", tmp_path / "run"
     run_ranks(*arguments, "--out", whole, ranks=2)
     chance = random.Random(11)
@@ -72,7 +84,9 @@ def test_fifty_kills_change_nothing(make_pool, make_model, start_ranks, run_rank
         started = time.time()
         group = start_ranks(*arguments, "--out", out, "--resume", ranks=2)
         moment(kind, chance, group, out, started)
-        assert not (out / "summary.json").exists(), f"the run was over after {sum(phases.values())} kills; make it longer"
+        assert not (out / "summary.json").exists(), (
+            f"the run was over after {sum(phases.values())} kills; make it longer"
+        )
         assert alive(group), group.output()
         found = phase(group, out, started)
         victims = None if kind == "final save" else chance.choice([None, [0], [1]])

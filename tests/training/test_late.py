@@ -1,4 +1,5 @@
 """LateCopy and Stopwatch where the device is the host. (On a GPU: test_no_synchronisation.)"""
+
 from __future__ import annotations
 
 from typing import NamedTuple

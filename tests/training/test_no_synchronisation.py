@@ -1,4 +1,5 @@
 """On a GPU: a round's steps never wait for the device. (Without one, test_round_is_static shows that they read nothing from it.)"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -3,6 +3,7 @@
 Real sources: rows of the embedding that only one sample's token reaches, NaN (its loss is not finite) or, in a model whose norms have no
 epsilon, 1e-19 (the norm makes ones of it, so its loss is finite; 1 / 1e-19^3 in the norm's gradient is not).
 """
+
 from __future__ import annotations
 
 import json
@@ -65,7 +66,9 @@ def session(make_pool, model: Path, tmp_path: Path):
             read |= {"sketch_dim": 8} if read and options.get("inner_form") != "exact" else {}
             selection = SelectionConfig(round_steps=3, **read, **options)
             batch = BatchConfig(capacity=64, micro_batches=2)
-            return build(TrainConfig(pool=pool, model=str(model), out=tmp_path, batch=batch, selection=selection), ranks)
+            return build(
+                TrainConfig(pool=pool, model=str(model), out=tmp_path, batch=batch, selection=selection), ranks
+            )
 
         yield make
 
@@ -89,7 +92,12 @@ def play(session: Session, poisoned: int | None, token: int, steps: list[int]) -
     for name, p in engine.model.named_parameters():
         state |= {f"{name}.{key}": value for key, value in engine.optimizer.state[p].items()}
     chosen = {name: value for name, value in engine.selector.state_dict().items() if name not in ("barred", "open")}
-    return state | chosen | engine.change.state_dict() | {f"round {n}": v for n, v in round_stats._asdict().items() if n != "barred"}
+    return (
+        state
+        | chosen
+        | engine.change.state_dict()
+        | {f"round {n}": v for n, v in round_stats._asdict().items() if n != "barred"}
+    )
 
 
 @pytest.mark.parametrize("token", [NAN_TOKEN, TINY_TOKEN])
@@ -98,7 +106,9 @@ def test_a_skipped_step_is_as_if_it_had_not_been(change: str, token: int, sessio
     skipped = play(session(CHANGES[change]), 1, token, [0, 1, 2])
     left_out = play(session(CHANGES[change]), None, token, [0, 2])
     assert skipped.keys() == left_out.keys()
-    learned = [name for name in skipped if name in ("utility", "ratio_sum", "log_weights", "last", "by_cluster", "cell_sum")]
+    learned = [
+        name for name in skipped if name in ("utility", "ratio_sum", "log_weights", "last", "by_cluster", "cell_sum")
+    ]
     assert len(learned) >= 2
     assert all(skipped[name].isfinite().all() for name in learned)
     for name, value in left_out.items():
@@ -163,7 +173,17 @@ def pool(make_pool) -> Path:
 def test_one_poisonous_sample_costs_one_step(which: str, pool: Path, model: Path, run_ranks, tmp_path: Path) -> None:
     ranks, options = RUNS[which]
     out = tmp_path / "run"
-    done = run_ranks("train", "--pool", pool, "--model", model, *fitting(OPTIONS, *options, "--budget", "1.5"), "--out", out, ranks=ranks)
+    done = run_ranks(
+        "train",
+        "--pool",
+        pool,
+        "--model",
+        model,
+        *fitting(OPTIONS, *options, "--budget", "1.5"),
+        "--out",
+        out,
+        ranks=ranks,
+    )
     steps, rounds = lines(out / "metrics.jsonl"), lines(out / "selection.jsonl")
     assert sum(line["skipped"] for line in steps) == 1
     assert json.loads((out / "summary.json").read_text())["skipped_steps"] == 1
@@ -184,7 +204,9 @@ def test_one_poisonous_sample_costs_one_step(which: str, pool: Path, model: Path
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_too_many_end_the_run_with_the_samples_names(ranks: int, make_pool, model: Path, run_ranks, tmp_path: Path) -> None:
+def test_too_many_end_the_run_with_the_samples_names(
+    ranks: int, make_pool, model: Path, run_ranks, tmp_path: Path
+) -> None:
     pool, out = make_pool(samples=60), tmp_path / "run"
     for sample in (20, 40):
         poison(pool, NAN_TOKEN, sample)
@@ -214,7 +236,16 @@ def test_too_many_end_the_run_with_the_samples_names(ranks: int, make_pool, mode
 def test_a_gradient_alone_names_all_samples_of_the_step(make_pool, model: Path, run_ranks, tmp_path: Path) -> None:
     pool = make_pool(samples=60)
     poison(pool, TINY_TOKEN, 20)
-    arguments = ["train", "--pool", pool, "--model", model, *fitting(OPTIONS, "--method", "random"), "--out", tmp_path / "run"]
+    arguments = [
+        "train",
+        "--pool",
+        pool,
+        "--model",
+        model,
+        *fitting(OPTIONS, "--method", "random"),
+        "--out",
+        tmp_path / "run",
+    ]
     done = run_ranks(*arguments, "--max-skipped-steps", "0", ranks=0, check=False)
     assert done.wait() == [2]
     told = done.output()

@@ -42,7 +42,9 @@ def test_first_order_change_is_the_inner_product_with_the_update() -> None:
     with torch.no_grad():
         for p in parameters:
             p.sub_(1e-5 * p.grad.sign())
-    exact = sum(((p.detach().double() - o.double()) * p.grad.double()).sum() for p, o in zip(parameters, old, strict=True))
+    exact = sum(
+        ((p.detach().double() - o.double()) * p.grad.double()).sum() for p, o in zip(parameters, old, strict=True)
+    )
     assert float(inner_product(parameters) - before) == pytest.approx(float(exact), rel=1e-4)
 
 

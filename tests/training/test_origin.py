@@ -211,7 +211,8 @@ def test_scores_alone(mine: TrainConfig) -> None:
     interrupt(mine)
     flip(mine.pool / "state.safetensors")
     with pytest.raises(
-        UserError, match=r"run: made from something else: scores of the pool differ\. Bring back what it was begun with, or"
+        UserError,
+        match=r"run: made from something else: scores of the pool differ\. Bring back what it was begun with, or",
     ):
         train(replace(mine, resume=True))
 

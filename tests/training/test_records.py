@@ -1,4 +1,5 @@
 """Lines of metrics.jsonl, the progress they feed, and memory by count, from real rounds of a real engine."""
+
 from __future__ import annotations
 
 import json
@@ -51,7 +52,9 @@ def test_flops_are_those_of_the_trained_samples(rounds: tuple) -> None:
             expected = 0
             for i in ids:
                 length, rows = int(engine.store.lengths[i]), int(engine.store.response_rows[i])
-                expected += length * meter.flops.per_token + rows * meter.flops.per_row + length * (length + 1) // 2 * per_pair
+                expected += (
+                    length * meter.flops.per_token + rows * meter.flops.per_row + length * (length + 1) // 2 * per_pair
+                )
             assert line["flops"] == expected
             assert line["mfu"] == pytest.approx(expected / (line["step_seconds"] * 2 * 0.5e12))
             assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(line["step_tokens"])
@@ -73,7 +76,9 @@ def test_memory_is_the_process_s(rounds: tuple) -> None:
 def test_a_skipped_step_leaves_valid_json(rounds: tuple) -> None:
     _, meter, finished, state = rounds
     values = finished[0].values.read()
-    broken = values.steps[0]._replace(loss=torch.tensor(torch.nan), grad_norm=torch.tensor(torch.inf), skipped=torch.tensor(1.0))
+    broken = values.steps[0]._replace(
+        loss=torch.tensor(torch.nan), grad_norm=torch.tensor(torch.inf), skipped=torch.tensor(1.0)
+    )
     one = replace(finished[0], values=LateCopy(values._replace(steps=[broken, values.steps[1]])))
     lines = step_lines(one, one.values.read(), meter)
     assert [line["skipped"] for line in lines] == [True, False]
@@ -116,7 +121,12 @@ def test_memory_by_count_is_what_training_holds(kind: str, lora: int, make_pool,
         counted = estimate(engine.model, kind)
         assert counted.parameters == sum(4 * p.numel() for p in engine.model.parameters())
         assert counted.gradients == sum(4 * p.numel() for p in engine.model.parameters() if p.requires_grad)
-        state = [getattr(t, "_local_tensor", t) for each in engine.optimizer.state.values() for t in each.values() if torch.is_tensor(t)]
+        state = [
+            getattr(t, "_local_tensor", t)
+            for each in engine.optimizer.state.values()
+            for t in each.values()
+            if torch.is_tensor(t)
+        ]
         held = sum(t.numel() * t.element_size() for t in state if t.numel() > 1)
         assert counted.optimizer == pytest.approx(held, rel=0.02)
 

@@ -1,4 +1,5 @@
 """A run that is killed and resumed is the run that was never killed, bit for bit."""
+
 from __future__ import annotations
 
 import json
@@ -12,8 +13,16 @@ from runs import OPTIONS, assert_same_run, fitting, kill_after_checkpoint, lines
 MIXTURE = ["--selection.draw", "mixture", "--selection.ranking", "soft", "--selection.unseen", "drift"]
 PAPER = ["--recipe", "paper"]
 LORA = [
-    "--lora.rank", "4", "--lora.dora", "--lora.rslora", "--lora.dropout", "0.2", "--lora.modules-to-save", "lm_head", "input_layernorm",
-]  # fmt: skip
+    "--lora.rank",
+    "4",
+    "--lora.dora",
+    "--lora.rslora",
+    "--lora.dropout",
+    "0.2",
+    "--lora.modules-to-save",
+    "lm_head",
+    "input_layernorm",
+]
 RUNS = {
     "paper": (1, 260, PAPER),
     "lead on two ranks": (2, 260, []),
@@ -26,7 +35,9 @@ RUNS = {
 
 @pytest.mark.parametrize("which", RUNS)
 @pytest.mark.timeout(300)
-def test_resumed_twice_is_the_uninterrupted_one(which: str, make_pool, make_model, start_ranks, run_ranks, tmp_path: Path) -> None:
+def test_resumed_twice_is_the_uninterrupted_one(
+    which: str, make_pool, make_model, start_ranks, run_ranks, tmp_path: Path
+) -> None:
     ranks, samples, options = RUNS[which]
     pool, model = make_pool(samples=samples), make_model("llama")
     whole, parted = tmp_path / "whole", tmp_path / "parted"
@@ -44,7 +55,9 @@ def test_resumed_twice_is_the_uninterrupted_one(which: str, make_pool, make_mode
 
 
 @pytest.mark.timeout(300)
-def test_checkpoint_of_two_ranks_goes_on_with_one(make_pool, make_model, start_ranks, run_ranks, tmp_path: Path) -> None:
+def test_checkpoint_of_two_ranks_goes_on_with_one(
+    make_pool, make_model, start_ranks, run_ranks, tmp_path: Path
+) -> None:
     pool, model = make_pool(samples=260), make_model("llama")
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     arguments = ["train", "--pool", pool, "--model", model, *OPTIONS, "--checkpoint-every", "2"]
@@ -53,11 +66,15 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(make_pool, make_model, start_r
     run_ranks(*arguments, "--out", parted, "--resume")
     one, two = lines(whole / "metrics.jsonl"), lines(parted / "metrics.jsonl")
     assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
-    assert [line["ids"] for line in lines(whole / "selection.jsonl")] == [line["ids"] for line in lines(parted / "selection.jsonl")]
+    assert [line["ids"] for line in lines(whole / "selection.jsonl")] == [
+        line["ids"] for line in lines(parted / "selection.jsonl")
+    ]
     np.testing.assert_allclose([line["loss"] for line in one], [line["loss"] for line in two], rtol=2e-5)
 
 
-def test_a_run_is_not_overwritten_and_not_resumed_under_other_options(make_pool, make_model, run_ranks, tmp_path: Path) -> None:
+def test_a_run_is_not_overwritten_and_not_resumed_under_other_options(
+    make_pool, make_model, run_ranks, tmp_path: Path
+) -> None:
     pool, model, out = make_pool(samples=60), make_model("llama"), tmp_path / "run"
     arguments = ["train", "--pool", pool, "--model", model, "--out", out, "--budget", "0.2", "--batch.capacity", "64"]
     arguments += ["--optimizer.lr", "1e-3"]

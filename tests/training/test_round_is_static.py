@@ -2,6 +2,7 @@
 
 Fake CPU tensors, since autograd has no engine for a GPU that is not there; each op also runs on fake CUDA tensors in its own tests.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -47,7 +48,9 @@ class DeviceStore:
 def blind(thing: object, mode: FakeTensorMode) -> object:
     """Replace every tensor that `thing` holds, however deep, by one without data."""
     if isinstance(thing, torch.Tensor):
-        return thing if isinstance(thing, FakeTensor) else mode.from_tensor(thing)  # the selector and its method share the pool
+        return (
+            thing if isinstance(thing, FakeTensor) else mode.from_tensor(thing)
+        )  # the selector and its method share the pool
     if isinstance(thing, tuple):
         return tuple(blind(part, mode) for part in thing)
     if type(thing).__module__.startswith("lead_engine") and not isinstance(thing, torch.nn.Module):
@@ -60,9 +63,13 @@ def blind(thing: object, mode: FakeTensorMode) -> object:
 def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode, world: int = 1) -> Engine:
     """Built on real tensors (a constructor may check values), then blinded."""
     places, dropped = torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.bool)
-    state = PoolState(torch.rand(SAMPLES), torch.rand(SAMPLES), torch.rand(SAMPLES), places % 3, places % 2, dropped, ["a", "b"], 3)
+    state = PoolState(
+        torch.rand(SAMPLES), torch.rand(SAMPLES), torch.rand(SAMPLES), places % 3, places % 2, dropped, ["a", "b"], 3
+    )
     lengths = torch.full((SAMPLES,), LENGTH)
-    selector = Selector(state, lengths, lengths - 1, method="lead", config=options, layout=LAYOUT, seed=0, device=DEVICE)
+    selector = Selector(
+        state, lengths, lengths - 1, method="lead", config=options, layout=LAYOUT, seed=0, device=DEVICE
+    )
     config = AutoConfig.from_pretrained(folder)
     change = make_loss_change(options, config.hidden_size, selector.method.num_arms, DEVICE, 0)
     selector, change = blind(selector, mode), blind(change, mode)
@@ -71,7 +78,9 @@ def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode, world: 
         model = PackedLM(hf, attention="mask", max_length=LENGTH, chunk_bytes=1 << 16)
         model.head.keep_gradient = change.wants_hidden
         optimizer = make_optimizer(model, OptimizerConfig())
-        return Engine(model, optimizer, selector, change, DeviceStore(), LAYOUT, OptimizerConfig(), world=world, distributed=False)
+        return Engine(
+            model, optimizer, selector, change, DeviceStore(), LAYOUT, OptimizerConfig(), world=world, distributed=False
+        )
 
 
 CHANGES = {
@@ -99,7 +108,9 @@ def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks:
     """Plan, batches, head, backward pass, optimizer, gathering, U and visits, reward and bandit, and what is copied for the logs."""
     folder = make_model("llama")
     options = SelectionConfig(sketch_dim=8, round_steps=LAYOUT.steps, calibrate_every=2, **CHANGES[change])
-    header = Header([100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps)  # what read_header would have read
+    header = Header(
+        [100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps
+    )  # what read_header would have read
     mode = FakeTensorMode()
     parts = engine(folder, options, mode, two_ranks)
     with mode:

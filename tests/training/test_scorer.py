@@ -1,4 +1,5 @@
 """The pool's losses under the model in training: those of a plain forward pass, on any number of ranks, and the model stays as it is."""
+
 from __future__ import annotations
 
 import subprocess
@@ -32,14 +33,18 @@ def one_at_a_time(folder: Path, store: TokenStore, ids: Tensor) -> Tensor:
         low, high = int(store.offsets[i]), int(store.offsets[i + 1])
         tokens, mask = store.tokens[low:high].long(), store.response[low:high]
         with torch.no_grad():
-            nll = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")[mask[1:]]
+            nll = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")[
+                mask[1:]
+            ]
         losses.append(nll.mean() if len(nll) else nll.new_zeros(()))
     return torch.stack(losses)
 
 
 def make_scorer(model: Path, pool: Path) -> PoolScorer:
     store = TokenStore.open(pool / "store")
-    lm = build_model(model, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=int(store.lengths.max()))
+    lm = build_model(
+        model, device=torch.device("cpu"), runtime=RuntimeConfig(precision="fp32"), max_length=int(store.lengths.max())
+    )
     return PoolScorer(lm, store, lambda: TokenStore.open(pool / "answers"), BATCH)
 
 
@@ -50,7 +55,9 @@ def test_losses_are_those_of_samples_alone(make_model, pool: Path) -> None:
     ids = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))[:31]
     for found, store in ((scorer.given(ids), "store"), (scorer.alone(ids), "answers")):
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), one_at_a_time(model, TokenStore.open(pool / store), ids), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            found.double(), one_at_a_time(model, TokenStore.open(pool / store), ids), rtol=1e-5, atol=1e-6
+        )
     assert scorer.seconds > 0
     for name, value in scorer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -65,7 +72,9 @@ def test_losses_follow_the_model(make_model, pool: Path) -> None:
         for parameter in scorer.model.parameters():
             parameter.mul_(0.0)
     after = scorer.given(ids)
-    rows = next(p.shape[0] for p in scorer.model.parameters() if p.ndim == 2 and p.shape[0] == scorer.model.config.vocab_size)
+    rows = next(
+        p.shape[0] for p in scorer.model.parameters() if p.ndim == 2 and p.shape[0] == scorer.model.config.vocab_size
+    )
     torch.testing.assert_close(after, torch.full_like(after, rows).log(), rtol=1e-5, atol=0)
     assert (before - after).abs().min() > 1e-4
 
@@ -104,7 +113,9 @@ def test_any_number_of_micro_batches_on_two_ranks(make_model, pool: Path, tmp_pa
     """Under FSDP a rank that did one forward pass fewer would leave the other waiting for its parameters."""
     model, scorer = make_model("llama"), make_scorer(make_model("llama"), pool)
     lengths = scorer.store.lengths.numpy()
-    groups = {count: len(pack_by_length(lengths[:count], BATCH.capacity, BATCH.num_slots)) for count in range(1, SAMPLES + 1)}
+    groups = {
+        count: len(pack_by_length(lengths[:count], BATCH.capacity, BATCH.num_slots)) for count in range(1, SAMPLES + 1)
+    }
     counts = [1, max(c for c, n in groups.items() if n % 2 == 1), max(c for c, n in groups.items() if n % 2 == 0)]
     assert groups[counts[0]] == 1
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

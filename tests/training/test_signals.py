@@ -1,4 +1,5 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: a run that is told to stop leaves a checkpoint, and resumed it is the run that was never stopped."""
+
 from __future__ import annotations
 
 import signal
@@ -49,7 +50,10 @@ def test_stopped_and_resumed_is_the_uninterrupted_one(case: str, whole, start_ra
     assert group.wait() == [128 + number] * max(1, ranks), group.output()
     done = lines(out / "metrics.jsonl")
     told = group.output(0)
-    assert f"stopped by {number.name} after step {len(done)} (round {done[-1]['round'] + 1}): a checkpoint is written" in told
+    assert (
+        f"stopped by {number.name} after step {len(done)} (round {done[-1]['round'] + 1}): a checkpoint is written"
+        in told
+    )
     assert "Traceback" not in group.output()
     assert (out / "checkpoints" / f"step-{len(done):08d}" / "COMPLETE").exists()
     assert len(done) < len(lines(expected / "metrics.jsonl"))

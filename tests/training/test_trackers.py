@@ -1,4 +1,5 @@
 """TensorBoard, W&B (offline) and MLflow (a local store) for real: what they hold after a run that was killed and resumed."""
+
 from __future__ import annotations
 
 import json
@@ -25,12 +26,16 @@ TASKS = ["plain", "100 % odd: (a/../b)"]
 
 def environment(folder: Path) -> dict[str, str]:
     store = f"file:{folder / 'mlruns'}"
-    return {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_FILE_STORE": "true"}
+    return {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "MLFLOW_TRACKING_URI": store,
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+    }
 
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 
 def wandb_history(folder: Path) -> Iterator[dict]:
@@ -42,7 +47,9 @@ def wandb_history(folder: Path) -> Iterator[dict]:
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
-                yield {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+                yield {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+                }
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
@@ -69,7 +76,17 @@ def run(make_pool, make_model, start_ranks, run_ranks, tmp_path_factory) -> Path
     out = tmp_path_factory.mktemp("tracked") / "my run"
     data = out.parent / "heldout.jsonl"
     data.write_text("".join(json.dumps({"dataset": task, "prompt": "p", "completion": task}) + "\n" for task in TASKS))
-    line = ["train", "--pool", make_pool(samples=200), "--model", make_model("llama"), "--out", out, *OPTIONS, *TRACKERS]
+    line = [
+        "train",
+        "--pool",
+        make_pool(samples=200),
+        "--model",
+        make_model("llama"),
+        "--out",
+        out,
+        *OPTIONS,
+        *TRACKERS,
+    ]
     line += ["--eval-data", data, "--eval-every", "10"]
     first = start_ranks(*line, ranks=0, env=environment(out.parent))
     deadline = time.monotonic() + 60
@@ -95,7 +112,9 @@ def test_tensorboard_has_every_line(run: Path) -> None:
     assert len(evaluations) > 3
     for name in TASKS:
         seen = {event.step: event.value for event in events.Scalars(f"eval/task/{name}")}
-        assert seen == pytest.approx({step: loss["tasks"][name]["loss"] for step, loss in evaluations.items()}, rel=1e-6)
+        assert seen == pytest.approx(
+            {step: loss["tasks"][name]["loss"] for step, loss in evaluations.items()}, rel=1e-6
+        )
     assert "train/mfu" not in events.Tags()["scalars"]  # no peak is known of a CPU
 
 
@@ -115,7 +134,9 @@ def test_mlflow_goes_on_in_the_same_run(run: Path, monkeypatch: pytest.MonkeyPat
     expected = {(line["step"], line["loss"]) for line in metrics}
     assert losses <= expected
     assert len(losses) >= len(expected) - 8
-    rewards = {(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, "selection/reward")}
+    rewards = {
+        (metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, "selection/reward")
+    }
     expected = {(line["round"], line["reward"]) for line in lines(run / "selection.jsonl")}
     assert rewards <= expected
     assert len(rewards) >= len(expected) - 2

@@ -104,7 +104,12 @@ class Method:
     def plain(self, sample_ids: Tensor) -> Order:
         """An order without a draw."""
         device = self.samples.device
-        return Order(sample_ids, self.samples.utility, torch.zeros((), dtype=torch.int64, device=device), torch.ones(1, device=device))
+        return Order(
+            sample_ids,
+            self.samples.utility,
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.ones(1, device=device),
+        )
 
     def best_by(self, score: Tensor, candidates: Tensor) -> Tensor:
         """The candidates (bool [N]) with the highest score (fp32 [N]; NaN last), those trained least often first: int64 [places]."""

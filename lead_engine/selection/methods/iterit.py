@@ -72,7 +72,9 @@ class Iterit(Method):
         self.candidates.fill_(epoch == 0)
         if epoch > 0:
             trained = int((self.samples.visits > self.visits_before)[:-1].sum())
-            best = torch.where(self.ifd < 1, self.ifd, -1.0).cpu().sort(descending=True, stable=True)  # NaN is not below 1
+            best = (
+                torch.where(self.ifd < 1, self.ifd, -1.0).cpu().sort(descending=True, stable=True)
+            )  # NaN is not below 1
             ids = best.indices[best.values >= 0][: math.ceil(self.config.candidates * max(trained, 1))]
             if len(ids):
                 self.ifd[ids.to(self.ifd.device)] = torch.exp(scorer.given(ids) - scorer.alone(ids))

@@ -42,11 +42,15 @@ class Lead(Method):
         self._num_arms = 1 if config.bandit == "none" else samples.num_clusters
         self._tasks = samples.num_tasks if config.use_tasks else 1
         self.arm = samples.cluster if self._num_arms > 1 else torch.zeros_like(samples.cluster, dtype=torch.uint8)
-        self.cell = self.arm if self._tasks == 1 else samples.task if self._num_arms == 1 else samples.cell  # an arm's part of a task
+        self.cell = (
+            self.arm if self._tasks == 1 else samples.task if self._num_arms == 1 else samples.cell
+        )  # an arm's part of a task
         self.size = torch.zeros(self._num_arms * self._tasks, dtype=torch.int64, device=samples.device)
         self.count_open()
         sizes = self._arm_sizes().float()
-        prior = sizes / sizes.sum().clamp(min=1) if config.prior == "size" else torch.full_like(sizes, 1 / self._num_arms)
+        prior = (
+            sizes / sizes.sum().clamp(min=1) if config.prior == "size" else torch.full_like(sizes, 1 / self._num_arms)
+        )
         self.bandit = Bandit(config, prior)
         self.reward_scale = RewardScale(samples.device)
         self.answer_share = samples.rows[:-1] / samples.lengths if config.rank_by != "utility" else None
@@ -73,7 +77,9 @@ class Lead(Method):
             parts = (torch.arange(self._num_arms, device=cluster.device) == cluster).to(parts.dtype)
         rank = self._rank(utility[:-1])
         cells = self.size.shape[0]
-        offset = (self.uniform(ROUND_OFF, self.samples.scalar(round), torch.arange(cells, device=rank.device)) * OFFSETS).long()
+        offset = (
+            self.uniform(ROUND_OFF, self.samples.scalar(round), torch.arange(cells, device=rank.device)) * OFFSETS
+        ).long()
         order = select_topk(rank, eligible, self.cell, cells, self.places, self._shares(parts), offset)
         return Order(order, utility, cluster, probabilities)
 
@@ -90,7 +96,9 @@ class Lead(Method):
 
         counts = trained & fall.isfinite()
         arm = torch.where(counts, self.arm[ids].long(), -1).reshape(-1)
-        member_KP = arm == torch.arange(self._num_arms, device=arm.device)[:, None]  # a sum for each arm, in a fixed order
+        member_KP = (
+            arm == torch.arange(self._num_arms, device=arm.device)[:, None]
+        )  # a sum for each arm, in a fixed order
         number = member_KP.sum(1)
         raw = torch.where(member_KP, fall.reshape(-1), 0.0).sum(1) / number.clamp(min=1)
         seen = number > 0
@@ -143,7 +151,9 @@ class Lead(Method):
         if self.config.ranking == "random":
             return noise
         noise = noise.add_(2.0**-25).clamp_(max=1 - 2.0**-24)  # in (0, 1): both logarithms are finite
-        return self._value(utility).clamp_(min=LEAST).log_().mul_(self.config.soft_power).sub_(noise.log_().neg_().log_())
+        return (
+            self._value(utility).clamp_(min=LEAST).log_().mul_(self.config.soft_power).sub_(noise.log_().neg_().log_())
+        )
 
     def _value(self, utility: Tensor) -> Tensor:
         """The rank value: fp32 [N], not a view of anything."""

@@ -35,10 +35,14 @@ class RandomMatched(Method):
     def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
         super().__init__(samples, state, config, places, seed)
         if config.match is None:
-            raise UserError("--selection.match: random-matched needs the folder of the finished run whose picks it imitates")
+            raise UserError(
+                "--selection.match: random-matched needs the folder of the finished run whose picks it imitates"
+            )
         picks = _picks(config.match, samples.num_samples)
         rows = samples.rows[:-1].cpu().numpy()
-        renamed = like_permutation(state.task.numpy(), rows, samples.lengths.cpu().numpy(), state.dropped.numpy(), seed)[picks]
+        renamed = like_permutation(
+            state.task.numpy(), rows, samples.lengths.cpu().numpy(), state.dropped.numpy(), seed
+        )[picks]
         self.sequence = torch.from_numpy(renamed).to(samples.device)
         self.occurrence = torch.from_numpy(_occurrences(renamed)).to(samples.device)
 
@@ -52,7 +56,9 @@ class RandomMatched(Method):
         return self.plain(F.pad(ids, (0, self.places - ids.shape[0]), value=n))
 
 
-def like_permutation(task: np.ndarray, rows: np.ndarray, lengths: np.ndarray, fixed: np.ndarray, seed: int) -> np.ndarray:
+def like_permutation(
+    task: np.ndarray, rows: np.ndarray, lengths: np.ndarray, fixed: np.ndarray, seed: int
+) -> np.ndarray:
     """A random permutation int64 [N] that keeps tasks, and response tokens and tokens nearly; samples that are `fixed` stay themselves."""
     random = np.random.default_rng([seed, 0x6D617463])
     renamed = np.arange(len(task))
@@ -79,13 +85,17 @@ def _picks(run: Path, num_samples: int) -> np.ndarray:
             raise UserError(f"--selection.match {run}: not a finished run (no {name} in it)")
     records = Path(json.loads((run / "summary.json").read_text(encoding="utf-8"))["pool"]) / "records.parquet"
     if not records.exists():
-        raise UserError(f"--selection.match {run}: was trained on the pool {records.parent}, which has no records.parquet; was it moved?")
+        raise UserError(
+            f"--selection.match {run}: was trained on the pool {records.parent}, which has no records.parquet; was it moved?"
+        )
     names = pq.read_table(records, columns=["id"]).column("id").to_pylist()
     number = {name: i for i, name in enumerate(names)}
     with log.open(encoding="utf-8") as lines:
         picked = [number[name] for line in lines for name in json.loads(line)["ids"]]
     if len(names) != num_samples:
-        raise UserError(f"--selection.match {run}: was trained on a pool of {len(names)} samples, this one has {num_samples}")
+        raise UserError(
+            f"--selection.match {run}: was trained on a pool of {len(names)} samples, this one has {num_samples}"
+        )
     return np.array(picked, dtype=np.int64)
 
 
