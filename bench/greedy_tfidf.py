@@ -2,18 +2,22 @@
 
     python bench/greedy_tfidf.py [--pool FILE.jsonl] [--out FILE]
 
-At each size: so many random answers of the pool, 2.5 % of them chosen, quality drawn from [0.3, 1) (IFD differs from model to model, and no
-model is at hand here). The times are of the choice alone; that of the TF-IDF, which all share, stands beside them.
+At each size: so many random answers of the pool, 2.5 % of them chosen, quality drawn from [0.3, 1) (IFD differs from
+model to model, and no model is at hand here). The times are of the choice alone; that of the TF-IDF, which all share,
+stands beside them.
 
 - lazy: `lead_engine.selection.greedy_tfidf.choose`.
-- re-sum: one sparse product of the whole matrix with the weights for every choice. What a plain vectorised program would do.
-- as published: scales the used columns of a CSC matrix in place, empties the chosen row entry by entry, and sums all rows for every choice.
+- re-sum: one sparse product of the whole matrix with the weights for every choice. What a plain vectorised program
+  would do.
+- as published: scales the used columns of a CSC matrix in place, empties the chosen row entry by entry, and sums all
+  rows for every choice.
 
-Seconds are the processor's. What would take more than a minute is timed for a few choices and scaled up ("estimated": true). All must
-choose the same rows, or the script stops.
+Seconds are the processor's. What would take more than a minute is timed for a few choices and scaled up ("estimated":
+true). All must choose the same rows, or the script stops.
 
-The re-sum reads the whole matrix for every choice, so its time depends on what else uses the machine's caches and memory: at 50,000 answers
-it was 18, 23 and 28 times that of `choose` in three runs on a machine at work. The result kept is the first, with the quickest re-sum.
+The re-sum reads the whole matrix for every choice, so its time depends on what else uses the machine's caches and
+memory: at 50,000 answers it was 18, 23 and 28 times that of `choose` in three runs on a machine at work. The result
+kept is the first, with the quickest re-sum.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ def resum(tfidf: sp.csr_matrix, quality: np.ndarray, count: int) -> list[int]:
 
 
 def as_published(tfidf: sp.csr_matrix, quality: np.ndarray, count: int) -> list[int]:
-    """`count` choices by the same operations as the published code: weights live in the matrix and are applied a column at a time."""
+    """`count` choices as the published code makes them: weights live in the matrix, applied a column at a time."""
     matrix, chosen = tfidf.tocsc(), []
     for _ in range(count):
         sums = np.asarray(matrix.sum(axis=1))[:, 0]
@@ -65,7 +69,7 @@ def as_published(tfidf: sp.csr_matrix, quality: np.ndarray, count: int) -> list[
 
 
 def timed(run: Callable[[], list[int] | np.ndarray], repeats: int) -> tuple[float, list[int]]:
-    """(processor seconds of the quickest, rows chosen). All runs on one thread; wall time would be that of the machine's other work too."""
+    """(processor seconds of the quickest, rows chosen), on one thread: wall time would count other work."""
     seconds, chosen = [], []
     for _ in range(repeats):
         start = time.process_time()
@@ -75,7 +79,7 @@ def timed(run: Callable[[], list[int] | np.ndarray], repeats: int) -> tuple[floa
 
 
 def up_to_a_minute(name: str, run: Callable[[int], list[int]], expected: list[int]) -> tuple[float, bool]:
-    """(seconds for all choices, whether all were made): where the first ones promise more than a minute, they are scaled up."""
+    """(seconds for all choices, whether all were made). Above a minute, the first few are timed and scaled up."""
     few = min(FIRST, len(expected))
     seconds, rows = timed(lambda: run(few), 1)
     whole = seconds / few * len(expected) < MOST_SECONDS

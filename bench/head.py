@@ -1,22 +1,26 @@
 """The LM head's loss, ours and others': time and peak memory, forward and forward + backward, in one run and in turns.
 
-    python bench/head.py [--device cuda|cpu] [--shapes TxHxV ...] [--dtype bf16 fp32] [--threads 1 2] [--turns N] [--out FILE.json]
+    python bench/head.py [--device cuda|cpu] [--shapes TxHxV ...] [--dtype bf16 fp32] [--threads 1 2]
+        [--turns N] [--out FILE.json]
 
-Inputs are the same for all: hidden states partly aligned with their target's row of the weight, so that the mean loss is that of a language
-model (1 to 2 nats) and probabilities are as peaked as there: a kernel that skips small probabilities skips what it would skip in training.
-The loss is the mean over rows. `forward` is the loss alone, without gradients; in `forward+backward` gradients are fresh each time.
+Inputs are the same for all: hidden states partly aligned with their target's row of the weight, so that the mean loss
+is that of a language model (1 to 2 nats) and probabilities are as peaked as there: a kernel that skips small
+probabilities skips what it would skip in training. The loss is the mean over rows. `forward` is the loss alone, without
+gradients; in `forward+backward` gradients are fresh each time.
 
-First every contestant's loss, dh and dW are compared with float64, relative to its norm; one that is far off is not timed. Then its memory
-is measured, then all take turns, in an order that rotates; the first turn warms up. Times are medians with quartiles; ratios are medians of
-the ratios within a turn, so that other work on the machine hits both sides. On a GPU, events time a call after the L2 cache has been
-overwritten.
+First every contestant's loss, dh and dW are compared with float64, relative to its norm; one that is far off is not
+timed. Then its memory is measured, then all take turns, in an order that rotates; the first turn warms up. Times are
+medians with quartiles; ratios are medians of the ratios within a turn, so that other work on the machine hits both
+sides. On a GPU, events time a call after the L2 cache has been overwritten.
 
-`products` are the matrix products alone, [T, V] whole: 1 in the forward, 3 in the forward + backward pass, 2 for a frozen head.
+`products` are the matrix products alone, [T, V] whole: 1 in the forward, 3 in the forward + backward pass, 2 for a
+frozen head.
 
-Memory is the peak beyond what was there before the call, gradients included. On a GPU: the allocator's `max_memory_allocated`. On a CPU:
-the process's resident high-water mark (/proc/self/clear_refs sets it back), after a warm-up call and malloc_trim. It counts what libraries
-allocate beside PyTorch. Against the allocations that PyTorch's profiler sees it was equal where tensors are large (1610.6 MB both for the
-naive loss at 4096 x 256 x 32768), and up to 17 MB more at 2048 x 256 x 4096. Linux only.
+Memory is the peak beyond what was there before the call, gradients included. On a GPU: the allocator's
+`max_memory_allocated`. On a CPU: the process's resident high-water mark (/proc/self/clear_refs sets it back), after a
+warm-up call and malloc_trim. It counts what libraries allocate beside PyTorch. Against the allocations that PyTorch's
+profiler sees it was equal where tensors are large (1610.6 MB both for the naive loss at 4096 x 256 x 32768), and up to
+17 MB more at 2048 x 256 x 4096. Linux only.
 """
 
 from __future__ import annotations
@@ -84,7 +88,7 @@ def best_reference(inputs: Inputs) -> tuple[Reference, str]:
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm, block by block of rows: a float64 copy of a whole weight gradient would be large."""
+    """Norm of the difference over the norm, by blocks of rows: no float64 copy of a whole weight gradient."""
     rows = max(1, 2**26 // max(1, expected[0].numel()))
     blocks = zip(value.split(rows), expected.split(rows), strict=True)
     difference = sum(float((a.to(b.dtype) - b).square().sum()) for a, b in blocks)

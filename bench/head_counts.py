@@ -1,11 +1,12 @@
-"""What the LM head's loss must compute and move, counted: FLOPs, bytes, floors in time, memory. Pure arithmetic, nothing is run.
+"""What the LM head's loss must compute and move, by arithmetic alone: FLOPs, bytes, least times, memory.
 
     python bench/head_counts.py [--rate TFLOP/s] [--bandwidth TB/s] [--chunk-rows N]
 
-Inputs are bf16: hidden [T, H], weight [V, H]. The algorithm counted is that of `lead_kernels.linear_cross_entropy`: for a chunk of C rows
+Inputs are bf16: hidden [T, H], weight [V, H]. The algorithm counted is that of `lead_kernels.linear_cross_entropy`: for
+a chunk of C rows
 
     logits    z = h W^T             reads h, W; writes z (2 or 4 bytes an element)
-    row pass  losses; g over z      reads z twice, the second time from L2 if the rows being worked on fit in it; writes g in bf16
+    row pass  losses; g over z      reads z twice, second from L2 if the rows in flight fit there; writes g in bf16
     dh        g W                   reads g, W; writes dh
     dW        += g^T h in fp32      reads g, h; reads (but in the first chunk) and writes [V, H]
                                     (in bf16 where there is one chunk)
@@ -15,10 +16,11 @@ Each operand is counted once, to which a product whose tiles are well ordered co
 larger of FLOPs / rate and bytes / bandwidth; parts follow each other, so their floors add up. "No overlap" adds the two
 terms instead, a product that waits for its operands: small chunks lose there.
 
-The row pass also takes two exponentials an element: 132 SMs x 16 a clock at 1.98 GHz make 4.2e12 a second, 0.48 ps an element against
-0.93 ps for 4 bytes at 4.3 TB/s. Memory decides.
+The row pass also takes two exponentials an element: 132 SMs x 16 a clock at 1.98 GHz make 4.2e12 a second, 0.48 ps an
+element against 0.93 ps for 4 bytes at 4.3 TB/s. Memory decides.
 
-Rates by default, measured on an H200: a bf16 8192^3 product on random data 780 TFLOP/s, a copy 4.3 TB/s (data sheet: 990 and 4.8).
+Rates by default, measured on an H200: a bf16 8192^3 product on random data 780 TFLOP/s, a copy 4.3 TB/s (data sheet:
+990 and 4.8).
 """
 
 from __future__ import annotations
@@ -60,8 +62,7 @@ MEMORY = 150e9
 
 
 def default_rows(vocabulary: int, logit_bytes: int, memory: float = MEMORY) -> int:
-    """The most rows that the operator puts into a chunk on a GPU unless told otherwise: 1/32 of its memory within 1 and
-    4 GiB, and at least 2048 rows."""
+    """Most rows of a chunk on a GPU by default: 1/32 of its memory within 1 and 4 GiB, and at least 2048 rows."""
     return max(2048, int(min(2**32, max(2**30, memory // 32))) // (logit_bytes * vocabulary))
 
 
@@ -134,7 +135,7 @@ def chunk_parts(
 
 
 class Sum(NamedTuple):
-    """A part over all chunks: bytes, and seconds with and without overlap of arithmetic and memory within a chunk's part."""
+    """A part over all chunks: bytes, and seconds with and without overlap of arithmetic and memory."""
 
     name: str
     bytes: float
@@ -198,7 +199,8 @@ def allowed_memory(shape: Shape, chunk_rows: int, logit_bytes: int) -> int:
 def naive_memory(shape: Shape) -> int:
     """Bytes beyond the inputs at the peak of `cross_entropy((h @ W.T).float(), y)`.
 
-    That is in its backward pass: log-softmax, gradient at it, gradient at the logits, fp32 [T, V] each (forward: two such tensors).
+    That is in its backward pass: log-softmax, gradient at it, gradient at the logits, fp32 [T, V] each (forward: two
+    such tensors).
     """
     return 12 * shape.rows * shape.vocabulary
 

@@ -64,7 +64,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     )
 
 
-# Contestants: each function gives the loss as a user of that library would write it, or raises with the reason why it cannot.
+# Contestants: each function gives the loss as a user of that library would write it, or raises why it cannot.
 
 
 def ours(inputs: Inputs, **options: Any) -> Loss:

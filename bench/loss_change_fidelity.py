@@ -2,10 +2,11 @@
 
     python bench/loss_change_fidelity.py --pool PREPARED --model MODEL
 
-Trains `lead` as a user would; the samples of every step are scored before and after it by forward passes of their own, and the change
-seen is compared with the dL that the selector was given: Spearman and Pearson correlation within a step, and over all steps the slope and
-the error of "loss after the step" with and without dL. The learning rate is constant. Samples are LEAD's own choice, or, where a run's name
-says so, uniformly random ones: LEAD's are the extremes of their cluster, which is harder.
+Trains `lead` as a user would; the samples of every step are scored before and after it by forward passes of their own,
+and the change seen is compared with the dL that the selector was given: Spearman and Pearson correlation within a step,
+and over all steps the slope and the error of "loss after the step" with and without dL. The learning rate is constant.
+Samples are LEAD's own choice, or, where a run's name says so, uniformly random ones: LEAD's are the extremes of their
+cluster, which is harder.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def losses(engine: Engine, plan, header, step: int) -> torch.Tensor:
 
 
 def follow(engine: Engine, planner: Selector, lr: float, rounds: int, settle: int) -> dict[str, float]:
-    """Train the plans of `planner` (the engine's own selector, or another) and compare each step's dL with what is seen."""
+    """Train the plans of `planner` (the engine's own selector, or another); compare each step's dL with what it did."""
     given: list[torch.Tensor] = []
     observe = engine.selector.observe
 

@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
 
 
 def product_tflops(dtype: torch.dtype) -> float:
-    """What one large matrix product reaches here, in TFLOP/s: the best of several, 8192 wide on a GPU and 1024 on a CPU."""
+    """TFLOP/s of one large matrix product here, the best of several: 8192 wide on a GPU, 1024 on a CPU."""
     gpu = torch.cuda.is_available()
     width = 8192 if gpu else 1024
     a, b = (torch.randn(width, width, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(2))

@@ -2,15 +2,19 @@
 
     python bench/packing.py [--pool PREPARED] [--out FILE]
 
-A step has M micro-batches (bins; ranks times accumulation) of `capacity` places and at most capacity / 32 samples. Places are computed
-whether they are filled or not: waste is the share of empty ones, over all steps but the last. Lengths come in random order: those of a
-prepared pool, and log-normal ones. Nothing is timed; the same inputs give the same file.
+A step has M micro-batches (bins; ranks times accumulation) of `capacity` places and at most capacity / 32 samples.
+Places are computed whether they are filled or not: waste is the share of empty ones, over all steps but the last.
+Lengths come in random order: those of a prepared pool, and log-normal ones. Nothing is timed; the same inputs give the
+same file.
 
-Rules. All take samples in order but for what they pass over, which stays first in what remains; none depends on later steps.
+Rules. All take samples in order but for what they pass over, which stays first in what remains; none depends on later
+steps.
 - next fit: a bin ends at the first sample that does not fit.
-- best fit: all bins of a step are open; a sample goes where it leaves the least; the step ends at the first that fits nowhere.
+- best fit: all bins of a step are open; a sample goes where it leaves the least; the step ends at the first that fits
+  nowhere.
 - best fit, 64 ahead: the step goes on until 64 samples have fitted nowhere.
-- best fit decreasing: the longest prefix of what remains that fits into the step when its samples are placed by falling length.
+- best fit decreasing: the longest prefix of what remains that fits into the step when its samples are placed by falling
+  length.
 - pack_plan: see there. Bins one after another, the same for every M.
 """
 
@@ -124,7 +128,7 @@ RULES: dict[str, Callable[[list[int], int, int, int], Bins]] = {
 
 
 def waste(packed: Bins, lengths: list[int], capacity: int, slots: int, bins: int) -> float | None:
-    """None where there is no whole step but the last. Refuses a rule that loses a sample, trains one twice or overfills a bin."""
+    """None without a whole step before the last. Raises if the rule loses a sample, repeats one or overfills a bin."""
     tokens = [sum(lengths[i] for i in samples) for samples in packed]
     if sorted(i for samples in packed for i in samples) != list(range(len(lengths))):
         raise RuntimeError("a sample was lost or is there twice")
@@ -135,8 +139,8 @@ def waste(packed: Bins, lengths: list[int], capacity: int, slots: int, bins: int
 
 
 def strays(lengths: list[int], capacity: int, slots: int, bins: int) -> dict[str, float]:
-    """Of rounds of `bins` bins, each over an order of its own: the share of tokens in samples that taking strictly in order would have left
-    for a later round, and how far ahead the furthest of these lies."""
+    """Of rounds of `bins` bins, each over an order of its own: the share of tokens in samples that taking strictly in
+    order would have left for a later round, and how far ahead the furthest of these lies."""
     size, k = torch.tensor(lengths), bins * slots
     tokens = out_of_turn = furthest = 0
     for start in range(0, len(lengths) - k + 1, k):

@@ -1,25 +1,28 @@
-"""What a round's selection costs, from pools of up to 100 million samples: order, packing, the steps' statistics, what the round teaches.
+"""What a round's selection costs, from pools of up to 100 million samples: order, packing, statistics, feedback.
 
-    python bench/plan.py                                     # on the GPU where there is one, every size that fits its memory
-    python bench/plan.py --device cpu --samples 10000 100000 1000000 10000000 --tasks 8 --threads 1 --published 10000 100000 1000000 \
-        --out bench/results/plan-cpu.json
+    python bench/plan.py        # on the GPU where there is one, every size that fits its memory
+    python bench/plan.py --device cpu --samples 10000 100000 1000000 10000000 --tasks 8 --threads 1 \
+        --published 10000 100000 1000000 --out bench/results/plan-cpu.json
 
-Selections: `lead-paper` (`--recipe paper`: the drawn cluster, the best first), `lead-mixture` (the defaults, all clusters in a soft
-ranking, and U of unseen samples moved by their cell's drift), `random`. Beside them with --published: `hkust-lead`, a re-implementation
-of how a round of HKUSTDial/LEAD chooses (src/online/run_lead.py at commit cbb922f): for every task a `datasets` filter over the whole
-pool by a Python function of one sample, a Python list of the utilities of those left, and their argsort; then a dict entry and an array
-entry for each chosen. It is kept to that, in its favour: the dataset has no token columns (the published one decodes them for every
-sample that a filter leaves), no sample is used up (the published filter looks each one up in a list of those that are), no sample is
-dropped, and nothing is written to a disk. It chooses its published share of each task, 1.5 %, whatever the number of tokens. One round
-is measured.
+Selections: `lead-paper` (`--recipe paper`: the drawn cluster, the best first), `lead-mixture` (the defaults, all
+clusters in a soft ranking, and U of unseen samples moved by their cell's drift), `random`. Beside them with
+--published: `hkust-lead`, a re-implementation of how a round of HKUSTDial/LEAD chooses (src/online/run_lead.py at
+commit cbb922f): for every task a `datasets` filter over the whole pool by a Python function of one sample, a Python
+list of the utilities of those left, and their argsort; then a dict entry and an array entry for each chosen. It is kept
+to that, in its favour: the dataset has no token columns (the published one decodes them for every sample that a filter
+leaves), no sample is used up (the published filter looks each one up in a list of those that are), no sample is
+dropped, and nothing is written to a disk. It chooses its published share of each task, 1.5 %, whatever the number of
+tokens. One round is measured.
 
-The pool is synthetic: utilities uniform in [0, 4], clusters of equal size, tasks of unequal size (the largest has 1 / sqrt(tasks) of
-the samples), lengths uniform in [16, 512], a tenth dropped, visits uniform in 0 to 3 of at most 4. Every repetition is another round,
-which draws another cluster, and is observed with made-up losses; times are the least of the repetitions, from call to result (on a GPU:
-synchronised), so that they contain the launches; on one thread of a CPU, of processor time: a machine may have other work. `round_ms` is
-the whole round; the parts are measured by themselves.
+The pool is synthetic: utilities uniform in [0, 4], clusters of equal size, tasks of unequal size (the largest has 1 /
+sqrt(tasks) of the samples), lengths uniform in [16, 512], a tenth dropped, visits uniform in 0 to 3 of at most 4. Every
+repetition is another round, which draws another cluster, and is observed with made-up losses; times are the least of
+the repetitions, from call to result (on a GPU: synchronised), so that they contain the launches; on one thread of a
+CPU, of processor time: a machine may have other work. `round_ms` is the whole round; the parts are measured by
+themselves.
 
-`bytes_least` are the pool's vectors that an order depends on, each read once; `floor_ms` is the time that this takes at --bandwidth.
+`bytes_least` are the pool's vectors that an order depends on, each read once; `floor_ms` is the time that this takes at
+--bandwidth.
 """
 
 from __future__ import annotations
@@ -90,7 +93,7 @@ def make_selector(name: str, pool: tuple[PoolState, Tensor, Tensor], layout: Lay
 
 
 def least_ms(call: Callable[[int], object], repeats: int, device: torch.device) -> float:
-    """call(round) is given another round each time; the first is not counted. Repeated until `repeats` or ENOUGH seconds."""
+    """call(round) is given another round each time, for `repeats` or ENOUGH seconds; the first is not counted."""
     seconds: list[float] = []
     for number in range(repeats + 1):
         seconds.append(seconds_of(lambda number=number: call(number), device))

@@ -1,7 +1,7 @@
 """Does the host wait for the device inside a round? Read off a trace of torch's profiler.
 
-A round's steps lie between two marks: after the read of the plan's header, which may wait, and after `finish_round`. In between there may
-be no synchronising call of the CUDA runtime and no operator that reads a tensor's value to the host.
+A round's steps lie between two marks: after the read of the plan's header, which may wait, and after `finish_round`. In
+between there may be no synchronising call of the CUDA runtime and no operator that reads a tensor's value to the host.
 """
 
 from __future__ import annotations

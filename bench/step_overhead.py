@@ -2,11 +2,11 @@
 
     python bench/step_overhead.py --pool PREPARED --model MODEL
 
-Three engines take turns, a round each, in an order that rotates, so that whatever else the machine does hits all alike: `random` (loss
-only), `lead` with loss_change none (bandit, top-k, U), and `lead` as by default (also the gradient sketch and its calibration). All train
-the same samples in the same micro-batches: `random`'s plan is given to all three, while each still makes its own. The result is the ratio
-of medians over rounds, with the quartiles of the paired ratios; on a CPU of the process's own processor time too, which does not count what
-other processes take.
+Three engines take turns, a round each, in an order that rotates, so that whatever else the machine does hits all alike:
+`random` (loss only), `lead` with loss_change none (bandit, top-k, U), and `lead` as by default (also the gradient
+sketch and its calibration). All train the same samples in the same micro-batches: `random`'s plan is given to all
+three, while each still makes its own. The result is the ratio of medians over rounds, with the quartiles of the paired
+ratios; on a CPU of the process's own processor time too, which does not count what other processes take.
 """
 
 from __future__ import annotations

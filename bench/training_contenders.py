@@ -1,7 +1,7 @@
-"""The contenders of bench/training.py: one process each, which builds its trainer once and then trains a few steps whenever it is told to.
+"""The contenders of bench/training.py: a process each, which builds its trainer once and trains steps on request.
 
-A contender's whole loop is timed as its users have it: data loading, forward, backward, clipping, AdamW, scheduler, logging of the loss.
-All read the same steps: steps.pt holds the ids of the samples of every step's micro-batches.
+A contender's whole loop is timed as its users have it: data loading, forward, backward, clipping, AdamW, scheduler,
+logging of the loss. All read the same steps: steps.pt holds the ids of the samples of every step's micro-batches.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Spec:
 
 
 class Link:
-    """Orders come on standard input, answers go to the standard output that the process was started with; what libraries print goes to
-    standard error."""
+    """Orders come on standard input, answers go to the standard output that the process was started with; what
+    libraries print goes to standard error."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
@@ -196,7 +196,7 @@ class Micro(torch.utils.data.Dataset):
 
 
 def collate(form: str, attention: str) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Trainer's batch of one micro-batch, by the libraries' own collators: rows padded on the right, or one row whose positions restart."""
+    """Trainer's batch of one micro-batch, by the libraries' own collators: padded on the right, or one packed row."""
     if form == "packed":
         from transformers import DataCollatorWithFlattening
 

@@ -1,11 +1,13 @@
 """The three pools of the study: a sample of a real pool as it is, with wrong answers, and with near-duplicates.
 
-    python bench/study/make_pools.py --pool ../shared/data/pool.jsonl --heldout ../shared/data/heldout.jsonl --out runs/study/data
+    python bench/study/make_pools.py --pool ../shared/data/pool.jsonl --heldout ../shared/data/heldout.jsonl \
+        --out runs/study/data
 
-OUT/clean.jsonl: `--samples` records drawn at random. OUT/noisy.jsonl: the same records, but a share of them, `--wrong`, has its answers
-exchanged with each other, so that they answer other instructions; their ids end in "~wrong". OUT/near.jsonl: as many records, of which
-`--near` are copies of a twentieth of the others with one word of the instruction or answer dropped, doubled or moved; their ids end in
-"~nearN". OUT/heldout.jsonl: at most `--per-task` held-out records of each data set.
+OUT/clean.jsonl: `--samples` records drawn at random. OUT/noisy.jsonl: the same records, but a share of them, `--wrong`,
+has its answers exchanged with each other, so that they answer other instructions; their ids end in "~wrong".
+OUT/near.jsonl: as many records, of which `--near` are copies of a twentieth of the others with one word of the
+instruction or answer dropped, doubled or moved; their ids end in "~nearN". OUT/heldout.jsonl: at most `--per-task`
+held-out records of each data set.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def with_answer(record: Record, text: str) -> Record:
 
 
 def wrong_answers(records: list[Record], share: float, draw: random.Random) -> list[Record]:
-    """A `share` of the records answer each other's instructions: a cyclic shift of a random order, so that none keeps its own."""
+    """A `share` of the records answer each other's instructions: a cyclic shift in random order: none keeps its own."""
     chosen = draw.sample(range(len(records)), round(share * len(records)))
     found = list(records)
     for place, source in zip(chosen, chosen[1:] + chosen[:1], strict=True):

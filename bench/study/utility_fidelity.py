@@ -2,18 +2,18 @@
 
     python bench/study/utility_fidelity.py --pool PREPARED --ngram-pool PREPARED_BY_NGRAMS --model MODEL
 
-One run a seed trains what `--method lead` with the default options picks. Beside its own, shadow selectors are told the same losses and
-changes, and differ in what they believe of samples that were not trained yet:
+One run a seed trains what `--method lead` with the default options picks. Beside its own, shadow selectors are told the
+same losses and changes, and differ in what they believe of samples that were not trained yet:
 
   initial          the base model's loss (LEAD as published)
   drift            that, moved by how far the sample's cluster and task have come
   estimate         the running loss of its cluster and task alone: no pass over the pool for U
-  ngram            the loss under counts of n-grams (`prepare --scoring ngram`; clusters are its own too): no pass at all
+  ngram            the loss under counts of n-grams (`prepare --scoring ngram`; clusters are its own too): no pass
   ngram, drift     that, moved
   rescored         the true losses at the last point: what a pass over the pool at every point would give
 
-At points of the run the true loss of `--sample` samples of the pool (drawn at random; all, if it is not larger) is measured, and compared:
-Spearman's rank correlation over all of them and over the unseen ones, and the mean of U - loss.
+At points of the run the true loss of `--sample` samples of the pool (drawn at random; all, if it is not larger) is
+measured, and compared: Spearman's rank correlation over all of them and over the unseen ones, and the mean of U - loss.
 """
 
 from __future__ import annotations

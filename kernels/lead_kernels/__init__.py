@@ -1,10 +1,12 @@
-"""Losses and selection operators of the LEAD engine: Triton kernels on a GPU, plain PyTorch on a CPU. Needs torch and, on a GPU, triton.
+"""Losses and selection operators of the LEAD engine: Triton kernels on a GPU, plain PyTorch on a CPU.
 
-Legend of the shapes: T rows (tokens or response positions), H hidden size, V vocabulary, B sample slots of a micro-batch,
-q sketch width, N samples in the pool, K bandit arms, R response rows of a packed micro-batch.
+Needs torch and, on a GPU, triton.
 
-Every operator with kernels is a `torch.library` operator with a fake kernel: it runs under FakeTensorMode and in a graph of
-`torch.compile`. On a GPU none reads the device from the host, except where a docstring says so.
+Legend of the shapes: T rows (tokens or response positions), H hidden size, V vocabulary, B sample slots of a
+micro-batch, q sketch width, N samples in the pool, K bandit arms, R response rows of a packed micro-batch.
+
+Every operator with kernels is a `torch.library` operator with a fake kernel: it runs under FakeTensorMode and in a
+graph of `torch.compile`. On a GPU none reads the device from the host, except where a docstring says so.
 """
 
 from lead_kernels.exp3 import draw_arm, exp3_probabilities, exp3_update

@@ -1,21 +1,22 @@
-"""Compile every kernel in every configuration for real GPUs, on a machine without one, and print what the compilers used.
+"""Compile every kernel for real GPUs, on a machine without one, and print the resources that each takes.
 
     python -m lead_kernels.aot [--target sm_90 ...] [--jobs 2]
 
-Each module of the package that launches kernels lists its configurations in `builds()`. Every one is compiled twice, as Triton does
-at run time: with pointers and sizes that are multiples of 16, which allows vector loads and asynchronous copies, and with none that is,
-except where the type in the signature ends in ":16" (as for triton.tools.compile): what the launch makes sure of.
+Each module of the package that launches kernels lists its configurations in `builds()`. Every one is compiled twice, as
+Triton does at run time: with pointers and sizes that are multiples of 16, which allows vector loads and asynchronous
+copies, and with none that is, except where the type in the signature ends in ":16" (as for triton.tools.compile): what
+the launch makes sure of.
 
-Fails (exit status 1, the lines repeated at the end) where a kernel does not compile, spills registers, needs more shared
-memory than the target gives one program, or has more instructions an element than it may. What counts as a spill: on
-NVIDIA the bytes of spill stores and loads that ptxas itself reports; a stack frame alone is none (libdevice's float64
-sine has one of 40 bytes and spills nothing). On AMD spilled vector registers, scalar ones, which go to lanes of vector
-registers, and bytes of scratch memory.
+Fails (exit status 1, the lines repeated at the end) where a kernel does not compile, spills registers, needs more
+shared memory than the target gives one program, or has more instructions an element than it may. What counts as a
+spill: on NVIDIA the bytes of spill stores and loads that ptxas itself reports; a stack frame alone is none (libdevice's
+float64 sine has one of 40 bytes and spills nothing). On AMD spilled vector registers, scalar ones, which go to lanes of
+vector registers, and bytes of scratch memory.
 
 Instructions an element ("instr"): those of a kernel's innermost loops on an NVIDIA GPU, disassembled, over the elements
 that a thread takes in one turn of them; for kernels that state how many these are. A warp's scheduler issues one
-instruction a clock: this says whether a kernel waits for memory. A loop that ptxas unrolled counts every copy. For sm_90,
-aligned, there may be a limit.
+instruction a clock: this says whether a kernel waits for memory. A loop that ptxas unrolled counts every copy. For
+sm_90, aligned, there may be a limit.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ def _task(job: tuple[int, str, bool]) -> Result:
 def compile_builds(
     builds: Sequence[KernelBuild], targets: Sequence[str] = tuple(TARGETS), jobs: int = 2
 ) -> Iterator[Result]:
-    """Compile `builds` for `targets`, aligned and not, in `jobs` processes and an empty cache; results in order, as they come."""
+    """Compile `builds` for `targets`, aligned and not, in `jobs` processes and an empty cache; results in order."""
     global _builds
     _builds = list(builds)
     names = [build.name for build in _builds]
@@ -257,9 +258,9 @@ def report(builds: Sequence[KernelBuild], targets: Sequence[str] = tuple(TARGETS
         print(f"a compiler process died after {len(results)} results: an assertion of LLVM's, or out of memory")
         return 1
     faults = [result for result in results if result.error]
-    print(
-        f"{len(builds)} kernels and configurations, {len(results)} compilations, {len(faults)} faults, {time.monotonic() - start:.0f} s"
-    )
+    seconds = time.monotonic() - start
+    counts = f"{len(results)} compilations, {len(faults)} faults, {seconds:.0f} s"
+    print(f"{len(builds)} kernels and configurations, {counts}")
     for result in faults:
         print(f"FAULT {result.line()}")
     return 1 if faults else 0

@@ -1,4 +1,4 @@
-"""Where an operator runs: its Triton kernels on a GPU, its plain PyTorch form in host memory; what a kernel is to the compiler."""
+"""Where an operator runs (Triton kernels on a GPU, plain PyTorch on a CPU), and how a kernel is compiled."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def current_device(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 def warps(threads: int, wave: int) -> int:
-    """`num_warps` for a program of this many threads. Triton counts waves of the hardware's size, so a fixed number would double the
-    program on AMD."""
+    """`num_warps` for a program of this many threads.
+
+    Triton counts warps of the hardware's size, so a fixed number would double the program on AMD.
+    """
     return max(1, threads // wave)
 
 
@@ -59,8 +61,8 @@ class KernelBuild:
     """What the report calls it, configuration included."""
     kernel: Any
     signature: Mapping[str, str]
-    """Argument name -> Triton type ("*bf16", "i32", ...); "constexpr" for those in `constants`. A type that ends in ":16" is one that the
-    launch keeps a multiple of 16: a pointer to fresh memory, a padded width."""
+    """Argument name -> Triton type ("*bf16", "i32", ...); "constexpr" for those in `constants`. A type that ends in
+    ":16" is one that the launch keeps a multiple of 16: a pointer to fresh memory, a padded width."""
     constants: Mapping[str, Any]
     threads: int
     stages: int = 1
@@ -68,5 +70,4 @@ class KernelBuild:
     columns: int = 0
     """Elements that one turn of each of its hot loops takes; 0: not counted."""
     instructions: float = float("inf")
-    """The most instructions an element that its hot loops may have together, counted for sm_90 with all arguments
-    aligned."""
+    """Most instructions an element in its hot loops together, counted for sm_90 with all arguments aligned."""

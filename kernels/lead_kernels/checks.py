@@ -1,4 +1,4 @@
-"""Argument checks that cost no device read, and the one question on which the operators branch: may the host look at this tensor?"""
+"""Argument checks that read nothing from a device, and the question whether the host may read a tensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Products keep the dtype of their operands, also inside a caller's `torch.autocast`, which would round fp32 ones."""
+    """Keep products in their operands' dtype inside a caller's `torch.autocast`, which would round fp32 ones."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -1,6 +1,7 @@
 """EXP3 and EXP3.S, adversarial bandits with weights kept as logarithms.
 
-Source: Auer, Cesa-Bianchi, Freund, Schapire, "The nonstochastic multiarmed bandit problem", SIAM J. Comput. 32 (2002), figures 1 and 5.
+Source: Auer, Cesa-Bianchi, Freund, Schapire, "The nonstochastic multiarmed bandit problem", SIAM J. Comput. 32 (2002),
+figures 1 and 5.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from lead_kernels.checks import check_device, check_shape
 def exp3_probabilities(log_weights: Tensor, available: Tensor, gamma: float, explore: Tensor | None = None) -> Tensor:
     """p = (1 - gamma) w / sum(w) + gamma / K over all K arms, then masked by `available` (bool [K]) and renormalised.
 
-    log_weights: floating [K]; explore: [K], probabilities by which arms are explored, instead of 1 / K each. Returns [K] of the same
-    dtype; all 0 where no arm is available.
+    log_weights: floating [K]; explore: [K], probabilities by which arms are explored, instead of 1 / K each. Returns
+    [K] of the same dtype; all 0 where no arm is available.
     """
     check_shape("available", available, tuple(log_weights.shape), (torch.bool,))
     check_device(log_weights.device, available=available)
@@ -32,9 +33,9 @@ def exp3_update(
 ) -> Tensor:
     """The log-weights after `arm` (0-d int64), drawn with `probabilities` [K], has paid `reward` (0-d, in [-1, 1]).
 
-    alpha = 0 is EXP3: w_arm *= exp(gamma / K * reward / p_arm). alpha > 0 is EXP3.S for rewards that drift: to every new weight,
-    e * alpha / K * sum of the old weights is added. The largest log-weight returned is 0, since only ratios matter and the sums would
-    otherwise lose digits as they grow.
+    alpha = 0 is EXP3: w_arm *= exp(gamma / K * reward / p_arm). alpha > 0 is EXP3.S for rewards that drift: to every
+    new weight, e * alpha / K * sum of the old weights is added. The largest log-weight returned is 0, since only ratios
+    matter and the sums would otherwise lose digits as they grow.
     """
     check_shape("probabilities", probabilities, tuple(log_weights.shape))
     check_device(log_weights.device, probabilities=probabilities, arm=arm, reward=reward)
@@ -49,13 +50,14 @@ def exp3_update(
 
 
 def draw_arm(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The arm (0-d int64) that a uniform number (0-d, in [0, 1)) picks from `probabilities` [K]; never one of probability 0.
+    """The arm (0-d int64) that a uniform number (0-d, in [0, 1)) picks from `probabilities` [K], never one of 0.
 
     Where all probabilities are 0, arm 0.
     """
     num_arms = probabilities.shape[0]
     lower = torch.ones(num_arms, num_arms, dtype=torch.bool, device=probabilities.device).tril()
-    # Masked sums instead of cumsum, whose GPU kernel is not deterministic for floats. Rounded addition is monotone, so cdf is too.
+    # Masked sums instead of cumsum, whose GPU kernel is not deterministic for floats. Rounded addition is monotone, so
+    # cdf is too.
     cdf = torch.where(lower, probabilities, 0.0).sum(1)
     arm = (cdf <= uniform * cdf[-1]).sum()
     # uniform * cdf[-1] can round up to cdf[-1]: then the last arm that still raised the sum.

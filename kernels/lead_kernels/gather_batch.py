@@ -1,4 +1,4 @@
-"""Packs pool samples into one micro-batch of fixed capacity, from the device that holds the pool or over the bus from pinned memory."""
+"""Packs pool samples into one micro-batch, from the device that holds the pool or from pinned host memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_k
 from lead_kernels.checks import check_shape
 
 BLOCK = 512
-"""Slots, token places or rows of a program. Small, so that a micro-batch read over the bus has many reads under way at once."""
+"""Slots, tokens or rows of a program. Small, so that a micro-batch read over the bus has many reads in flight."""
 THREADS = 128
 
 
 class PackedBatch(NamedTuple):
-    """One micro-batch: T token places, B sample slots, R response rows; all on one device, shapes fixed by (T, B, R)."""
+    """One micro-batch on one device: T tokens, B sample slots, R response rows, which alone fix all shapes."""
 
     input_ids: Tensor
     """int64 [T]; 0 in the tail."""
     position_ids: Tensor
     """int64 [T]; starts again at 0 in every segment, the tail included."""
     cu_seqlens: Tensor
-    """int32 [B+2]; segment b is [cu[b], cu[b+1]), empty slots have length 0; segment B is the dummy tail and cu[B+1] == T."""
+    """int32 [B+2]; segment b is [cu[b], cu[b+1]), empty for an empty slot; segment B is the tail, so cu[B+1] == T."""
     rows: Tensor
     """int64 [R]; ascending positions whose next token is a response token of the same sample; padded with T-1."""
     targets: Tensor
@@ -43,8 +43,8 @@ def _segments_kernel(
 ):
     """One program: where the samples of the B slots begin in the pool (start [B]) and in the micro-batch (cu [B+2]).
 
-    status[0]: tokens of all samples; status[1]: ids outside [0, N]. Segments end at `capacity` also where samples do not fit, so that the
-    other kernels stay inside their arrays until the assertion is met.
+    status[0]: tokens of all samples; status[1]: ids outside [0, N]. Segments end at `capacity` also where samples do
+    not fit, so that the other kernels stay inside their arrays until the assertion is met.
     """
     lane = tl.arange(0, BLOCK)
     used = tl.sum(tl.zeros((BLOCK,), tl.int64), 0)
@@ -72,9 +72,10 @@ def _tokens_kernel(
     token_ptr, response_ptr, start_ptr, cu_ptr, input_ptr, position_ptr, mark_ptr, count_ptr, slots, search_steps, capacity,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Token places [BLOCK]: token, position in the sample, and mark: the slot if the next token is one to learn, else -1.
+    """BLOCK tokens: token, position in the sample, and mark (the slot if the next token is one to learn, else -1).
 
-    count[p]: marks of program p. Neighbouring places read neighbouring tokens, so reads of the pool are whole lines but at samples' ends.
+    count[p]: marks of program p. Neighbouring places read neighbouring tokens, so reads of the pool are whole lines but
+    at samples' ends.
     """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < capacity
@@ -228,15 +229,17 @@ def gather_batch(
 ) -> PackedBatch:
     """Lay samples one after another in `capacity` token places and list the positions at which a loss is taken.
 
-    tokens: integer [total]; response: bool [total], True on tokens to be learnt (a sample's first token never counts, as nothing
-    predicts it); offsets: int64 [N+1], sample i being tokens[offsets[i]:offsets[i+1]]; sample_ids: int64 [B], N in empty slots, in any
-    places. `num_rows` (R) must be at least the number of response rows, and the samples must fit into `capacity`.
+    tokens: integer [total]; response: bool [total], True on tokens to be learnt (a sample's first token never counts,
+    as nothing predicts it); offsets: int64 [N+1], sample i being tokens[offsets[i]:offsets[i+1]]; sample_ids: int64
+    [B], N in empty slots, in any places. `num_rows` (R) must be at least the number of response rows, and the samples
+    must fit into `capacity`.
 
-    The result lies beside `sample_ids`. On a GPU, each of the other three may lie there too or in pinned host memory: the kernels then read
-    just the samples over the bus, about 5 bytes a token, and nothing waits for the host. total may pass 2^31.
+    The result lies beside `sample_ids`. On a GPU, each of the other three may lie there too or in pinned host memory:
+    the kernels then read just the samples over the bus, about 5 bytes a token, and nothing waits for the host. total
+    may pass 2^31.
 
-    Raises ValueError on shapes, dtypes or places; RuntimeError (on a GPU a device-side assertion, as nothing is read back) where an id is
-    not in [0, N] or the samples or their rows do not fit.
+    Raises ValueError on shapes, dtypes or places; RuntimeError (on a GPU a device-side assertion, as nothing is read
+    back) where an id is not in [0, N] or the samples or their rows do not fit.
     """
     check_shape("response", response, (tokens.shape[0],), (torch.bool,))
     check_shape("offsets", offsets, (offsets.shape[0],), (torch.int64,))

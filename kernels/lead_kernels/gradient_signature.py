@@ -1,9 +1,10 @@
-"""A q x q sketch of every sample's last-layer gradient, from which inner products between samples and batches are read off.
+"""A q x q sketch of each sample's last-layer gradient: sketches give inner products between samples and batches.
 
-Both factors are first projected to q columns by a matrix product (cuBLAS), which reads hidden and hidden_grad once: 268 MB and 17.2 GFLOP
-at (T, H) = (16384, 4096), q = 64, bf16. The outer products are another 0.13 GFLOP and 8.4 MB, and the pieces' sums at most 4.2 MB plus
-16 KiB a sample. The head's three products are 51.6 TFLOP there (V = 128256): the signature adds 0.03 % to the arithmetic and, being
-bound by memory, some 75 us at 4 TB/s to their 74 ms at 700 TFLOP/s, 0.1 %.
+Both factors are first projected to q columns by a matrix product (cuBLAS), which reads hidden and hidden_grad once: 268
+MB and 17.2 GFLOP at (T, H) = (16384, 4096), q = 64, bf16. The outer products are another 0.13 GFLOP and 8.4 MB, and the
+pieces' sums at most 4.2 MB plus 16 KiB a sample. The head's three products are 51.6 TFLOP there (V = 128256): the
+signature adds 0.03 % to the arithmetic and, being bound by memory, some 75 us at 4 TB/s to their 74 ms at 700 TFLOP/s,
+0.1 %.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def outer_piece(
     SIDE: tl.constexpr,
     USE_DOT: tl.constexpr,
 ):
-    """One piece (see segment_reduce) and SIDE x SIDE entries: partials[piece] = sum over the piece's rows of left_t right_t^T."""
+    """A piece (see segment_reduce), SIDE x SIDE entries: partials[piece] = sum of left_t right_t^T over its rows t."""
     piece = tl.program_id(0).to(tl.int64)
     tiles_right = tl.cdiv(num_right, SIDE)
     i = tl.program_id(1) // tiles_right * SIDE + tl.arange(0, SIDE)
@@ -55,7 +56,7 @@ def outer_piece(
 
 
 def outer_tile(num_left: int, num_right: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(STEP, SIDE): the whole q x q up to q = 64; float64, which tl.dot does not know on every GPU, multiplies and adds small tiles."""
+    """(STEP, SIDE): the whole q x q up to q = 64; small tiles in float64, which tl.dot lacks on some GPUs."""
     if dtype == torch.float64:
         return 4, 16
     return 32, min(64, max(16, triton.next_power_of_2(max(num_left, num_right))))
@@ -89,7 +90,7 @@ def _outer_products_on_host(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor) -
 
 
 def _project(rows_TH: Tensor, matrix_Hq: Tensor) -> Tensor:
-    """rows @ matrix in the rows' dtype, handed on in fp32. The matrix is rounded to it as well, for every sample alike."""
+    """rows @ matrix in the rows' dtype, to which the matrix is rounded for all samples alike; returned in fp32."""
     rows_TH, matrix_Hq = left_operand(rows_TH), right_operand(matrix_Hq.to(rows_TH.dtype))
     if rows_TH.dtype in (torch.float16, torch.bfloat16) and rows_TH.device.type != "cpu":
         return torch.mm(rows_TH, matrix_Hq, out_dtype=torch.float32)
@@ -131,13 +132,14 @@ def _(hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, sample_i
 def gradient_signature(
     hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, sample_ids: Tensor, num_samples: int
 ) -> Tensor:
-    """phi_i = (1/n_i) sum_t (P^T e_t) (Q^T h_t)^T over sample i's n_i rows: [num_samples, q, q], fp32; 0 for a sample without rows.
+    """phi_i = (1/n_i) sum_t (P^T e_t) (Q^T h_t)^T over sample i's n_i rows: fp32 [num_samples, q, q], 0 for no rows.
 
-    hidden, hidden_grad: [T, H], h_t and e_t, one dtype (bf16, fp16, fp32; float64 for tests); left, right: [H, q], P and Q, any dtype,
-    rounded to that of hidden; sample_ids: int64 or int32 [T], non-decreasing. With entries of variance 1/q in P and Q, <phi_i, phi_j> is an
-    unbiased estimate of <m_i, m_j>, m_i = (1/n_i) sum_t e_t h_t^T. Every row counts: to leave some out, use
-    `linear_cross_entropy(signature=...)`, which does so for ignored targets. Not differentiable. Two runs agree bit for bit.
-    Raises ValueError on shapes, dtypes or devices that differ and, in host memory, on ids that decrease.
+    hidden, hidden_grad: [T, H], h_t and e_t, one dtype (bf16, fp16, fp32; float64 for tests); left, right: [H, q], P
+    and Q, any dtype, rounded to that of hidden; sample_ids: int64 or int32 [T], non-decreasing. With entries of
+    variance 1/q in P and Q, <phi_i, phi_j> is an unbiased estimate of <m_i, m_j>, m_i = (1/n_i) sum_t e_t h_t^T. Every
+    row counts: to leave some out, use `linear_cross_entropy(signature=...)`, which does so for ignored targets. Not
+    differentiable. Two runs agree bit for bit. Raises ValueError on shapes, dtypes or devices that differ and, in host
+    memory, on ids that decrease.
     """
     rows, width = hidden.shape
     check_shape("hidden_grad", hidden_grad, (rows, width), (hidden.dtype,))

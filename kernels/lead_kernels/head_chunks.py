@@ -1,8 +1,10 @@
 """The chunked pass behind `linear_cross_entropy`: losses and gradients of the rows without a [T, V] tensor.
 
-Legend: T rows, C rows of a chunk, H hidden size, V vocabulary, R rank of an adapter. g gradient of a row's loss at its logits.
+Legend: T rows, C rows of a chunk, H hidden size, V vocabulary, R rank of an adapter. g gradient of a row's loss at its
+logits.
 
-A chunk is one product (logits), the row pass over it, and a product for each gradient: g W for the hidden states, g^T h for the weight.
+A chunk is one product (logits), the row pass over it, and a product for each gradient: g W for the hidden states, g^T h
+for the weight.
 """
 
 from __future__ import annotations
@@ -36,17 +38,17 @@ CHUNK_BYTES_DEVICE = (2**30, 4 * 2**30)
 results would with it. 5,000 rows of 128k logits in bf16 are one chunk on 80 GB, 16,384 on an H200. One chunk needs no
 weight gradient in fp32."""
 DEVICE_BUFFER_ROWS = 256
-"""A GPU's buffers of logits are rounded up to as many rows, so that calls of about one size find the same memory
-again."""
+"""A GPU's buffers of logits are rounded up to this many rows, so that calls of similar size reuse the same memory."""
 CPU_CHUNK_ROWS = 1024
 """More rows do not make the products faster on a CPU."""
 DEVICE_CHUNK_ROWS = 2048
-"""The fewest that the default budget gives on a GPU. Every chunk reads and writes the fp32 weight gradient, 8 V H bytes at 4 TB/s, beside
-6 C V H FLOPs at some 700 TFLOP/s: with 2048 rows a tenth of the products' time, partly hidden under them."""
+"""The fewest that the default budget gives on a GPU. Every chunk reads and writes the fp32 weight gradient, 8 V H bytes
+at 4 TB/s, beside 6 C V H FLOPs at some 700 TFLOP/s: with 2048 rows a tenth of the products' time, partly hidden under
+them."""
 
 
 DEVICE_TILE_ROWS = 128
-"""A GPU's products work on tiles of so many rows: five chunks of 3277 rows would fill 130 of them where 128 are enough."""
+"""A GPU's products work on tiles of this many rows: five chunks of 3277 rows would fill 130 of them instead of 128."""
 
 
 class Lora(NamedTuple):
@@ -118,7 +120,7 @@ NO_STATISTICS = RowStatistics()
 
 
 def two_gradients(loss: RowLoss, wanted: Wanted) -> bool:
-    """Whether a row's loss and its NLL are both to be differentiated, and differ: the row pass then fills a second block."""
+    """Whether the row pass fills two blocks: gradients of a row's loss and of its NLL are asked for, and differ."""
     return wanted.any and wanted.nll_hidden and not loss.plain
 
 
@@ -138,8 +140,8 @@ def chunk_rows(
     chunk_bytes: int | None, vocabulary: int, logits_dtype: torch.dtype, device: torch.device, two_blocks: bool,
     narrows: bool = False,
 ) -> int:  # fmt: skip
-    """Rows whose logits fill the budget, at least one. On a CPU fp32 is counted, to which the row pass widens tile by tile, and,
-    where the gradient `narrows`, its own block."""
+    """Rows whose logits fill the budget, at least one. On a CPU fp32 is counted, to which the row pass widens tile by
+    tile, and, where the gradient `narrows`, its own block."""
     on_cpu = device.type == "cpu"
     size = max(4, logits_dtype.itemsize) if on_cpu else logits_dtype.itemsize
     row_bytes = size * vocabulary * (2 if two_blocks else 1) + (2 * vocabulary if on_cpu and narrows else 0)
@@ -257,7 +259,7 @@ class _Pass:
             out_CH.addmm_(thin_product(g_CV, lora.b, lora.scale), lora.a)
 
     def _parameters(self, g_CV: Tensor, h_CH: Tensor, scale_C: Tensor | None) -> None:
-        """Add a chunk's part to the gradients of the parameters. The row scale goes to the H columns of h, not to the V columns of g."""
+        """Add a chunk to the parameters' gradients. Scales the H columns of h: g has V columns, many more."""
         if scale_C is not None and (self.dweight is not None or self.da is not None):
             h_CH = left_operand((h_CH * scale_C[:, None]).to(h_CH.dtype))
         if self.dweight is not None:
@@ -302,10 +304,10 @@ def head_rows(
 ) -> HeadRows:
     """Loss of every row and the gradients asked for, a chunk of at most `most_rows` rows at a time.
 
-    `row_scale_T` scales the rows in the parameters' gradients only; `objective_weight_T` and `nll_weight_T` weigh a row's loss and its NLL
-    in all gradients (a and b of `row_pass`). `class_weight`: [V + 1], see `row_loss.Columns`. Rows with target
-    `ignore_index` give 0; in host memory there must be none. `full_rows`: rows before ignored ones were taken out,
-    which alone decides about the dtype of sums.
+    `row_scale_T` scales the rows in the parameters' gradients only; `objective_weight_T` and `nll_weight_T` weigh a
+    row's loss and its NLL in all gradients (a and b of `row_pass`). `class_weight`: [V + 1], see `row_loss.Columns`.
+    Rows with target `ignore_index` give 0; in host memory there must be none. `full_rows`: rows before ignored ones
+    were taken out, which alone decides about the dtype of sums.
     """
     work = _Pass(
         hidden_TH, head, loss, wanted, most_rows, logits_dtype, ignore_index, full_rows, class_weight, statistics

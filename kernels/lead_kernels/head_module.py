@@ -12,14 +12,16 @@ from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
 
 
 class LinearCrossEntropy(nn.Linear):
-    """`nn.Linear(in_features, out_features)` without logits: forward(hidden, targets, ...) -> HeadLoss, see `linear_cross_entropy`.
+    """`nn.Linear` without logits: forward(hidden, targets, ...) -> HeadLoss, see `linear_cross_entropy`.
 
-    As a module it is a unit that `fully_shard` can wrap: in its forward the parameters are whole, in the mixed-precision policy's dtype.
-    Taking `full_tensor()` of a sharded weight and calling the function instead gives a wrong gradient under mixed precision.
+    As a module it is a unit that `fully_shard` can wrap: in its forward the parameters are whole, in the
+    mixed-precision policy's dtype. Taking `full_tensor()` of a sharded weight and calling the function instead gives a
+    wrong gradient under mixed precision.
 
-    lora_rank, lora_alpha: an adapter of that rank, scaled by lora_alpha / lora_rank; weight and bias are then frozen. lora_a [R, H] starts
-    as `nn.Linear`'s weights do, lora_b [V, R] with zeros, as in arXiv 2106.09685. Parameters: weight, bias, lora_a, lora_b.
-    loss_options: keyword arguments for every call (softcap, label_smoothing, chunk_bytes, ...).
+    lora_rank, lora_alpha: an adapter of that rank, scaled by lora_alpha / lora_rank; weight and bias are then frozen.
+    lora_a [R, H] starts as `nn.Linear`'s weights do, lora_b [V, R] with zeros, as in arXiv 2106.09685. Parameters:
+    weight, bias, lora_a, lora_b. loss_options: keyword arguments for every call (softcap, label_smoothing, chunk_bytes,
+    ...).
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class LinearCrossEntropy(nn.Linear):
         self.lora_scale = alpha / rank
 
     def forward(self, hidden: Tensor, targets: Tensor, **options: Any) -> HeadLoss:  # type: ignore[override]
-        """hidden: [T, H]; targets: int64 [T]; options: those of `linear_cross_entropy`, before those of the constructor."""
+        """hidden: [T, H]; targets: int64 [T]; options of `linear_cross_entropy`, which override the constructor's."""
         if self.lora_a is not None and self.lora_b is not None:
             options["lora"] = Lora(self.lora_a, self.lora_b, self.lora_scale)
         return linear_cross_entropy(hidden, self.weight, targets, bias=self.bias, **{**self.loss_options, **options})

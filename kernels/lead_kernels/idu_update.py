@@ -11,7 +11,7 @@ from lead_kernels.checks import check_device, check_shape
 LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = THREADS = 256  # a step has some thousand samples: one for each thread, and as many programs as that makes
 NO_FUSION = {"enable_fp_fusion": False}
-"""A fused multiply-add rounds once where the host rounds twice: the last bit of U, and with it the order of two samples, would differ."""
+"""A fused multiply-add rounds once, the host twice: the last bit of U, and so the order of samples, would differ."""
 
 
 @triton.jit
@@ -69,9 +69,9 @@ def idu_update(
 ) -> None:
     """In place: U_i <- (1 - b) (L_i + dL_i) + b U_i and one more visit, for the samples of one optimizer step.
 
-    utility: fp32 [N+1]; visits: int32 [N+1], both contiguous; sample_ids: int64 of any shape, each real id at most once; loss, change:
-    fp32 (or bf16, fp16) of the same shape; smoothing: b. The arithmetic is fp32. The dummy id N may stand any number of times; nothing of
-    it is read or written, so that the state stays deterministic.
+    utility: fp32 [N+1]; visits: int32 [N+1], both contiguous; sample_ids: int64 of any shape, each real id at most
+    once; loss, change: fp32 (or bf16, fp16) of the same shape; smoothing: b. The arithmetic is fp32. The dummy id N may
+    stand any number of times; nothing of it is read or written, so that the state stays deterministic.
 
     Raises ValueError on shapes, dtypes, devices and strides. Source: arXiv 2505.07437, the definition of IDU.
     """

@@ -1,12 +1,13 @@
 """Packs an ordered list of samples into micro-batches of fixed capacity, with next to no empty places.
 
-A micro-batch is computed over all of its `capacity` token places, so an empty place costs what a token costs. Bins that stop at the
-first sample which does not fit (next-fit) leave E[n^2] / (2 E[n] capacity) of them empty for lengths n: 2.3 % on a real pool of mean
-length 135 at 4096 places, 10 % where samples have 380 tokens on average and up to 2048. Here a bin goes on and takes, of the next 32
-samples, the longest that still fits, until none does: 0.2 and 0.3 %. bench/packing.py compares these and best fit over several open bins.
+A micro-batch is computed over all of its `capacity` token places, so an empty place costs what a token costs. Bins that
+stop at the first sample which does not fit (next-fit) leave E[n^2] / (2 E[n] capacity) of them empty for lengths n: 2.3
+% on a real pool of mean length 135 at 4096 places, 10 % where samples have 380 tokens on average and up to 2048. Here a
+bin goes on and takes, of the next 32 samples, the longest that still fits, until none does: 0.2 and 0.3 %.
+bench/packing.py compares these and best fit over several open bins.
 
-A bin depends on nothing but the samples that remain when it is opened. How bins are grouped into optimizer steps and rounds is then of
-no account, and a round that ends anywhere is continued by the next as if it had not ended.
+A bin depends on nothing but the samples that remain when it is opened. How bins are grouped into optimizer steps and
+rounds is then of no account, and a round that ends anywhere is continued by the next as if it had not ended.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_k
 from lead_kernels.checks import check_device, check_shape
 
 LOOK_AHEAD = 32
-"""Samples that a bin considers after the first that does not fit: one load of a warp. Half as many leave 1.5 times the places empty, twice
-as many save 0.1 to 0.2 % of them at 2048 places."""
+"""Samples that a bin considers after the first that does not fit: one load of a warp. Half as many leave 1.5 times the
+places empty, twice as many save 0.1 to 0.2 % of them at 2048 places."""
 
 
 class PackedPlan(NamedTuple):
@@ -40,10 +41,12 @@ class PackedPlan(NamedTuple):
 def _pack_kernel(id_ptr, length_ptr, kept_ptr, out_ptr, tokens_ptr, num_bins, capacity, slots, WINDOW: tl.constexpr):
     """Fill the bins one after another from a queue in memory, id_ptr and length_ptr [kept], which it consumes.
 
-    What remains is queue[head : kept]. Samples passed over are moved up to those behind them, so that it stays contiguous.
+    What remains is queue[head : kept]. Samples passed over are moved up to those behind them, so that it stays
+    contiguous.
 
-    Bins follow one another, so this is latency: about 0.4 us for each 32 samples read (a load from L2, a scan, two reductions) and 0.1 us
-    for each sample taken from the look-ahead. A bin of 30 samples costs about 2 us, 64 of them (k = 8192 at 128 slots) 0.15 ms.
+    Bins follow one another, so this is latency: about 0.4 us for each 32 samples read (a load from L2, a scan, two
+    reductions) and 0.1 us for each sample taken from the look-ahead. A bin of 30 samples costs about 2 us, 64 of them
+    (k = 8192 at 128 slots) 0.15 ms.
     """
     lane = tl.arange(0, WINDOW)
     kept = tl.load(kept_ptr).to(tl.int32)
@@ -168,19 +171,24 @@ def pack_plan(
 ) -> PackedPlan:
     """Fill `num_bins` bins, one after another, of `capacity` tokens and `slots` samples in the order of priority.
 
-    order: int64 [k], distinct sample ids with dummies (N) only at the end; lengths: int64 [N], each at most `capacity` (a RuntimeError,
-    on a GPU a device-side assertion, otherwise). Samples that may be packed are the longest prefix of `order` with at most `max_tokens`
-    tokens together (an int, or a 0-d int64 tensor beside `order`): which samples a budget buys depends on `order` alone.
+    order: int64 [k], distinct sample ids with dummies (N) only at the end; lengths: int64 [N], each at most `capacity`
+    (a RuntimeError, on a GPU a device-side assertion, otherwise). Samples that may be packed are the longest prefix of
+    `order` with at most `max_tokens` tokens together (an int, or a 0-d int64 tensor beside `order`): which samples a
+    budget buys depends on `order` alone.
 
-    A bin takes the leading samples of what remains, as far as they fit, and then, of the `LOOK_AHEAD` after these, the longest that still
-    fits (of equals the first), until none does. It considers only the first `slots` of what remains. Samples passed over stay first in
-    what remains. Hence:
-    - a bin is a function of what remains: with k = num_bins x slots or more, packing a sequence in parts gives the bins of the whole;
-    - every bin takes the first of what remains, so that a sample is passed over by at most `LOOK_AHEAD` bins and none is lost;
+    A bin takes the leading samples of what remains, as far as they fit, and then, of the `LOOK_AHEAD` after these, the
+    longest that still fits (of equals the first), until none does. It considers only the first `slots` of what remains.
+    Samples passed over stay first in what remains. Hence:
+    - a bin is a function of what remains: with k = num_bins x slots or more, packing a sequence in parts gives the bins
+      of the whole;
+    - every bin takes the first of what remains, so that a sample is passed over by at most `LOOK_AHEAD` bins and none
+      is lost;
     - bins are empty only after everything has been packed, the last ones;
-    - a bin ends with fewer free places than the shortest sample it considered and left, or because of `slots`, or as the last.
+    - a bin ends with fewer free places than the shortest sample it considered and left, or because of `slots`, or as
+      the last.
 
-    No host access on a GPU; one program there (about 0.15 ms for k = 8192, see `_pack_kernel`). `packing_waste` says what is left empty.
+    No host access on a GPU; one program there (about 0.15 ms for k = 8192, see `_pack_kernel`). `packing_waste` says
+    what is left empty.
     """
     check_shape("order", order, (order.shape[0],), (torch.int64,))
     check_shape("lengths", lengths, (lengths.shape[0],), (torch.int64,))
@@ -195,8 +203,8 @@ def pack_plan(
 def packing_waste(tokens: Tensor, capacity: int) -> Tensor:
     """fp32 []: the share of computed token places that no token fills; 0 where nothing is computed.
 
-    tokens: int64 [..., M], the tokens of each micro-batch, M of them in an optimizer step (M = 1 for micro-batches of their own). A step
-    without a token is not computed, and one with a token is computed whole.
+    tokens: int64 [..., M], the tokens of each micro-batch, M of them in an optimizer step (M = 1 for micro-batches of
+    their own). A step without a token is not computed, and one with a token is computed whole.
     """
     steps = (tokens.sum(-1) > 0).sum()
     places = (steps * tokens.shape[-1] * capacity).clamp(min=1)

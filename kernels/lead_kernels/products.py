@@ -1,4 +1,4 @@
-"""Matrix products that keep their fp32 accumulator where the library hands it out: cuBLAS does, a CPU's rounds to the operands' dtype."""
+"""Matrix products with fp32 accumulators, as far as the library returns them: cuBLAS does, CPU products round first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lead_kernels.row_pass_host import CPU_TILE_BYTES, split
 
 HALVES = (torch.float16, torch.bfloat16)
 ROW_STEP = 32
-"""Elements to whose multiples rows of bf16 and fp16 are rounded up in host memory: 64 bytes, what a CPU's matrix unit loads at once."""
+"""On a CPU, rows of bf16 and fp16 are padded to a multiple of this: 64 bytes, one load of its matrix unit."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -20,8 +20,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def apart(like: Tensor, rows: int, width: int) -> Tensor:
     """An empty [rows, width] matrix of like's dtype and device, for a left operand of a product.
 
-    A CPU's matrix unit (AMX) loads bf16 in pairs and blocks, past the end of a row where its width is odd: what lies there is
-    multiplied by zero, and a NaN there makes the whole row NaN. So rows start `ROW_STEP` elements apart there, zeros between them.
+    A CPU's matrix unit (AMX) loads bf16 in pairs and blocks, past the end of a row where its width is odd: what lies
+    there is multiplied by zero, and a NaN there makes the whole row NaN. So rows start `ROW_STEP` elements apart there,
+    zeros between them.
     """
     if like.device.type != "cpu" or like.dtype not in HALVES or width % ROW_STEP == 0:
         return like.new_empty(rows, width)
@@ -89,7 +90,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def row_blocks(matrix: Tensor) -> list[slice]:
-    """Blocks of rows for an operation of mixed dtypes: on a CPU, PyTorch first copies whole operands to the wider dtype."""
+    """Blocks of rows for an operation of mixed dtypes: on a CPU, PyTorch would copy whole operands to the wider one."""
     rows, width = matrix.shape[0], matrix.numel() // max(matrix.shape[0], 1)
     return (
         split(rows, max(1, CPU_TILE_BYTES // (4 * max(width, 1)))) if matrix.device.type == "cpu" else [slice(0, rows)]

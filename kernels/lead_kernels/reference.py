@@ -1,6 +1,7 @@
-"""Slow and obvious versions of the operators: what the tests compare with, in whatever precision they are given (float64, mostly).
+"""Slow and obvious versions of the operators for the tests, in whatever precision they are given (mostly float64).
 
-Loops over samples, dense [T, V] logits, Python arithmetic. Each has the arguments and the result of the operator of the same name.
+Loops over samples, dense [T, V] logits, Python arithmetic. Each has the arguments and the result of the operator of the
+same name.
 """
 
 from __future__ import annotations

@@ -129,16 +129,17 @@ def _row_pass_kernel(
 ):  # fmt: skip
     """One program a row: one sweep for the losses, one for the gradient, which may lie where the logits lie.
 
-    The logits' scale is SCALE * FOLDED: FOLDED goes, with log2(e), into the factor before 2^x, so that it costs nothing.
-    What follows says z for logits without it. 2^x is one instruction that flushes results below 2^-126 to 0; e^x has
-    three more to guard them. Masks are in the last block only, and the target's 1 is subtracted after the sweep. So 34.3
-    instructions an element became 15.4 (`python -m lead_kernels.aot` counts them, and 3.4 of an ignored row's zeros).
+    The logits' scale is SCALE * FOLDED: FOLDED goes, with log2(e), into the factor before 2^x, so that it costs
+    nothing. What follows says z for logits without it. 2^x is one instruction that flushes results below 2^-126 to 0;
+    e^x has three more to guard them. Masks are in the last block only, and the target's 1 is subtracted after the
+    sweep. So 34.3 instructions an element became 15.4 (`python -m lead_kernels.aot` counts them, and 3.4 of an ignored
+    row's zeros).
 
     The running maximum m and sum s are kept by groups of eight columns and combined once, after the sweep: no reduction
     over the program, and so no barrier, inside the loop.
 
-    Rows are accessed up to `width`, the vocabulary rounded up to 16: then accesses are 16 bytes wide also at V = 128257.
-    What lies in the padding does not count, and its gradient is 0.
+    Rows are accessed up to `width`, the vocabulary rounded up to 16: then accesses are 16 bytes wide also at V =
+    128257. What lies in the padding does not count, and its gradient is 0.
 
     NARROWS: the gradient is half as wide as the logits it overwrites. Blocks go upwards, and block [v0, v1) is written
     to bytes [2 v0, 2 v1) of the row, below the bytes [4 v1, ...) of later blocks; inside a block, the barrier lets all
@@ -270,12 +271,13 @@ def _folded(softcap: float | None, scale: float) -> tuple[float, float]:
 
 
 def _launch_shape(vocabulary: int, simple: bool) -> tuple[int, int]:
-    """(BLOCK, threads): up to 1024 threads with 16 elements each; 512 with 8 where options, or fp32 logits, need registers.
+    """(BLOCK, threads): up to 1024 threads of 16 elements; 512 of 8 where options or fp32 logits need registers.
 
-    In bf16 the simple kernel takes 32 registers (`python -m lead_kernels.aot`): two programs run on an SM of an H200, one of which computes
-    while the other waits at the end of a sweep, and together they have 64 KiB of logits in flight, twice what 4.3 TB/s take at a
-    microsecond's latency. Smaller programs would be more of them, with more rows in the works than the 60 MB L2 cache holds until they
-    are read again: at V = 128k, 2 x 132 rows of 250 KB are 66 MB, on average half of it still to be read again.
+    In bf16 the simple kernel takes 32 registers (`python -m lead_kernels.aot`): two programs run on an SM of an H200,
+    one of which computes while the other waits at the end of a sweep, and together they have 64 KiB of logits in
+    flight, twice what 4.3 TB/s take at a microsecond's latency. Smaller programs would be more of them, with more rows
+    in the works than the 60 MB L2 cache holds until they are read again: at V = 128k, 2 x 132 rows of 250 KB are 66 MB,
+    on average half of it still to be read again.
     """
     each, most = (16, 1024) if simple else (8, 512)
     block = min(most * each, max(64 * each, triton.next_power_of_2(vocabulary)))
@@ -339,7 +341,7 @@ elements are issued in 0.3 ms on an H200, where memory takes 0.7."""
 
 
 def builds() -> list[KernelBuild]:
-    """The kernel for every dtype and program size, with what models ask for: nothing, a cap (Gemma), a bias (Phi), and everything."""
+    """Every dtype and program size, with what models ask for: nothing, a cap (Gemma), a bias (Phi), and everything."""
     pairs = [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16")]
     found = [_build(*pair, 128_256, mode) for pair in pairs for mode in MODES]
     found += [_build("bf16", "bf16", v, mode) for v in (500, 2000) for mode in ("gradient", "everything")]

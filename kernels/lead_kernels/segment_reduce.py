@@ -1,9 +1,10 @@
 """Sums over contiguous segments of rows: deterministic, and without a device read.
 
-Two kernels. Rows are cut into blocks of a fixed number; a *piece* is the part of a segment that lies in one block. The first kernel sums
-the rows of every piece, the second the pieces of every segment, so that one segment of 128k rows is as parallel as many short ones.
-Going through the rows, the next piece lies in the next block, in the next segment, or in both: block + segment grows from piece to
-piece. It is the piece's number, which makes a segment's pieces neighbours and needs no table.
+Two kernels. Rows are cut into blocks of a fixed number; a *piece* is the part of a segment that lies in one block. The
+first kernel sums the rows of every piece, the second the pieces of every segment, so that one segment of 128k rows is
+as parallel as many short ones. Going through the rows, the next piece lies in the next block, in the next segment, or
+in both: block + segment grows from piece to piece. It is the piece's number, which makes a segment's pieces neighbours
+and needs no table.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ THREADS = 128
 
 @triton.jit
 def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
-    """First row of a piece and the one after its last; the second is not above the first where no piece has this number."""
+    """First row of a piece and the one after its last; not above the first where no piece has this number."""
     low = piece * 0
     high = low + num_segments
     while low < high:  # segments whose first piece comes no later than this one
@@ -47,7 +48,7 @@ def sum_piece(
     STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One piece and COLUMNS columns: partials[piece] = sum of the piece's rows, STEP rows at a time, then over the STEP lanes."""
+    """partials[piece] = sum of the piece's rows, in COLUMNS columns: STEP rows at a time, then over the STEP lanes."""
     piece = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first, last = find_piece(bounds_ptr, piece, num_segments, ROWS)
@@ -124,7 +125,7 @@ def _segment_sum_on_gpu(values: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _segment_sum_on_host(values: Tensor, bounds: Tensor) -> Tensor:
-    """values [T, D]. Rows are added one after the other, hence in float64; unsafe=True leaves out checks of the bounds."""
+    """values [T, D]. Rows are added one after the other, hence in float64; unsafe=True skips checks of the bounds."""
     wide = torch.promote_types(values.dtype, torch.float32)
     if values.shape[0] == 0:
         return values.new_zeros(bounds.shape[0] - 1, values.shape[1], dtype=wide)
@@ -143,9 +144,10 @@ def segment_bounds(sample_ids_T: Tensor, num_samples: int) -> Tensor:
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """Sum of `values[bounds[b]:bounds[b+1]]` for every b: [B, ...] from [T, ...]; fp32 inside and out, float64 for float64 values.
+    """Sum of `values[bounds[b]:bounds[b+1]]` for every b: [B, ...] from [T, ...], in fp32, float64 for float64 values.
 
-    bounds: integers [B + 1], non-decreasing, within 0 to T; rows before the first and from the last on belong to nobody.
+    bounds: integers [B + 1], non-decreasing, within 0 to T; rows before the first and from the last on belong to
+    nobody.
     """
     trailing = values.shape[1:]
     flat = values.reshape(values.shape[0], trailing.numel()).contiguous()
@@ -166,9 +168,10 @@ def _(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
 def segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
     """Sum the rows of each sample.
 
-    values: floating [T, ...]; sample_ids: int64 or int32 [T], non-decreasing, in [0, num_samples). Returns [num_samples, ...], fp32
-    (float64 for float64 values); 0 for a sample without rows. The order of addition depends on lengths alone: two runs agree bit for bit.
-    Raises ValueError on integer values, on lengths or devices that differ and, in host memory, on ids that decrease. Not differentiable.
+    values: floating [T, ...]; sample_ids: int64 or int32 [T], non-decreasing, in [0, num_samples). Returns
+    [num_samples, ...], fp32 (float64 for float64 values); 0 for a sample without rows. The order of addition depends on
+    lengths alone: two runs agree bit for bit. Raises ValueError on integer values, on lengths or devices that differ
+    and, in host memory, on ids that decrease. Not differentiable.
     """
     if not values.is_floating_point():
         raise ValueError(f"values is {values.dtype}, expected a floating-point dtype")

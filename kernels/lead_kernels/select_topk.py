@@ -1,14 +1,15 @@
-"""The fine stage of the selection: an order in which every prefix holds the tasks in proportion and the best samples of each.
+"""The fine stage of the selection: tasks in proportion in every prefix of the order, the best samples first.
 
-Only k samples are wanted, so the pool is never sorted. A sample's *key* is (utility descending, id ascending) as one integer of 32 bits
-and those of an id: keys are unique, smaller is better. Task j can fill at most c_j of the first k places (`_quota`), so a radix select
-finds the key of its c_j-th best sample: a pass over the pool counts, per task, the values of the key's next digit among the samples that
-agree with what is known of the wanted key; the digit in which the c_j-th falls is then known too. The samples up to those keys, at most
-k - 1 + J altogether, are copied out in the order of their ids, and only they are sorted. Weights of the tasks instead
-of their numbers of samples change the c_j (`_weighted_quota`) and that last order; the pool is read in the same way.
+Only k samples are wanted, so the pool is never sorted. A sample's *key* is (utility descending, id ascending) as one
+integer of 32 bits and those of an id: keys are unique, smaller is better. Task j can fill at most c_j of the first k
+places (`_quota`), so a radix select finds the key of its c_j-th best sample: a pass over the pool counts, per task, the
+values of the key's next digit among the samples that agree with what is known of the wanted key; the digit in which the
+c_j-th falls is then known too. The samples up to those keys, at most k - 1 + J altogether, are copied out in the order
+of their ids, and only they are sorted. Weights of the tasks instead of their numbers of samples change the c_j
+(`_weighted_quota`) and that last order; the pool is read in the same way.
 
-Source of the select: Alabi, Blanchard, Gordon, Steinbach, "Fast k-selection algorithms for graphics processing units", ACM JEA 17 (2012),
-here for all tasks at once.
+Source of the select: Alabi, Blanchard, Gordon, Steinbach, "Fast k-selection algorithms for graphics processing units",
+ACM JEA 17 (2012), here for all tasks at once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NONE = 2**63 - 1  # sorts behind every key
 
 @triton.jit
 def _load(vector, start, num_samples, BLOCK: tl.constexpr):
-    """vector[start : start + BLOCK], 0 behind the end. Only the last block has a mask: with one, neighbours are not loaded together."""
+    """vector[start : start + BLOCK], 0 past the end. Only the last block is masked: a mask prevents wide loads."""
     ids = start + tl.arange(0, BLOCK)
     if start + BLOCK <= num_samples:
         value = tl.load(vector + ids)
@@ -45,7 +46,7 @@ def _load(vector, start, num_samples, BLOCK: tl.constexpr):
 
 @triton.jit
 def _descending(value):
-    """fp32 -> int64 in [0, 2^32), larger values first; NaN counts as -inf, -0 as 0. In integers: a GPU may flush subnormal numbers."""
+    """fp32 -> int64 in [0, 2^32), larger values first; NaN counts as -inf, -0 as 0. Integers: GPUs flush subnormals."""
     bits = value.to(tl.int32, bitcast=True)
     bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, -0x00800000, bits)
     bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)
@@ -58,7 +59,7 @@ def _histogram_kernel(
     utility, eligible, task, prefix, closed, histogram, num_samples, num_tasks, copies, shift, width, bits, id_bits, tiles,
     BLOCK: tl.constexpr
 ):  # fmt: skip
-    """histogram[copy, task, digit] += 1 for the eligible samples whose key begins like the one that their task looks for."""
+    """histogram[copy, task, digit] += 1 for eligible samples whose key starts with the digits that their task knows."""
     if tl.load(closed) == num_tasks:
         return
     program = tl.program_id(0)
@@ -87,8 +88,9 @@ def _choose_kernel(
     DIGITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One task: add up the copies of its histogram, leave them empty for the next pass, and take the digit that holds the `need`-th key.
-    A task is closed when that digit's samples are all needed: prefix -1, and the largest key with its digits as threshold."""
+    """One task: add up the copies of its histogram, leave them empty for the next pass, and take the digit that holds
+    the `need`-th key. A task is closed when that digit's samples are all needed: prefix -1, and the largest key with
+    its digits as threshold."""
     task = tl.program_id(0)
     known = tl.load(prefix + task)
     if known < 0:
@@ -131,7 +133,7 @@ def _winners_kernel(
     WRITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts the samples up to their task's threshold into place[program]; or, with WRITE, copies them out from place[program] on."""
+    """Count the samples up to their task's threshold into place[program]; or, with WRITE, copy them there."""
     program = tl.program_id(0)
     to = tl.zeros([], tl.int64)
     if WRITE:
@@ -158,8 +160,9 @@ def _share_kernel(
     sorted_key, by_task, sample, weight, offset, start, whole, share, sample_by_task, num_candidates,
     WEIGHTED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """`_share` of the candidates, which stand task after task, and their ids in that order. With WEIGHTED, shares are not below 1:
-    `whole` gets their integer parts and `share` the rest. With OFFSET, a task's first share is not 1/2 of its step but offset / 4096."""
+    """`_share` of the candidates, which stand task after task, and their ids in that order. With WEIGHTED, shares are
+    not below 1: `whole` gets their integer parts and `share` the rest. With OFFSET, a task's first share is not 1/2 of
+    its step but offset / 4096."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < num_candidates
     key = tl.load(sorted_key + position, mask=inside, other=0)
@@ -186,7 +189,7 @@ def _share_kernel(
 
 @triton.jit(do_not_specialize=["tiles"])
 def _present_kernel(mask, group, present, num_samples, tiles, BLOCK: tl.constexpr):
-    """present[group] = 1 where `mask` holds. Who finds a 1 writes nothing, so that a whole pool does not wait at a few addresses."""
+    """present[group] = 1 where `mask` holds. Only the first to see a 0 writes: a pool would queue at few addresses."""
     for tile in range(tiles):
         start = (tl.program_id(0).to(tl.int64) * tiles + tile) * BLOCK
         holds = _load(mask, start, num_samples, BLOCK) != 0
@@ -217,17 +220,20 @@ CHOOSE_TILE = 2**13
 def _launch(num_samples: int, num_tasks: int) -> Launch:
     """Blocks, digits and histograms for a pool of N samples and J tasks.
 
-    Bytes. A pass reads 4 of utility, 1 of eligibility and the bytes of a task: 6 per sample with a task of 1 byte. Values take
-    ceil(32 / bits) passes, ids, where the wanted value is not unique in its task, up to ceil((32 + bits of an id) / bits) together; a
-    pass with nothing left to find returns at once. Counting and copying the chosen out are two more.
-    At N = 100 million, J <= 64: 3 to 6 and 2 passes, 30 to 48 N = 3.0 to 4.8 GB, 0.6 to 1.0 ms at the 4.8 TB/s of an H200 (one pass
-    0.13 ms). Sorting it all as int64 costs 8 radix passes of 32 N (a read and a write of key and index) and 3 GB of scratch. Scratch
-    here: 16 MiB, and about 80 bytes a candidate. Small pools cost launches: about 50 for 600 thousand samples.
+    Bytes. A pass reads 4 of utility, 1 of eligibility and the bytes of a task: 6 per sample with a task of 1 byte.
+    Values take ceil(32 / bits) passes, ids, where the wanted value is not unique in its task, up to ceil((32 + bits of
+    an id) / bits) together; a pass with nothing left to find returns at once. Counting and copying the chosen out are
+    two more.
+    At N = 100 million, J <= 64: 3 to 6 and 2 passes, 30 to 48 N = 3.0 to 4.8 GB, 0.6 to 1.0 ms at the 4.8 TB/s of an
+    H200 (one pass 0.13 ms). Sorting it all as int64 costs 8 radix passes of 32 N (a read and a write of key and index)
+    and 3 GB of scratch. Scratch here: 16 MiB, and about 80 bytes a candidate. Small pools cost launches: about 50 for
+    600 thousand samples.
 
-    Contention. Counting is one integer atomic for every sample still in question: all eligible ones in the first pass, in later
-    passes those of one digit; with equal utilities all, at one address. 100 million at one address would take about 60 ms (one a
-    clock), so there are up to 256 copies of the histogram, all together of 2^22 counters, which stay in the second-level cache. A
-    digit has 11 bits, fewer where J x 2^bits would pass 2^17 counters, so that 32 copies fit up to 8192 tasks.
+    Contention. Counting is one integer atomic for every sample still in question: all eligible ones in the first pass,
+    in later passes those of one digit; with equal utilities all, at one address. 100 million at one address would take
+    about 60 ms (one a clock), so there are up to 256 copies of the histogram, all together of 2^22 counters, which stay
+    in the second-level cache. A digit has 11 bits, fewer where J x 2^bits would pass 2^17 counters, so that 32 copies
+    fit up to 8192 tasks.
     """
     block = 2048
     tiles = min(max(num_samples // (block * 1024), 1), 16)
@@ -251,9 +257,9 @@ def _reach(k: int, num_samples: int, num_tasks: int, offset: bool = False) -> in
 def _quota(size_J: Tensor, reach: int) -> Tensor:
     """c_j = min(n_j, floor((n_j (2 (k - 1) + J) + n) / (2 n))): the most samples of task j among the first k.
 
-    Let x be the k-th key of the order. Of task j, ceil(x n_j - 1/2) samples have keys below x, and these are fewer than k over all tasks:
-    x n - J/2 <= k - 1. And floor(x n_j + 1/2) of its samples have keys up to x, so that c_j = floor(n_j (k - 1 + J/2) / n + 1/2) is
-    enough. The sum over the tasks is at most k - 1 + J/2 + J/2.
+    Let x be the k-th key of the order. Of task j, ceil(x n_j - 1/2) samples have keys below x, and these are fewer than
+    k over all tasks: x n - J/2 <= k - 1. And floor(x n_j + 1/2) of its samples have keys up to x, so that c_j =
+    floor(n_j (k - 1 + J/2) / n + 1/2) is enough. The sum over the tasks is at most k - 1 + J/2 + J/2.
     """
     eligible = size_J.sum()
     return torch.minimum(size_J, (size_J * reach + eligible) // (2 * eligible).clamp(min=1))
@@ -262,22 +268,23 @@ def _quota(size_J: Tensor, reach: int) -> Tensor:
 def _weighted_quota(size_J: Tensor, weight_J: Tensor, reach: int, offset: bool = False) -> Tensor:
     """c_j = min(n_j, floor(X w_j + 1/2)): the most samples of task j among the first k, where tasks may run out before.
 
-    X is the level up to which water fills the tasks, vessels of width w_j and volume n_j, when k - 1 + J/2 of it are poured in:
-    f(X) = sum_j min(n_j, X w_j) = k - 1 + J/2; no bound where they hold less. A task without weight holds nothing: n_j = 0 below.
+    X is the level up to which water fills the tasks, vessels of width w_j and volume n_j, when k - 1 + J/2 of it are
+    poured in: f(X) = sum_j min(n_j, X w_j) = k - 1 + J/2; no bound where they hold less. A task without weight holds
+    nothing: n_j = 0 below.
 
-    Let x be the k-th key of the order, or the last if there are fewer. Of task j, min(n_j, ceil(x w_j - 1/2)) >= min(n_j, x w_j) - 1/2
-    samples have keys below x, and these are fewer than k over all tasks: f(x) <= k - 1 + J/2 and so, f growing up to the last key,
-    x <= X. And min(n_j, floor(x w_j + 1/2)) of its samples have keys up to x, so that c_j is enough. The sum over the tasks is at most
-    f(X) + J/2 <= k - 1 + J.
+    Let x be the k-th key of the order, or the last if there are fewer. Of task j, min(n_j, ceil(x w_j - 1/2)) >=
+    min(n_j, x w_j) - 1/2 samples have keys below x, and these are fewer than k over all tasks: f(x) <= k - 1 + J/2 and
+    so, f growing up to the last key, x <= X. And min(n_j, floor(x w_j + 1/2)) of its samples have keys up to x, so that
+    c_j is enough. The sum over the tasks is at most f(X) + J/2 <= k - 1 + J.
 
-    With the tasks in ascending order of n_j / w_j, where they run out, let N be the samples of those before task j and W the weights of
-    the others. Task j has run out at X where f(n_j / w_j) = N + W n_j / w_j <= k - 1 + J/2, that is where
-    n_j <= w_j (2 (k - 1) + J - 2 N) / (2 W). These tasks taken out, X = (2 (k - 1) + J - 2 N) / (2 W) with the N of all of them and the W
-    of the rest. All in int64: with n <= 2^30 and w_j <= 2^28 the products stay below 2^28 (2^31 + J).
+    With the tasks in ascending order of n_j / w_j, where they run out, let N be the samples of those before task j and
+    W the weights of the others. Task j has run out at X where f(n_j / w_j) = N + W n_j / w_j <= k - 1 + J/2, that is
+    where n_j <= w_j (2 (k - 1) + J - 2 N) / (2 W). These tasks taken out, X = (2 (k - 1) + J - 2 N) / (2 W) with the N
+    of all of them and the W of the rest. All in int64: with n <= 2^30 and w_j <= 2^28 the products stay below 2^28 (2^31 + J).
 
-    With `offset`, keys are (r + u_j) / w_j for any u_j in [0, 1). Then min(n_j, x w_j) - 1 samples at least have keys below x and
-    min(n_j, floor(x w_j) + 1) at most keys up to x: reach is 2 (k - 1) + 2 J, c_j = min(n_j, floor(X w_j) + 1), and their sum at most
-    k - 1 + 2 J.
+    With `offset`, keys are (r + u_j) / w_j for any u_j in [0, 1). Then min(n_j, x w_j) - 1 samples at least have keys
+    below x and min(n_j, floor(x w_j) + 1) at most keys up to x: reach is 2 (k - 1) + 2 J, c_j = min(n_j, floor(X w_j) +
+    1), and their sum at most k - 1 + 2 J.
     """
     size_J = size_J * (weight_J > 0)
     order = _ascending(size_J, weight_J.clamp(min=1))
@@ -299,7 +306,8 @@ def _fraction(above: Tensor, below: Tensor) -> Tensor:
 def _share(rank: Tensor, size: Tensor) -> Tensor:
     """floor(2^62 (2 r + 1) / (2 n)): orders candidates by (r + 1/2) / n exactly, in int64.
 
-    Two unequal fractions with denominators 2 n and 2 m differ by at least 1 / (2 n m) > 2^-62, as n + m <= 2^30; equal ones stay equal.
+    Two unequal fractions with denominators 2 n and 2 m differ by at least 1 / (2 n m) > 2^-62, as n + m <= 2^30; equal
+    ones stay equal.
     """
     return _fraction(2 * rank + 1, 2 * size)
 
@@ -311,10 +319,10 @@ def _by_parts(whole: Tensor, fraction: Tensor) -> Tensor:
 
 
 def _ascending(above: Tensor, below: Tensor) -> Tensor:
-    """The indices that sort the quotients a / b exactly, the earlier first among equal ones; 0 <= a < 2^63, 1 <= b <= 2^29.
+    """Indices that sort the quotients a / b exactly, ties in order; 0 <= a < 2^63, 1 <= b <= 2^29.
 
-    Two unequal fractions with denominators up to 2^29 differ by at least 2^-58, so that 62 bits after the point tell them apart; with
-    the bits before it they do not fit into one integer.
+    Two unequal fractions with denominators up to 2^29 differ by at least 2^-58, so that 62 bits after the point tell
+    them apart; with the bits before it they do not fit into one integer.
     """
     whole = above // below
     return _by_parts(whole, _fraction(above - whole * below, below))
@@ -397,7 +405,7 @@ def _on_host(
     weight: Tensor | None,
     offset: Tensor | None,
 ) -> Tensor:
-    """Here the eligible samples are known by number, and sorting all of them as integers costs no more than selecting among them."""
+    """The eligible samples' number is known here, and sorting them all as integers is no slower than selecting."""
     num_samples = utility.shape[0]
     ids = eligible.nonzero().squeeze(1)
     group = task.index_select(0, ids).long()
@@ -478,27 +486,29 @@ def select_topk(
     weight: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """The first `k` eligible samples, tasks interleaved in proportion to their eligible samples or to `weight`, the highest utility first.
+    """The first `k` eligible samples: tasks interleaved by their eligible samples or `weight`, highest utility first.
 
-    utility: fp32 [N] (NaN ranks last, with -inf); eligible: bool [N]; task: integer [N] (int64 or smaller: a byte is read fastest), in
-    [0, num_tasks), which is not checked; weight: int64 [num_tasks], 0 to 2^28 each (values are not checked: what is outside counts as
-    the nearest of these). Returns int64 [k]; entries past the number of eligible samples (of the tasks with a weight) are N.
+    utility: fp32 [N] (NaN ranks last, with -inf); eligible: bool [N]; task: integer [N] (int64 or smaller: a byte is
+    read fastest), in [0, num_tasks), which is not checked; weight: int64 [num_tasks], 0 to 2^28 each (values are not
+    checked: what is outside counts as the nearest of these). Returns int64 [k]; entries past the number of eligible
+    samples (of the tasks with a weight) are N.
 
-    Within a task, samples are ranked r = 0, 1, ... by utility descending (ties by id); a sample's key is (r + 0.5) / (eligible samples of
-    the task), and the order is by key ascending (ties by task), compared exactly. The samples of task j with key <= x number x n_j to
-    within 1/2, so that with J tasks the share of task j in any prefix of m samples is within 1/2 + J/2 n_j / n of m n_j / n (n = all
-    eligible).
+    Within a task, samples are ranked r = 0, 1, ... by utility descending (ties by id); a sample's key is (r + 0.5) /
+    (eligible samples of the task), and the order is by key ascending (ties by task), compared exactly. The samples of
+    task j with key <= x number x n_j to within 1/2, so that with J tasks the share of task j in any prefix of m samples
+    is within 1/2 + J/2 n_j / n of m n_j / n (n = all eligible).
 
-    With `weight`, a sample's key is (r + 0.5) / weight[task] instead, compared as exactly: tasks of equal weight get equally many places
-    whatever their sizes. A task of weight 0 gives no sample. One whose samples run out has no more keys, and the others fill the places
-    in proportion to their weights. Weights in proportion to the eligible samples give the order that None gives.
+    With `weight`, a sample's key is (r + 0.5) / weight[task] instead, compared as exactly: tasks of equal weight get
+    equally many places whatever their sizes. A task of weight 0 gives no sample. One whose samples run out has no more
+    keys, and the others fill the places in proportion to their weights. Weights in proportion to the eligible samples
+    give the order that None gives.
 
-    With `offset` (int64 [num_tasks], 0 to 4095; weights then at most 2^18), a sample's key is (r + offset[task] / 4096) / weight[task].
-    With 1/2 for all, a task that is due less than half a sample in a prefix gets none, and in every short prefix anew; with offsets drawn
-    uniformly it gets as many as it is due on average.
+    With `offset` (int64 [num_tasks], 0 to 4095; weights then at most 2^18), a sample's key is (r + offset[task] / 4096)
+    / weight[task]. With 1/2 for all, a task that is due less than half a sample in a prefix gets none, and in every
+    short prefix anew; with offsets drawn uniformly it gets as many as it is due on average.
 
-    Raises ValueError on shapes, dtypes, devices, k or num_tasks below 1, or N above 2^30. Time and memory: see `_launch`; weights add
-    sorts of [num_tasks] and one more of the candidates.
+    Raises ValueError on shapes, dtypes, devices, k or num_tasks below 1, or N above 2^30. Time and memory: see
+    `_launch`; weights add sorts of [num_tasks] and one more of the candidates.
     """
     num_samples = utility.shape[0]
     check_shape("utility", utility, (num_samples,), (torch.float32,))
@@ -519,10 +529,10 @@ def select_topk(
 
 
 def groups_present(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """bool [num_groups]: whether `mask` (bool [N]) holds for any sample of a group (integer [N] in [0, num_groups), not checked).
+    """bool [num_groups]: whether `mask` (bool [N]) holds for a sample of `group` (integer [N] < num_groups, unchecked).
 
-    Which clusters still have eligible samples, without counting them: atomics of a whole pool on a few counters would queue up. Reads each
-    sample once. Raises ValueError on shapes, dtypes and devices.
+    Which clusters still have eligible samples, without counting them: atomics of a whole pool on a few counters would
+    queue up. Reads each sample once. Raises ValueError on shapes, dtypes and devices.
     """
     check_shape("group", group, (mask.shape[0],), TASK_DTYPES)
     check_shape("mask", mask, (mask.shape[0],), (torch.bool,))

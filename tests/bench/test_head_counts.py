@@ -80,7 +80,8 @@ def test_published_sizes() -> None:
     # 6 x 16384 x 4096 = 402,653,184; times 128,000 and times 256, added up. 66.2 ms at 780 TFLOP/s.
     assert product_flops(SHAPES[1], 3) == 51_539_607_552_000 + 103_079_215_104
     assert floor_seconds(SHAPES[1], 3) == pytest.approx(0.0662, abs=1e-4)
-    # 1024 rows: 2 x 1024 operations for 8 bytes of fp32 accumulator, 256 a byte, where the machine does 181; 512 rows are too few.
+    # 1024 rows: 2 x 1024 operations for 8 bytes of fp32 accumulator, 256 a byte, where the machine does 181.
+    # 512 rows are too few.
     assert all_parts(SHAPES[1], 1024, 2)[3].seconds == pytest.approx(floor_seconds(SHAPES[1], 1))
     assert all_parts(SHAPES[1], 512, 2)[3].seconds > 1.3 * floor_seconds(SHAPES[1], 1)
 

@@ -60,7 +60,7 @@ def python(code: str) -> list[str]:
 
 
 def test_a_failure_loses_nothing(tmp_path: Path, monkeypatch) -> None:
-    """A step that writes half its results and fails, one that is missing its file, one too large to be carried, one that is fine."""
+    """Steps: one writes half its results and fails, one misses its file, one is too large to copy, one is fine."""
     work, results = tmp_path / "work", tmp_path / "results"
     (work / "logs").mkdir(parents=True)
     results.mkdir()
@@ -100,7 +100,8 @@ def test_a_part_keeps_to_its_time(tmp_path: Path, monkeypatch) -> None:
     """A step that hangs is ended with all that it started; what no time is left for is named."""
     (tmp_path / "logs").mkdir()
     marker = tmp_path / "child"
-    hang = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', \"import time; time.sleep(9); open('{marker}', 'w')\"])"
+    write_later = f"import time; time.sleep(9); open('{marker}', 'w')"
+    hang = f'import subprocess, sys, time; subprocess.Popen([sys.executable, "-c", "{write_later}"])'
     steps = [run_gpu.Step("hangs", 20, python(hang + "; time.sleep(60)")), run_gpu.Step("late", 20, python("pass"))]
     monkeypatch.setitem(run_gpu.PARTS, "A", lambda *_: steps)
     monkeypatch.setattr(run_gpu, "RESERVE_SECONDS", 1)

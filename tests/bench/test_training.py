@@ -1,4 +1,4 @@
-"""bench/training.py: that all contenders train the same, that its sums are right, and that its check for host waits can fail."""
+"""bench/training.py: all contenders train the same samples, its sums are right, its check for host waits can fail."""
 
 from __future__ import annotations
 

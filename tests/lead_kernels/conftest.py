@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: both forms of the operators, what they allocate, and a world in which the host cannot look."""
+"""Fixtures of the kernel tests: both forms of the operators, their allocations, and a host that cannot read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from lead_kernels import backend
 def interpreter_computes_as_a_gpu() -> Iterator[None]:
     """Two things that Triton's interpreter (3.6 to 3.9) does to bf16, put right.
 
-    It truncates fp32 to bf16, where a GPU rounds to nearest, ties to even: twice the error, and a biased one. And it keeps bf16 as 16-bit
-    integers, which `tl.dot` multiplies as such.
+    It truncates fp32 to bf16, where a GPU rounds to nearest, ties to even: twice the error, and a biased one. And it
+    keeps bf16 as 16-bit integers, which `tl.dot` multiplies as such.
     """
     cast = interpreter.InterpreterBuilder.cast_impl
     dot = interpreter.InterpreterBuilder.create_dot
@@ -51,12 +51,10 @@ def interpreter_computes_as_a_gpu() -> Iterator[None]:
 
 @pytest.fixture(params=["host", "kernels"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test twice: with the operators' host form, and with their Triton kernels (interpreted where there is no GPU)."""
+    """Runs the test twice: with the operators' host form and with their kernels (interpreted without a GPU)."""
     if request.param == "kernels":
         if not os.environ.get("TRITON_INTERPRET"):
-            pytest.skip(
-                "kernels run on CPU tensors only in Triton's interpreter; tests/lead_kernels/test_on_cuda.py runs them here"
-            )
+            pytest.skip("kernels run on CPU tensors only in Triton's interpreter; test_on_cuda.py runs them here")
         monkeypatch.setattr(backend, "_kernels_on_cpu", True)
     return request.param
 
@@ -133,8 +131,8 @@ class _NoCopyToHost(TorchDispatchMode):
 def blind_host() -> Callable[[], Any]:
     """A context in which any look of the host at the device raises; its value is the device's name.
 
-    FakeTensorMode raises on every data-dependent step but lets `.cpu()` pass, which the second mode catches. A CPU-only build of torch
-    cannot index fake "cuda" tensors, so that there the device is "meta": also one without data.
+    FakeTensorMode raises on every data-dependent step but lets `.cpu()` pass, which the second mode catches. A CPU-only
+    build of torch cannot index fake "cuda" tensors, so that there the device is "meta": also one without data.
     """
 
     @contextmanager

@@ -52,9 +52,11 @@ def looping(a_ptr, num_turns, SIDE: tl.constexpr):
         tl.store(i, tl.exp(tl.load(i)))
 
 def build(kernel, types, threads, stages=1, **constants):
-    return KernelBuild(kernel.fn.__name__, kernel, types | dict.fromkeys(constants, "constexpr"), constants, threads, stages)
+    types = types | dict.fromkeys(constants, "constexpr")
+    return KernelBuild(kernel.fn.__name__, kernel, types, constants, threads, stages)
 
-pair, half = {"a_ptr": "*fp32:16", "out_ptr": "*fp32:16"}, {"a_ptr": "*fp16:16", "out_ptr": "*fp32:16", "num_tiles": "i32:16"}
+pair = {"a_ptr": "*fp32:16", "out_ptr": "*fp32:16"}
+half = {"a_ptr": "*fp16:16", "out_ptr": "*fp32:16", "num_tiles": "i32:16"}
 loop = replace(build(looping, {"a_ptr": "*fp32:16", "num_turns": "i32"}, 128, SIDE=512), columns=512)
 case, target = sys.argv[1:]
 build = {

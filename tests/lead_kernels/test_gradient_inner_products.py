@@ -1,4 +1,4 @@
-"""Signatures and exact inner products, in both forms, against the per-sample gradients that autograd finds, in float64."""
+"""Signatures and exact inner products, in both forms, against autograd's per-sample gradients in float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def bf16_products_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter keeps bf16 as 16-bit integers and multiplies them as such; with fp32 copies its products are the hardware's."""
+    """Triton's interpreter multiplies bf16 as 16-bit integers; with fp32 copies its products are the hardware's."""
     if not os.environ.get("TRITON_INTERPRET"):
         return
     from triton.language import bfloat16, float32
@@ -56,7 +56,7 @@ def case() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of a few rows have several pieces, sketches of width 5 several tiles, rows of width 40 several column tiles."""
+    """Samples of several pieces, sketches of width 5 in several tiles, rows of width 40 in several column tiles."""
     cut = segment_module.Tile(rows=8, step=4, columns=16)
     monkeypatch.setattr(signature_module, "tile", lambda width: cut)
     monkeypatch.setattr(segment_module, "tile", lambda width: cut._replace(columns=1) if width == 1 else cut)

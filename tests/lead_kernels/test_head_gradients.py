@@ -1,4 +1,4 @@
-"""Where the head's gradients come from: known weights, gradients that arrive at single rows or samples, adapters, a bound on the rows."""
+"""The head's gradients: known weights, upstream gradients at rows and samples, adapters, a bound on the rows."""
 
 from __future__ import annotations
 
@@ -414,7 +414,7 @@ def test_counted_rows_are_taken_and_put_back(valid: list[bool], spare: int) -> N
 def test_losses_and_gradients_of_any_logits(
     seed: int, rows: int, vocabulary: int, dtype: torch.dtype, shift: float, kernels: bool
 ) -> None:
-    """The row pass alone, on logits of any size: its error is that of fp32 arithmetic, also far from 0; gradients sum to 0."""
+    """The row pass alone, on logits of any size: errors of fp32 arithmetic, also far from 0; gradients sum to 0."""
     g = torch.Generator().manual_seed(seed)
     z = (torch.randn(rows, vocabulary, generator=g, dtype=torch.float64) * 3 + shift).to(dtype)
     targets = torch.randint(0, vocabulary, (rows,), generator=g)

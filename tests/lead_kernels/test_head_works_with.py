@@ -1,4 +1,4 @@
-"""The head inside what people train with: torch.compile, activation checkpointing, autocast, gradient scaling, FSDP2, modules."""
+"""The head inside torch.compile, activation checkpointing, autocast, gradient scaling, FSDP2 and modules."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def _sharded_rank(rank: int, ranks: int, port: int, lora: bool, out: Any) -> Non
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_sharded_over_two_ranks(lora: bool) -> None:
-    """FSDP2 over gloo, bf16 parameters and fp32 reduction: the gradient of both ranks' rows is that of all rows in one process."""
+    """FSDP2 over gloo, bf16 parameters, fp32 reduction: both ranks' gradient is that of all rows in one process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

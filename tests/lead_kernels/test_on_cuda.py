@@ -1,4 +1,4 @@
-"""On a GPU, with every synchronisation an error: the operators give what they give on the CPU, and the head is as exact as unfused PyTorch.
+"""On a GPU, with every synchronisation an error: operators as on the CPU, the head as exact as unfused PyTorch.
 
 Skipped where there is none. Kernels are compiled before synchronisation is forbidden, by a first run.
 """

@@ -1,4 +1,4 @@
-"""Packing: capacity, slots, an exact budget, nobody lost or twice, the same bins however it is cut, and how much is wasted."""
+"""Packing: capacity, slots, an exact budget, no sample lost or repeated, the same bins in parts, little waste."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_promises(form: str, problem: dict[str, Any]) -> None:
 @PER_FORM
 @given(problem=problems(), parts=st.integers(1, 4), width=st.integers(1, 4))
 def test_bins_do_not_depend_on_where_a_round_ends(form: str, problem: dict[str, Any], parts: int, width: int) -> None:
-    """Rounds of `width` bins over what remains, seeing no more than width x slots samples, give the bins of one long round."""
+    """Rounds of `width` bins that see only the next width x slots samples give the bins of one long round."""
     order, lengths, slots = problem["order"], problem["lengths"], problem["slots"]
     count, budget = len(lengths), problem["max_tokens"]
     layout = {"capacity": problem["capacity"], "slots": slots}
@@ -145,7 +145,7 @@ def test_slots_close_a_bin_and_its_look_ahead(form: str) -> None:
 
 
 def test_runs_longer_than_a_window(form: str) -> None:
-    """More samples in a bin than the kernel reads at once, and bins that end inside, at the end of and beyond a window."""
+    """Bins of more samples than the kernel reads at once, which end inside, at the end of and beyond a window."""
     lengths = torch.tensor([1] * (3 * LOOK_AHEAD) + [2] * 70)
     for capacity in (LOOK_AHEAD - 1, LOOK_AHEAD, 2 * LOOK_AHEAD, 2 * LOOK_AHEAD + 1):
         problem = {
@@ -178,7 +178,7 @@ def test_refusals(form: str) -> None:
 
 @pytest.mark.parametrize(("mean", "longest", "most"), [(135, 512, 0.004), (380, 2048, 0.005)])
 def test_waste_is_small(mean: float, longest: int, most: float) -> None:
-    """At 4096 places; next-fit would leave E[n^2] / (2 E[n] capacity) of them empty, 3.4 and 9.3 % for these lengths."""
+    """At 4096 places; next-fit would leave E[n^2] / (2 E[n] capacity) empty: 3.4 and 9.3 % for these lengths."""
     lengths, capacity = drawn(mean, longest, 20_000), 4096
     plan = pack_plan(torch.arange(20_000), lengths, num_bins=400, capacity=capacity, slots=128)
     next_fit = float((lengths.double() ** 2).mean() / lengths.double().mean() / 2 / capacity)

@@ -1,4 +1,4 @@
-"""The operators one after another, through their kernels in Triton's interpreter: what the host gives, without a read of the device."""
+"""A round through the interpreted kernels gives what the host form gives, without a read of the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over segments in both forms: the reference, empty segments, rows outside, precision, determinism, tracing, refusals."""
+"""Sums over segments in both forms: reference, empty segments, rows outside, precision, determinism, errors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The order of the fine stage: proportional prefixes, the highest utility first, ties, dummies, weights instead of sizes; the radix select
-and what it rests on."""
+"""The order of the fine stage: proportional prefixes, the highest utility first, ties, dummies, weights instead of
+sizes; the radix select and what it rests on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ property_test = settings(max_examples=30, deadline=None, suppress_health_check=[
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pools then have several programs, each of two blocks, which share three histograms; these are added up two at a time."""
+    """Small pools then have several programs of two blocks, with three histograms that are added up two at a time."""
 
     def launch(num_samples: int, num_tasks: int) -> Any:
         block = 8 if num_samples < 100 else 256
@@ -93,8 +93,8 @@ def test_agrees_with_reference_by_weight_and_offset(
 
 
 def test_with_drawn_offsets_a_small_task_gets_what_it_is_due(form: str) -> None:
-    """Of 8 places a task with 1/32 of the weight is due a quarter of a sample: none in every round by halves, one in a quarter of them by
-    offsets; and offsets of a half are the halves."""
+    """Of 8 places a task with 1/32 of the weight is due a quarter of a sample: none in every round by halves, one in a
+    quarter of them by offsets; and offsets of a half are the halves."""
     g = torch.Generator().manual_seed(0)
     utility, task = torch.rand(64, generator=g), (torch.arange(64) < 2).long()
     every, weight = torch.ones(64, dtype=torch.bool), torch.tensor([31, 1])
@@ -187,7 +187,7 @@ def test_ties_go_by_task_and_then_by_id(form: str) -> None:
 
 
 def test_equal_weights_take_turns_and_the_others_fill_up(form: str) -> None:
-    """Tasks of 1, 3 and 6 samples: a place each until one runs out; of weight 0, 1 and 2: none, and two of the third for one."""
+    """Tasks of 1, 3 and 6 samples: a place each until one runs out; weights 0, 1 and 2: none, then two for one."""
     task, every = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2, 2, 2]), torch.ones(10, dtype=torch.bool)
     utility = torch.arange(10.0).flip(0)
     for k in (1, 2, 6, 9, 12):
@@ -327,7 +327,7 @@ def water_level(sizes: list[int], weights: list[int], volume: Fraction) -> Fract
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), tasks=st.integers(1, 6))
 def test_a_weighted_quota_is_exact_up_to_the_largest_pools(data: st.DataObject, tasks: int) -> None:
-    """Pools of up to 2^30 samples, weights of up to 2^28, tasks that run out at almost the same level: no product overflows."""
+    """Pools of up to 2^30 samples, weights up to 2^28, tasks that run out at almost one level: no product overflows."""
     sizes = data.draw(
         st.lists(st.one_of(st.integers(0, 2**30 // tasks), st.integers(0, 9)), min_size=tasks, max_size=tasks)
     )
@@ -345,7 +345,7 @@ def test_a_weighted_quota_is_exact_up_to_the_largest_pools(data: st.DataObject, 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), below=st.integers(1, 2**29), other=st.integers(1, 2**29))
 def test_quotients_are_sorted_exactly(data: st.DataObject, below: int, other: int) -> None:
-    """Quotients next to each other, of 31 bits before the point and differences of 2^-58; equal ones keep their order."""
+    """Neighbouring quotients of 31 bits before the point and differences of 2^-58; equal ones keep their order."""
     above = data.draw(st.one_of(st.integers(0, 2**31), st.integers(0, 2 * below)))
     near = above * other // below
     rivals = [(max(near + step, 0), other) for step in (-1, 0, 1, 2)]
