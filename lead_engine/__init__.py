@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lead_engine.api import RoundReport, Session, evaluate, prepare_pool, train
+    from lead_engine.base.errors import UserError
     from lead_engine.config import (
         BatchConfig,
         EvalConfig,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         SelectionConfig,
         TrainConfig,
     )
-    from lead_engine.errors import UserError
     from lead_engine.pool.state import PoolState
     from lead_engine.pool.store import TokenStore
     from lead_engine.selection.loss_change import LossChange, make_loss_change
@@ -73,7 +73,7 @@ _HOMES = {
         "SelectionConfig",
         "TrainConfig",
     ),
-    "lead_engine.errors": ("UserError",),
+    "lead_engine.base.errors": ("UserError",),
     "lead_engine.pool.state": ("PoolState",),
     "lead_engine.pool.store": ("TokenStore",),
     "lead_engine.selection.loss_change": ("LossChange", "make_loss_change"),

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import EvalConfig, PrepareConfig, TrainConfig
-from lead_engine.errors import UserError
-from lead_engine.options import argument, as_config
+from lead_engine.config.options import argument, as_config
 
 if TYPE_CHECKING:
     from lead_engine.model.packed import PackedLM

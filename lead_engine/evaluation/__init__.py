@@ -1,1 +1,1 @@
-"""Held-out evaluation of a model, and comparison of selection methods with paired confidence intervals."""
+"""One trained model: held-out loss, generated answers and exact match, public benchmarks by lm-eval."""

@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lead_engine import console, fingerprint
+from lead_engine.base import console, fingerprint
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_text
 from lead_engine.config import EvalConfig
-from lead_engine.errors import UserError
 from lead_engine.evaluation.exact_match import compare, summarise
 from lead_engine.evaluation.generate import Question, choose_questions, generate_answers
 from lead_engine.evaluation.origin import evaluation_parts
 from lead_engine.evaluation.outputs import ANSWERS, RESULT, SAMPLES, comparable_options
-from lead_engine.files import write_text
 from lead_engine.model.find import find_model
 from lead_engine.model.load import load_for_inference, load_hf
 from lead_engine.model.packed import PackedLM

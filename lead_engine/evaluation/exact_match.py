@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import NamedTuple
 
-from lead_engine.evaluation.stats import wilson_interval
+from lead_engine.base.statistics import wilson_interval
 
 HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 ANSWER_IS = re.compile(r"\bthe answer is:?[ \t]*(\S[^\n]*?)(?=\.?[ \t]*(?:\n|$)|\.\s)", re.IGNORECASE)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lead_engine import console
+from lead_engine.base import console
 from lead_engine.pool.end_of_turn import stop_tokens
 from lead_engine.pool.records import Record
 from lead_engine.pool.rendering import Renderer

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lead_engine import console
+from lead_engine.base import console
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_text
 from lead_engine.config import HarnessConfig
-from lead_engine.errors import UserError
-from lead_engine.files import write_text
 from lead_engine.model.find import find_model
 from lead_engine.model.identity import check_base
 from lead_engine.model.load import load_hf, load_tokenizer

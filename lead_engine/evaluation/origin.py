@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lead_engine import fingerprint
+from lead_engine.base import fingerprint
+from lead_engine.base.files import read_json
+from lead_engine.base.fingerprint import Parts
 from lead_engine.config import EvalConfig
 from lead_engine.evaluation.outputs import RESULT, comparable_options
-from lead_engine.files import read_json
-from lead_engine.fingerprint import Parts
 from lead_engine.model.find import find_model
 from lead_engine.model.identity import model_parts
 from lead_engine.model.load import load_tokenizer

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json
 from lead_engine.config import EvalConfig, to_dict
-from lead_engine.errors import UserError
-from lead_engine.files import read_json
 
 RESULT = "eval.json"
 """Losses and shares; written last."""

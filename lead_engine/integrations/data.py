@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from lead_engine.console import warn
-from lead_engine.errors import UserError
+from lead_engine.base.console import warn
+from lead_engine.base.errors import UserError
 from lead_engine.integrations.head import base_of
 from lead_engine.integrations.measure import check_against_pool, check_learnable, complaints, measure, measure_store
 from lead_engine.integrations.rows import check_batch, locate

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_kernels import HeadLoss, linear_cross_entropy
 
 CHECKED_ROWS = 64

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
-from lead_engine.console import say
+from lead_engine.base.console import say
 
 if TYPE_CHECKING:
     from lead_engine.integrations.trainer import _WithLead

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.integrations.rows import Collator, one_sample
 from lead_engine.pool.store import TokenStore
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 
 def refuse_arguments(args: Any) -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
-from lead_engine.errors import UserError
-from lead_engine.files import write_bytes, write_text
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_bytes, write_text
 from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.replicas import check_replicas, gather_statistics
 from lead_engine.selection.selector import Plan, Selector

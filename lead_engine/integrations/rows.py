@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 

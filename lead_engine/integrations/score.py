@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.integrations.head import HeadCall
 from lead_engine.integrations.rows import locate
 from lead_engine.pool.state import PoolState

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lead_engine import reads
-from lead_engine.bounds import Seed
-from lead_engine.config import Budget, Method, SelectionConfig
-from lead_engine.errors import UserError
-from lead_engine.options import argument
+from lead_engine.base.errors import UserError
+from lead_engine.config import Budget, Method, SelectionConfig, reads
+from lead_engine.config.bounds import Seed
+from lead_engine.config.options import argument
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.methods import METHODS

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lead_engine import fingerprint
+from lead_engine.base import fingerprint
 from lead_engine.pool.identity import tokenizer_parts
 
 CORE = ("merges", "model", "normalizer", "pre-tokenizer")

@@ -26,8 +26,8 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import to_dict
-from lead_engine.errors import UserError
 from lead_engine.integrations.data import ID, WithRows, is_arrow
 from lead_engine.integrations.head import HeadCall, base_of, check, install
 from lead_engine.integrations.loop import AroundTheStep, PlannedBatches, along_gradient, announce

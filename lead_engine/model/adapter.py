@@ -19,8 +19,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig
-from lead_engine.errors import UserError
 from lead_engine.model import adapter_config, dora
 from lead_engine.model.adapter_checks import at, check_head, check_layers, check_saved
 from lead_engine.model.find import ADAPTER_CONFIG

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.model import dora
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import peft
 from peft import LoraConfig as PeftLoraConfig
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.model.find import ADAPTER_CONFIG, find_model, hub_name
 
 INSTEAD = "merge it into its base with peft (merge_and_unload), if peft can, and give the merged model"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 DENSE = (
     "llama",

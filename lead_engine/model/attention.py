@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import Attention
-from lead_engine.errors import UserError
 from lead_engine.model.segment_attention import segment_attention, traceable_segment_attention
 from lead_engine.model.softcap import capped_attention, flex_capped_attention, packed_blocks
 

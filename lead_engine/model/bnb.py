@@ -6,7 +6,7 @@ import importlib
 import logging
 from types import ModuleType
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 
 def bitsandbytes_functional(flag: str) -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lead_engine import fingerprint
-from lead_engine.console import say
-from lead_engine.errors import UserError
-from lead_engine.fingerprint import Parts
+from lead_engine.base import fingerprint
+from lead_engine.base.console import say
+from lead_engine.base.errors import UserError
+from lead_engine.base.fingerprint import Parts
 from lead_engine.model import adapter
 from lead_engine.model.load import weights_folder
 from lead_engine.model.stored import Checkpoint

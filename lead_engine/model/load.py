@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lead_engine.base.console import say
+from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig, RuntimeConfig
-from lead_engine.console import say
-from lead_engine.errors import UserError
 from lead_engine.model import adapter, architectures, nf4, weights
 from lead_engine.model.adapter_config import find_base, read_config
 from lead_engine.model.attention import NAME, choose_attention

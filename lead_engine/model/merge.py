@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 
-from lead_engine import fingerprint
+from lead_engine.base import fingerprint
+from lead_engine.base.console import say
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import publish
 from lead_engine.config import MergeConfig
-from lead_engine.console import say
-from lead_engine.errors import UserError
-from lead_engine.files import publish
 from lead_engine.model import adapter, nf4
 from lead_engine.model.adapter_config import find_base
 from lead_engine.model.find import find_model

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.model.bnb import bitsandbytes_functional
 from lead_engine.model.shards import local_part, whole
 

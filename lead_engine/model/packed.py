@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.model import adapter
 from lead_engine.model.attention import Packing
 from lead_engine.model.stored import Layout

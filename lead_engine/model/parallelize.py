@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.recompute import recompute
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import Precision
-from lead_engine.errors import UserError
 
 
 def cpu_multiplies_bf16() -> bool:

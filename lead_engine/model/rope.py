@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 
 def settle_rope(decoder: nn.Module, max_length: int) -> None:

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lead_engine import fingerprint
-from lead_engine.errors import UserError
-from lead_engine.files import publish
-from lead_engine.fingerprint import Parts
+from lead_engine.base import fingerprint
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import publish
+from lead_engine.base.fingerprint import Parts
 from lead_engine.model import adapter, nf4, weights
 from lead_engine.model.adapter_config import name_base
 from lead_engine.model.packed import PackedLM

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from lead_engine.base.console import Bar, progress
 from lead_engine.config import BatchConfig
-from lead_engine.console import Bar, progress
 from lead_engine.model.packed import PackedLM, mean_hidden
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.store import TokenStore

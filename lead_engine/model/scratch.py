@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lead_engine.errors import UserError
-from lead_engine.files import publish
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import publish
 from lead_engine.pool.tokenizer import TEXT_END
 
 PREFIX = "scratch:"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 
 def rows_of(config: Any) -> int:

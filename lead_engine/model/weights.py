@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lead_engine.console import warn
-from lead_engine.errors import UserError
+from lead_engine.base.console import warn
+from lead_engine.base.errors import UserError
 from lead_engine.model import adapter, dora, nf4
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.shards import local_part, whole

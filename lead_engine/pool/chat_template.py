@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 BOS = "{{- bos_token ~ '' }}"
 """Goes before a template; spelled as no template spells it."""

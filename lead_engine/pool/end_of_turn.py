@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lead_engine.console import warn
-from lead_engine.errors import UserError
-from lead_engine.files import read_json, write_text
+from lead_engine.base.console import warn
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json, write_text
 from lead_engine.pool.records import Message, Record
 from lead_engine.pool.rendering import Misfit, Renderer
 

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_text
 from lead_engine.config import Placement
-from lead_engine.errors import UserError
-from lead_engine.files import write_text
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Record, read_records
 from lead_engine.pool.store import TokenStore

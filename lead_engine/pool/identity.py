@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lead_engine import fingerprint
-from lead_engine.errors import UserError
-from lead_engine.files import read_json
-from lead_engine.fingerprint import Parts, digest_file
+from lead_engine.base import fingerprint
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json
+from lead_engine.base.fingerprint import Parts, digest_file
 from lead_engine.pool.sources import STDIN, content_path, expand, hub_name
 from lead_engine.pool.store import store_digest
 

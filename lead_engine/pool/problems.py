@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from lead_engine.errors import UserError
-from lead_engine.files import write_text
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_text
 from lead_engine.pool.sources import STDIN, has_lines
 
 UNREAD = "unread_field"

@@ -30,8 +30,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lead_engine.errors import UserError
-from lead_engine.files import write_text
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_text
+from lead_engine.config import MakePoolConfig
 from lead_engine.pool.procedural_tasks import TASKS, Question, example
 from lead_engine.pool.procedural_world import World, biography, make_world
 
@@ -53,6 +54,11 @@ class Item(NamedTuple):
     @property
     def prompt(self) -> tuple[str, str]:
         return self.question.instruction, self.question.input
+
+
+def run(config: MakePoolConfig) -> None:
+    """`lead-engine make-pool`."""
+    make_pool(config.out, samples=config.samples, seed=config.seed)
 
 
 def make_pool(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.fields import parsed
 from lead_engine.pool.forms import MESSAGE_LISTS
 from lead_engine.pool.problems import Problems

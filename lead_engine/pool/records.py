@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lead_engine.bounds import PathText
-from lead_engine.console import warn
-from lead_engine.errors import UserError
-from lead_engine.options import argument
+from lead_engine.base.console import warn
+from lead_engine.base.errors import UserError
+from lead_engine.config.bounds import PathText
+from lead_engine.config.options import argument
 from lead_engine.pool.fields import Bad, identifier, present, text, type_name
 from lead_engine.pool.forms import read_conversation
 from lead_engine.pool.message import Message, Record

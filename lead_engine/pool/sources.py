@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from lead_engine.console import is_main, warn
-from lead_engine.errors import UserError
-from lead_engine.files import read_json
+from lead_engine.base.console import is_main, warn
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json
 
 STDIN = "-"
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv")

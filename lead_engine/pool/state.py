@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lead_engine.errors import UserError
-from lead_engine.files import write_bytes, write_text
-from lead_engine.options import argument
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_bytes, write_text
+from lead_engine.config.options import argument
 
 VERSION = 2
 DTYPES = {

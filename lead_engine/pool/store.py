@@ -28,9 +28,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import Placement
-from lead_engine.errors import UserError
-from lead_engine.options import argument, device_argument
+from lead_engine.config.options import argument, device_argument
 from lead_engine.pool.prefetch import HostPool, Prefetcher
 from lead_kernels import PackedBatch, gather_batch
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.chat_template import check_tokenizer
 from lead_engine.pool.problems import Problems, place
 from lead_engine.pool.records import Record

@@ -7,7 +7,7 @@ import torch
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch import Tensor
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 
 
 def difficulty(with_instruction: Tensor, alone: Tensor) -> Tensor:

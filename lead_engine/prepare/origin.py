@@ -12,12 +12,12 @@ import json
 import shutil
 from typing import Any
 
-from lead_engine import fingerprint
+from lead_engine.base import fingerprint
+from lead_engine.base.console import say, warn
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json, write_text
+from lead_engine.base.fingerprint import Parts
 from lead_engine.config import PrepareConfig, to_dict
-from lead_engine.console import say, warn
-from lead_engine.errors import UserError
-from lead_engine.files import read_json, write_text
-from lead_engine.fingerprint import Parts
 from lead_engine.model.find import find_model
 from lead_engine.model.identity import model_parts
 from lead_engine.model.load import load_tokenizer

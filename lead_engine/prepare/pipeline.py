@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from lead_engine.base.console import say, table
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_text
 from lead_engine.config import BatchConfig, PrepareConfig, TrainConfig
-from lead_engine.console import say, table
-from lead_engine.errors import UserError
-from lead_engine.files import write_text
 from lead_engine.model.find import find_model
 from lead_engine.model.load import build_model, load_tokenizer
 from lead_engine.model.packed import PackedLM

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lead_engine.base.console import progress
+from lead_engine.base.files import publish
 from lead_engine.config import BatchConfig
-from lead_engine.console import progress
-from lead_engine.files import publish
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import score_store
 from lead_engine.pool.store import TokenStore

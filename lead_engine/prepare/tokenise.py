@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from lead_engine.base.console import progress, say, warn
+from lead_engine.base.errors import UserError
 from lead_engine.config import PrepareConfig
-from lead_engine.console import progress, say, warn
-from lead_engine.errors import UserError
 from lead_engine.model.find import find_model
 from lead_engine.model.load import load_config, load_tokenizer, weights_folder
 from lead_engine.model.scratch import is_scratch, make_scratch

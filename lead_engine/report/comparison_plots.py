@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lead_engine.evaluation.contrasts import MEASURES
-from lead_engine.evaluation.stats import Interval, mean_interval
+from lead_engine.base.statistics import Interval, mean_interval
 from lead_engine.report.runs import Collection, Groups, Run
 from lead_engine.report.style import (
     BETTER,
@@ -24,6 +23,7 @@ from lead_engine.report.style import (
     variant_colours,
 )
 from lead_engine.report.training_plots import task_label, task_rows
+from lead_engine.study.contrasts import MEASURES
 
 PANELS_IN_ROW = 3
 TOGETHER = 6

@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lead_engine.evaluation.contrasts import MEASURES
-from lead_engine.evaluation.stats import Interval, paired_interval
+from lead_engine.base.statistics import Interval, paired_interval
 from lead_engine.report.runs import Collection, Run
 from lead_engine.report.style import BETTER, GREY, WORSE, Plot, finish, group_name, new_figure, short
 from lead_engine.report.training_plots import task_rows
+from lead_engine.study.contrasts import MEASURES
 
 ANNOTATED_TASKS = 14
 """Most tasks whose cells in the map hold their number."""

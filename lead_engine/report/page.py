@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from lead_engine.console import format_cell
+from lead_engine.base.console import format_cell
 from lead_engine.report.runs import Collection, Run
 from lead_engine.report.style import Plot
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lead_engine import fingerprint
-from lead_engine.console import warn
-from lead_engine.errors import UserError
+from lead_engine.base import fingerprint
+from lead_engine.base.console import warn
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json, read_lines
+from lead_engine.base.yaml_file import read_yaml
 from lead_engine.evaluation.outputs import RESULT, read_result, read_samples
-from lead_engine.evaluation.results import mean_over_samples
-from lead_engine.evaluation.study import budget_name
-from lead_engine.files import read_json, read_lines
-from lead_engine.yaml_file import read_yaml
+from lead_engine.study.results import mean_over_samples
+from lead_engine.study.runs import budget_name
 
 Array = NDArray[Any]
 UTILITY = ("initial", "final", "visits", "cluster", "task")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import matplotlib
 
-from lead_engine import console
+from lead_engine.base import console
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_bytes, write_text
 from lead_engine.config import ReportConfig
-from lead_engine.errors import UserError
-from lead_engine.files import write_bytes, write_text
 from lead_engine.report import comparison_plots, difference_plots, heldout_curve, selection_plots, training_plots
 from lead_engine.report.page import page
 from lead_engine.report.runs import Collection, Run, read_collection

@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_engine.bounds import Count, Seed
 from lead_engine.config import SelectionConfig
-from lead_engine.options import argument, device_argument
+from lead_engine.config.bounds import Count, Seed
+from lead_engine.config.options import argument, device_argument
 from lead_engine.selection.step_gradient import AllReduce, ExactGradient, SketchGradient
 from lead_kernels import HeadLoss
 

@@ -16,11 +16,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lead_engine.bounds import Count, Seed
+from lead_engine.base.errors import UserError
 from lead_engine.config import Method as MethodName
 from lead_engine.config import SelectionConfig
-from lead_engine.errors import UserError
-from lead_engine.options import Options, argument, device_argument
+from lead_engine.config.bounds import Count, Seed
+from lead_engine.config.options import Options, argument, device_argument
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.counter_rng import mix64
 from lead_engine.selection.methods import METHODS, Scorer

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
-from lead_engine.errors import UserError
 from lead_engine.selection.samples import Samples
 
 KEEP_CELL, KEEP_ALL = 0.95, 0.99

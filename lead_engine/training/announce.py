@@ -6,8 +6,8 @@ import os
 
 import torch
 
+from lead_engine.base.console import table
 from lead_engine.config import TrainConfig
-from lead_engine.console import table
 from lead_engine.model import nf4
 from lead_engine.model.adapter import describe, lora_of
 from lead_engine.model.find import hub_name

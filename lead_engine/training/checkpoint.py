@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from lead_engine.console import warn
-from lead_engine.errors import UserError
-from lead_engine.files import write_text
+from lead_engine.base.console import warn
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import write_text
 from lead_engine.training.checkpoint_files import METADATA, Planner, Reader, Writer, check_file
 from lead_engine.training.distributed import Ranks
 

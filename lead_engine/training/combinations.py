@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import PrepareConfig, TrainConfig
-from lead_engine.errors import UserError
 
 
 @dataclass(frozen=True)

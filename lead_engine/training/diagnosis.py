@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.training.loop import Round, RoundValues
 
 MOST_NAMES = 20

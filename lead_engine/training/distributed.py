@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from lead_engine.console import warn
-from lead_engine.errors import UserError
+from lead_engine.base.console import warn
+from lead_engine.base.errors import UserError
 from lead_engine.training.watchdog import Watchdog, at, here, lost_connection
 
 BEHIND_WATCHDOG = timedelta(seconds=60)

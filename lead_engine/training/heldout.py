@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lead_engine.console import Bar, say, warn
-from lead_engine.files import publish, read_json, write_text
+from lead_engine.base.console import Bar, say, warn
+from lead_engine.base.files import publish, read_json, write_text
 from lead_engine.model.save import save_model
 from lead_engine.model.scoring import score_together, summarise_loss
 from lead_engine.pool.heldout import HeldOutData

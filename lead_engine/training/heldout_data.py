@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lead_engine.base.console import say, warn
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json
+from lead_engine.base.fingerprint import differences
 from lead_engine.config import TrainConfig
-from lead_engine.console import say, warn
-from lead_engine.errors import UserError
-from lead_engine.files import read_json
-from lead_engine.fingerprint import differences
 from lead_engine.pool.heldout import MARKER, HeldOutData, write_heldout
 from lead_engine.pool.identity import source_parts
 from lead_engine.pool.problems import UNREAD

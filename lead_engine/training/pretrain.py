@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from lead_engine.base.console import progress, say, warn
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json, write_text
+from lead_engine.base.fingerprint import Parts, differences, refuse
 from lead_engine.config import PretrainConfig, SelectionConfig, TrainConfig
-from lead_engine.console import progress, say, warn
-from lead_engine.errors import UserError
-from lead_engine.files import read_json, write_text
-from lead_engine.fingerprint import Parts, differences, refuse
 from lead_engine.model.find import find_model
 from lead_engine.model.load import load_tokenizer
 from lead_engine.model.scratch import is_scratch, make_scratch

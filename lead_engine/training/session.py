@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from lead_engine.base.fingerprint import Parts
 from lead_engine.config import TrainConfig
-from lead_engine.fingerprint import Parts
 from lead_engine.model.load import build_model, load_config, weights_folder
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.heldout import HeldOutData

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import torch
 
-from lead_engine.console import say
-from lead_engine.files import write_text
+from lead_engine.base.console import say
+from lead_engine.base.files import write_text
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.heldout import HeldOut

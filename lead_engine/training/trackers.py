@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from lead_engine.base.console import warn
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json, write_text
 from lead_engine.config import TrainConfig, to_dict
-from lead_engine.console import warn
-from lead_engine.errors import UserError
-from lead_engine.files import read_json, write_text
 
 STATE = "trackers.json"
 """In the run folder: {tracker: its run's id}."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lead_engine import fingerprint
+from lead_engine.base import fingerprint
+from lead_engine.base.console import Bar, say, warn
+from lead_engine.base.console import progress as progress_bar
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json
 from lead_engine.config import TrainConfig
-from lead_engine.console import Bar, say, warn
-from lead_engine.console import progress as progress_bar
-from lead_engine.errors import UserError
-from lead_engine.files import read_json
 from lead_engine.model.save import save_model
 from lead_engine.pool.names import SampleNames
 from lead_engine.selection.replicas import check_replicas

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lead_engine import cli
+from lead_engine.base.errors import UserError
+from lead_engine.cli import command_line as cli
 from lead_engine.config import PretrainConfig, StudyConfig, TrainConfig, to_dict
-from lead_engine.errors import UserError
-from lead_engine.yaml_config import from_mapping, parse_yaml_into
+from lead_engine.config.from_yaml import from_mapping, parse_yaml_into
 
 TRAIN = {"pool": "pool", "model": "model", "out": "run"}
 

@@ -147,7 +147,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 
 def test_interrupt_is_one_line() -> None:
     code = (
-        "import sys; from lead_engine import cli\n"
+        "import sys; from lead_engine.cli import command_line as cli\n"
         "def stop(*_): raise KeyboardInterrupt\n"
         "cli.COMMANDS['doctor'] = stop\n"
         "sys.exit(cli.main(['doctor']))"

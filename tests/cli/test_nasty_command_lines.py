@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lead_engine import cli
+from lead_engine.cli import command_line as cli
 from lead_engine.config import TrainConfig
-from lead_engine.convert import field_hints
-from lead_engine.reads import leaves
+from lead_engine.config.convert import field_hints
+from lead_engine.config.reads import leaves
 
 REQUIRED = {
     "make-pool": "--out o",

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lead_engine import config
-from lead_engine.bounds import Bounds
+from lead_engine.base.errors import UserError
 from lead_engine.config import BatchConfig, EvalConfig, OptimizerConfig, PretrainConfig, SelectionConfig, TrainConfig
-from lead_engine.convert import field_hints
-from lead_engine.errors import UserError
-from lead_engine.evaluation.variants import VariantOptions
-from lead_engine.options import Options
+from lead_engine.config.bounds import Bounds
+from lead_engine.config.convert import field_hints
+from lead_engine.config.options import Options
+from lead_engine.study.variants import VariantOptions
 
 SMALLEST: dict[type, dict[str, Any]] = {
     config.TrainConfig: {"pool": "p", "model": "m", "out": "o"},

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lead_engine import cli
+from lead_engine.base.errors import UserError
+from lead_engine.base.yaml_file import read_yaml
+from lead_engine.cli import command_line as cli
 from lead_engine.config import TrainConfig
-from lead_engine.errors import UserError
-from lead_engine.evaluation.variants import read_study
-from lead_engine.yaml_config import parse_yaml_into
-from lead_engine.yaml_file import read_yaml
+from lead_engine.config.from_yaml import parse_yaml_into
+from lead_engine.study.variants import read_study
 
 HEAD = "pool: P\nmodel: BASE\nout: RUN\n"
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import BatchConfig, EvalConfig, RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.evaluation.evaluate import evaluate, run
 from lead_engine.evaluation.generate import batches_by_length, choose_questions, generate_answers
 from lead_engine.evaluation.outputs import read_result, read_samples

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lead_engine.base.errors import UserError
 from lead_engine.cli import main
 from lead_engine.config import HarnessConfig
-from lead_engine.errors import UserError
 from lead_engine.evaluation.harness import _check_code, _leaves, _names, evaluate, load_tasks
 
 QUESTIONS = [

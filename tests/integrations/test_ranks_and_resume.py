@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
-from lead_engine.errors import UserError
 from lead_engine.integrations import lead
 from lead_engine.integrations.rounds import FILE
 from lead_engine.pool.state import PoolState

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.integrations import lead
 from lead_engine.integrations.tokens import check_tokenizer
 from lead_engine.pool.tokenizer import train_tokenizer

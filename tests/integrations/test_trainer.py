@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Trainer
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
-from lead_engine.errors import UserError
 from lead_engine.integrations import lead
 
 # Padded and packed batches add the same numbers in another order: fp32 losses near 5 agree to about 1e-6 at first, and steps carry that on.

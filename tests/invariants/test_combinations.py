@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import (
     RECIPES,
     BatchConfig,
@@ -22,7 +23,6 @@ from lead_engine.config import (
     SelectionConfig,
     TrainConfig,
 )
-from lead_engine.errors import UserError
 from lead_engine.training import combinations, train
 from lead_engine.training.combinations import AXES, check_combination, pairs, refusal, table
 from ranks import free_port

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig, RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model.load import build_model, load_hf, load_tokenizer
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.save import save_model

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig, RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model import adapter
 from lead_engine.model.adapter_config import read_config
 from lead_engine.model.dropout import seed_dropout

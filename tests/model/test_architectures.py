@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import import_utils
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model import architectures
 from lead_engine.model.attention import NAME
 from lead_engine.model.load import build_model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.model.attention import Packing, packed_attention
 from lead_engine.model.softcap import packed_blocks
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import publish
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
-from lead_engine.errors import UserError
-from lead_engine.files import publish
 from lead_engine.model import merge
 from lead_engine.model.adapter_config import find_base
 from lead_engine.model.find import find_model, hub_name

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from forked import in_ranks
+from lead_engine.base.errors import UserError
 from lead_engine.config import RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model import stored
 from lead_engine.model.load import build_model, load_tokenizer
 from lead_engine.model.packed import PackedLM

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model import merge, nf4, weights
 from lead_engine.model.load import build_model, count_parameters, load_hf
 from lead_engine.model.packed import PackedLM

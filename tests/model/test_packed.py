@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model.load import build_model
 from lead_engine.model.packed import PackedLM, mean_hidden
 from lead_engine.pool.store import TokenStore

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig, RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model.load import build_model
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.parallelize import compile_block, move_buffers

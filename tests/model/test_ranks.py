@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from forked import in_ranks
-from lead_engine import cli
+from lead_engine.cli import command_line as cli
 from lead_engine.config import RuntimeConfig
 from lead_engine.model import weights
 from lead_engine.model.load import build_model, load_tokenizer

@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.model import merge, weights
 from lead_engine.model.find import find_model
 from lead_engine.model.load import build_model, load_hf, load_tokenizer

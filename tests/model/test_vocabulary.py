@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import BatchConfig, EvalConfig, PrepareConfig, TrainConfig
-from lead_engine.errors import UserError
 from lead_engine.evaluation.evaluate import evaluate
 from lead_engine.model.vocabulary import check_vocabulary
 from lead_engine.prepare import run as prepare

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool import forms as forms_module
 from lead_engine.pool import sources
 from lead_engine.pool import turns as turns_module

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.procedural import make_pool
 from lead_engine.pool.procedural_tasks import TASKS, UNITS, column_sum
 from lead_engine.pool.procedural_world import make_world

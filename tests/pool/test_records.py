@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Message, iter_records, read_records
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.sources import HubName, expand, has_lines, hub_name, kind
 
 

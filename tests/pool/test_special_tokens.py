@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.chat_template import fold_system, mend_bos, notes, render
 from lead_engine.pool.end_of_turn import ending_notes, stop_tokens, write_stop_tokens
 from lead_engine.pool.problems import Problems

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.state import DTYPES, PoolState
 
 

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool import prefetch
 from lead_engine.pool.store import TokenStore
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.records import read_records
 
 

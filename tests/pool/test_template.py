@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.chat_template import render
 from lead_engine.pool.problems import Problems
 from lead_engine.pool.records import Message, Record

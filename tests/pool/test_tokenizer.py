@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.pool.tokenizer import train_tokenizer
 
 CONVERSATION = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": "Hello"}]

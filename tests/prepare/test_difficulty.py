@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name, tasks_by_topic
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import BatchConfig, PrepareConfig, RuntimeConfig
-from lead_engine.errors import UserError
 from lead_engine.pool.state import PoolState
 from lead_engine.prepare import run as prepare
 

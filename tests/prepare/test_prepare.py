@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import PrepareConfig
-from lead_engine.errors import UserError
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.prepare import run as prepare_here

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig, TrainConfig
-from lead_engine.errors import UserError
 from lead_engine.model.adapter import initialise
 from lead_engine.prepare.difficulty import cluster_by_difficulty, tasks_by_topic
 from lead_engine.selection import counter_rng

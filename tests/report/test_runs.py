@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.report.runs import read_collection, read_run, smooth
 
 

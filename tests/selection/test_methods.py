@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.selection import counter_rng
 from lead_engine.selection.methods.random import SHUFFLE
 from lead_engine.selection.selector import Layout, Selector

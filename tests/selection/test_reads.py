@@ -1,4 +1,4 @@
-"""The table of what is read only with what (lead_engine/reads.py), against what methods and estimators really read."""
+"""The table of what is read only with what (lead_engine/config/reads.py), against what methods and estimators really read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lead_engine import cli
+from lead_engine.base.errors import UserError
+from lead_engine.cli import command_line as cli
 from lead_engine.config import RECIPES, SelectionConfig, TrainConfig
-from lead_engine.errors import UserError
-from lead_engine.reads import SELECTION, TRAIN, leaves, unread, why_unread, without_unread
+from lead_engine.config.reads import SELECTION, TRAIN, leaves, unread, why_unread, without_unread
 from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
 

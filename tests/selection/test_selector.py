@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
-from lead_engine.errors import UserError
 from lead_engine.selection.selector import Layout, Selector
 from lead_kernels import backend
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
-from lead_engine.errors import UserError
 from lead_engine.selection.samples import Samples
 from lead_engine.selection.unseen import KEEP_ALL, KEEP_CELL, CellEstimates
 from lead_kernels import idu_update

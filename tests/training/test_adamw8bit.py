@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import BatchConfig, OptimizerConfig, SelectionConfig, TrainConfig
-from lead_engine.errors import UserError
 from lead_engine.training import adamw8bit
 from lead_engine.training.adamw8bit import AdamW8bit
 from lead_engine.training.distributed import process_group

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.training.checkpoint import MARKER, Checkpoints, Progress
 from lead_engine.training.distributed import Ranks, process_group
 from runs import OPTIONS, assert_same_run, kill_after_checkpoint

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lead_engine.errors import UserError
+from lead_engine.base.errors import UserError
 from lead_engine.training.diagnosis import SkippedSteps
 
 IDS = torch.tensor([[[0, 1, 2], [3, 4, 6]]])  # one step of two micro-batches; 6 is the dummy

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lead_engine.base.console import Bar
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import publish
 from lead_engine.config import (
     BatchConfig,
     EvalConfig,
@@ -21,10 +24,7 @@ from lead_engine.config import (
     SelectionConfig,
     TrainConfig,
 )
-from lead_engine.console import Bar
-from lead_engine.errors import UserError
 from lead_engine.evaluation.evaluate import evaluate
-from lead_engine.files import publish
 from lead_engine.model.load import load_tokenizer
 from lead_engine.pool.heldout import write_heldout
 from lead_engine.training.checkpoint import Checkpoints, Progress

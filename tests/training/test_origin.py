@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from lead_engine import fingerprint
+from lead_engine.base import fingerprint
+from lead_engine.base.errors import UserError
 from lead_engine.config import (
     BatchConfig,
     LoraConfig,
@@ -24,7 +25,6 @@ from lead_engine.config import (
     SelectionConfig,
     TrainConfig,
 )
-from lead_engine.errors import UserError
 from lead_engine.model.merge import run as merge
 from lead_engine.prepare import run as prepare
 from lead_engine.training.pretrain import run as pretrain

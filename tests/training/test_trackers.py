@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import TrainConfig
-from lead_engine.errors import UserError
 from lead_engine.training.run_folder import ROUND_SCALARS, STEP_SCALARS, RunFolder
 from lead_engine.training.trackers import Trackers
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
+from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
-from lead_engine.errors import UserError
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.methods.base import Method, Order
 from lead_engine.selection.samples import Samples

@@ -1,0 +1,27 @@
+"""How samples are packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from lead_engine.config.bounds import Bounds
+from lead_engine.config.options import Options
+
+
+@dataclass(frozen=True)
+class BatchConfig(Options):
+    """How samples are packed. An optimizer step is `micro_batches` x `capacity` token places, however many ranks share it."""
+
+    flags: ClassVar[str] = "--batch."
+
+    capacity: Annotated[int, Bounds(ge=16, le=2**24)] = 4096
+    """Token places in one packed micro-batch; also the longest sample that can be trained."""
+    micro_batches: Annotated[int, Bounds(ge=1, le=2**16)] = 1
+    """Micro-batches in one optimizer step, over all ranks; a multiple of the number of ranks."""
+    slots: Annotated[int, Bounds(ge=0, le=2**20, zero="automatic")] = 0
+    """Most samples in one micro-batch; 0 means capacity / 32."""
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots or max(1, self.capacity // 32)

@@ -1,0 +1,220 @@
+"""A study as a list of runs: what each is called, where it lies, and which command lines make it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lead_engine.base import fingerprint
+from lead_engine.base.errors import UserError
+from lead_engine.base.files import read_json
+from lead_engine.base.fingerprint import Parts
+from lead_engine.config import EvalConfig, Method, StudyConfig, TrainConfig, to_dict
+from lead_engine.config.reads import TRAIN, without_unread
+from lead_engine.pool.identity import own_model
+from lead_engine.study.variants import Study, Variant
+from lead_engine.training.origin import base_folder, base_tokenizer, check_same, match_parts, run_parts
+from lead_engine.training.run_folder import changed_options
+
+COMPLETE = "summary.json"
+"""What `train` writes last."""
+WHERE_IT_RUNS = ("out", "resume", "runtime", "checkpoint_every", "keep_checkpoints")
+"""Options of `train` that leave the result what it is."""
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One training run of a study. `budget` is a share of the pool's tokens; None for `full`, which takes all of it."""
+
+    variant: str
+    method: Method
+    budget: float | None
+    seed: int
+    folder: Path
+    train: TrainConfig
+    evaluate: EvalConfig
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def after(self) -> str | None:
+        """Name of the run that has to be complete before this one starts: the one that it imitates."""
+        match = self.train.selection.match
+        return None if match is None else match.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(self.name + ".log")
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder.with_name(self.name + ".yaml")
+
+    @property
+    def trained(self) -> bool:
+        return (self.folder / COMPLETE).exists()
+
+    @property
+    def started(self) -> bool:
+        return (self.folder / "config.yaml").exists()
+
+
+def plan_runs(study: Study, out: Path) -> list[StudyRun]:
+    """Every run of the study; all variants of one seed stand together, so that pairs are complete early.
+
+    Raises UserError where two runs would share a folder, and for a pool that is none.
+    """
+    seeds = dict.fromkeys(
+        [*study.options.seeds, *(seed for variant in study.variants for seed in variant.options.seeds)]
+    )
+    runs = [
+        _make_run(study.options, out, variant, budget, seed)
+        for seed in seeds
+        for variant in study.variants
+        if seed in variant.options.seeds
+        for budget in variant.budgets
+    ]
+    names = [run.name for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"methods, budgets: {', '.join(twice)} would be run twice; name every method and budget once")
+    for pool in {run.train.pool for run in runs}:
+        pool_max_length(pool)
+    return runs
+
+
+def budget_name(budget: float | None, epochs: int = 1) -> str:
+    """0.025 -> "2.5pct"; `full`'s None -> "100pct" for each epoch."""
+    return f"{100 * (epochs if budget is None else budget):g}pct"
+
+
+def run_folder(out: Path, variant: str, budget: float | None, epochs: int, seed: int) -> Path:
+    """Where a run of the study lies."""
+    return out / "runs" / f"{variant}-{budget_name(budget, epochs)}-s{seed}"
+
+
+def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | None, seed: int) -> StudyRun:
+    options = without_unread(variant.options, TRAIN, variant.options.default_of)  # the study's own, which others read
+    folder = run_folder(out, variant.name, budget, options.epochs, seed)
+    selection = options.selection
+    if options.match is not None:
+        selection = replace(selection, match=run_folder(out, options.match, budget, options.epochs, seed))
+    train = TrainConfig(
+        pool=options.pool,
+        model=study.model,
+        out=folder,
+        method=options.method,
+        recipe=options.recipe,
+        **({"epochs": options.epochs} if budget is None else {"budget": budget}),
+        seed=seed,
+        batch=options.batch,
+        selection=selection,
+        optimizer=options.optimizer,
+        lora=options.lora,
+        runtime=options.runtime,
+    )
+    return StudyRun(
+        variant.name, options.method, budget, seed, folder, train, eval_config(study, str(folder), folder / "eval")
+    )
+
+
+def eval_config(study: StudyConfig, model: str, out: Path) -> EvalConfig:
+    """How every model of the study is evaluated: at the length that its pool was prepared with."""
+    return EvalConfig(
+        model=model,
+        data=study.heldout,
+        out=out,
+        generate=study.generate,
+        max_length=pool_max_length(study.pool),
+        batch=study.batch,
+        runtime=study.runtime,
+    )
+
+
+def base_config(study: StudyConfig, out: Path) -> EvalConfig | None:
+    """Evaluation of the untrained base; None for a scratch model that only the runs themselves make."""
+    model = study.model
+    if model.startswith("scratch:"):
+        if not own_model(study.pool, model):
+            return None
+        model = str(study.pool / "model")
+    return eval_config(study, model, out / "base")
+
+
+def pool_max_length(pool: Path) -> int:
+    """--max-length that the pool was prepared with. UserError if the folder is no prepared pool."""
+    options = pool / "prepare.json"
+    if not (pool / "summary.json").exists() or not options.exists():
+        raise UserError(f"pool {pool}: not a prepared pool; make one with `lead-engine prepare --out {pool}`")
+    length = read_json(options).get("max_length")
+    if not isinstance(length, int):
+        raise UserError(f"{options}: no max_length in it; prepare the pool again")
+    return length
+
+
+# --- what is there already ---
+
+
+def check_unchanged(runs: Sequence[StudyRun]) -> None:
+    """UserError if a run's folder holds a run of other options, or from another pool or base: the comparison would mix
+    two studies.
+    """
+    known: dict[tuple[Path, Path], Parts] = {}
+    for run in runs:
+        if not run.started:
+            continue
+        path, way_out = run.folder / "config.yaml", "give another --out, or delete the run's folder"
+        for key, before, now in changed_options(path, run.train, WHERE_IT_RUNS):
+            raise UserError(f"{path}: this run was made with {key} = {before}, the study now says {now}; {way_out}")
+        base = base_folder(run.train)
+        if not base.is_dir():  # a scratch model of the run's own, deleted since
+            continue
+        if (run.train.pool, base) not in known:
+            known[run.train.pool, base] = run_parts(run.train, base, base_tokenizer(run.train, base))
+        parts = {**known[run.train.pool, base], **match_parts(run.train, known[run.train.pool, base]["pool"])}
+        what = str(run.folder)
+        check_same(fingerprint.read(run.folder), parts, run.train.pool, what, way_out[:1].upper() + way_out[1:])
+
+
+# --- command lines ---
+
+
+def train_command(run: StudyRun, ranks: int) -> list[str]:
+    """The command line that trains the run, or goes on with what is half done; its options are in `run.config_file`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    resume = ["--resume"] if run.started else []
+    return [sys.executable, *launcher, "-m", "lead_engine", "train", "--config", str(run.config_file), *resume]
+
+
+def config_text(config: TrainConfig) -> str:
+    """The YAML for `train --config`."""
+    values = to_dict(config)
+    del values["resume"]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def eval_command(config: EvalConfig) -> list[str]:
+    """The command line of an evaluation."""
+    assert config.out is not None
+    flags: dict[str, Any] = {
+        "--out": config.out,
+        "--generate": config.generate,
+        **({"--max-new-tokens": config.max_new_tokens} if config.generate else {}),
+        "--max-length": config.max_length,
+        "--batch.capacity": config.batch.capacity,
+        "--batch.micro-batches": config.batch.micro_batches,
+        "--batch.slots": config.batch.slots,
+        "--runtime.precision": config.runtime.precision,
+        "--runtime.attention": config.runtime.attention,
+        "--runtime.placement": config.runtime.placement,
+        "--runtime.head-chunk-mib": config.runtime.head_chunk_mib,
+    }
+    words = [str(word) for flag, value in flags.items() for word in (flag, value)]
+    return [sys.executable, "-m", "lead_engine", "eval", "--model", config.model, "--data", *config.data, *words]
