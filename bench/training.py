@@ -131,6 +131,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders alone, by their rows' names")
     parser.add_argument("--turns", type=int, help="instead of the usual number")
+    parser.add_argument("--steps", type=int, help="of Trainer and SFTTrainer in a turn, instead of the usual number")
+    parser.add_argument("--round-steps", type=int, help="of the engine's rounds (default 4); it trains two in a turn")
     parser.add_argument("--capacity", type=int, help="tokens in a micro-batch; default 4096, with --gpu 8192")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--trace", type=Path, help="with --gpu: where the profiler's trace of two rounds goes")
@@ -151,7 +153,9 @@ def chosen(flags: argparse.Namespace) -> list[Setting]:
     models = [str(flags.model)] if flags.model else flags.models
     if models:
         settings = [replace(settings[0], model=model) for model in models]
-    changes = {name: getattr(flags, name) for name in ("turns", "capacity") if getattr(flags, name)}
+    changes = {
+        name: getattr(flags, name) for name in ("turns", "steps", "round_steps", "capacity") if getattr(flags, name)
+    }
     return [replace(setting, **changes) for setting in settings]
 
 

@@ -2,15 +2,20 @@
 #
 #   LEAD_ENGINE_VENV   where the environment lies (default: .venv in the repository's root)
 #   PYTHON             the interpreter that a new environment is made with (default: python3; 3.11 or newer)
+#   LEAD_ENGINE_CONSTRAINTS   a file of versions in place of constraints.txt, from the repository's root. The oldest:
+#       LEAD_ENGINE_CONSTRAINTS=constraints-oldest.txt LEAD_ENGINE_VENV=.venv-oldest PYTHON=python3.12 scripts/test.sh
 #
-# The versions are those of constraints.txt. A torch that the environment already has is kept, whatever its build (CPU, CUDA,
-# ROCm). A new environment gets the build that pip's configuration offers; on a machine without a GPU,
+# The versions are those of constraints.txt, but a torch that the environment already has is kept, whatever its version
+# and build (CPU, CUDA, ROCm); with LEAD_ENGINE_CONSTRAINTS they are those of the file, torch's too. A new environment
+# gets the build that pip's configuration offers; on a machine without a GPU,
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu scripts/quickstart.sh
 # spares the download of the CUDA libraries.
 
 LEAD_ENGINE_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 LEAD_ENGINE_VENV="${LEAD_ENGINE_VENV:-$LEAD_ENGINE_ROOT/.venv}"
 export LEAD_ENGINE_ROOT LEAD_ENGINE_VENV
+_lead_engine_pins="${LEAD_ENGINE_CONSTRAINTS:-constraints.txt}"
+[ "${_lead_engine_pins#/}" != "$_lead_engine_pins" ] || _lead_engine_pins="$LEAD_ENGINE_ROOT/$_lead_engine_pins"
 
 _lead_engine_fail() {
     echo "error: $*" >&2
@@ -29,17 +34,21 @@ _lead_engine_make_venv() {
 
 # What the installed state depends on. Different when a dependency, a pin, the interpreter or the checkout's place changes.
 _lead_engine_state() {
-    "$LEAD_ENGINE_VENV/bin/python" - "$LEAD_ENGINE_ROOT" <<'PYTHON'
+    "$LEAD_ENGINE_VENV/bin/python" - "$LEAD_ENGINE_ROOT" "$_lead_engine_pins" <<'PYTHON'
 import hashlib, pathlib, sys
-root = pathlib.Path(sys.argv[1])
-parts = [str(root).encode(), sys.version.encode(), *((root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))]
+root, pins = map(pathlib.Path, sys.argv[1:])
+parts = [str(root).encode(), sys.version.encode(), (root / "pyproject.toml").read_bytes(), pins.read_bytes()]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PYTHON
 }
 
-# constraints.txt, with torch and triton as they are installed, if torch is.
+# The file of versions; constraints.txt with torch and triton as they are installed, if torch is.
 _lead_engine_constraints() {
-    "$LEAD_ENGINE_VENV/bin/python" - "$LEAD_ENGINE_ROOT/constraints.txt" <<'PYTHON'
+    if [ -n "${LEAD_ENGINE_CONSTRAINTS:-}" ]; then
+        cat "$_lead_engine_pins"
+        return
+    fi
+    "$LEAD_ENGINE_VENV/bin/python" - "$_lead_engine_pins" <<'PYTHON'
 import importlib.metadata, pathlib, re, sys
 kept = {}
 for name in ("torch", "triton"):
@@ -74,5 +83,9 @@ _lead_engine_install() {
     echo "$state" >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
 
+[ -r "$_lead_engine_pins" ] || {
+    _lead_engine_fail "LEAD_ENGINE_CONSTRAINTS=$LEAD_ENGINE_CONSTRAINTS: no such file in $LEAD_ENGINE_ROOT"
+    return 1 2>/dev/null || exit 1
+}
 _lead_engine_install || { return 1 2>/dev/null || exit 1; }
 export PATH="$LEAD_ENGINE_VENV/bin:$PATH"

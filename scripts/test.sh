@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite in the repository's environment. Arguments go to pytest: scripts/test.sh tests/cli -k help
+# With the oldest versions that pyproject.toml claims (minutes to install, once):
+#   LEAD_ENGINE_CONSTRAINTS=constraints-oldest.txt LEAD_ENGINE_VENV=.venv-oldest PYTHON=python3.12 scripts/test.sh
 #
 #   LEAD_ENGINE_TEST_WORKERS   tests at a time (default: one a core); 0 runs them in one process
 set -euo pipefail
