@@ -15,8 +15,8 @@ vector registers, and bytes of scratch memory.
 
 Instructions an element ("instr"): those of a kernel's innermost loops on an NVIDIA GPU, disassembled, over the elements
 that a thread takes in one turn of them; for kernels that state how many these are. A warp's scheduler issues one
-instruction a clock: this says whether a kernel waits for memory. A loop that ptxas unrolled counts every copy. For
-sm_90, aligned, there may be a limit.
+instruction a clock: this says whether a kernel waits for memory. Where ptxas unrolled a loop, its elements are those of
+all copies; it is the loop's counter that tells how many. For sm_90, aligned, there may be a limit.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _compile(build: KernelBuild, target: Target, aligned: bool) -> Usage:
     instructions = None
     if build.columns and target.backend == "cuda":
         loops = innermost_loops(_disassembled(kernel.asm["cubin"]))
-        instructions = sum(map(len, loops)) * build.threads / build.columns
+        instructions = sum(len(loop) / elements(loop, build.columns, build.threads) for loop in loops)
     tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
     return Usage(registers, spills, stack, kernel.metadata.shared, tensor_memory, matrix, instructions)
 
@@ -194,6 +194,23 @@ def innermost_loops(sass: str) -> list[list[str]]:
     loops = [(first, last) for first, last in jumps if first < last]
     inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
     return [[text for at, text in code if first <= at <= last] for first, last in inner]
+
+
+def elements(loop: list[str], columns: int, threads: int) -> float:
+    """What a thread takes in one turn of a loop that takes `columns` in all, times the copies that ptxas made of it.
+
+    The copies: what the counter goes up by, over `columns`. Of the registers that go up by a multiple of it, the counter
+    is that with the smallest; others are addresses, in bytes. Without a counter these would pass for more copies than
+    there are: so no more are believed than the loop's accesses have room for, 16 bytes each of 2 an element.
+    """
+    steps = [
+        int(found[2], 16)
+        for text in loop
+        if (found := re.search(r"\bU?(?:VI|I)ADD\S* (U?R\d+), (?:U?P\d, )?\1(?:\.reuse)?, (0x[0-9a-f]+)", text))
+    ]
+    copies = min((step // columns for step in steps if step % columns == 0 and step), default=1)
+    accesses = max(sum(kind in text for text in loop) for kind in ("LDG.", "STG."))
+    return columns / threads * max(1, min(copies, 8 * accesses * threads // columns))
 
 
 def _fault(usage: Usage, target: Target, most: float = float("inf")) -> str | None:

@@ -70,6 +70,25 @@ build = {
 sys.exit(aot.report([build], [target]))
 """
 
+COUNT = """
+import os
+
+os.environ.update(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
+from lead_kernels import aot, row_pass
+
+counted = aot.elements
+def elements(loop, columns, threads):
+    found, exponentials = counted(loop, columns, threads), sum("MUFU.EX2" in text for text in loop)
+    if exponentials:  # not in the loop that fills an ignored row with zeros
+        print(found, exponentials)  # the first sweep has up to two more, of its running maximum
+    return found
+
+aot.elements = elements
+for build in row_pass.builds():
+    if build.name in ("row_pass fp32 gradient 4096", "row_pass bf16 gradient 16384"):
+        aot._compile(build, aot.TARGETS["sm_90"], True)
+"""
+
 
 def run(*arguments: str, cwd: Path, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -128,6 +147,37 @@ def test_instructions_an_element_are_counted(tmp_path: Path) -> None:
     report = run("kernels_to_judge.py", "few", "sm_90", cwd=tmp_path)
     assert report.returncode == 0, report.stdout + report.stderr
     assert 2.0 < float(report.stdout.splitlines()[1].split()[10]) < 40.0
+
+
+COPIES = [f"MUFU.EX2 R{i}, R{i}" for i in range(32)]
+LOADS = [f"LDG.E.EF.128 R8, desc[UR8][R30.64+{hex(0x4000 * i)}]" for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("loop", "copies"),
+    [
+        (["UIADD3 UR4, UP0, UR4, 0x1000, URZ", "IADD3 R6, P4, R6, 0x4000, RZ", *LOADS[:2], *COPIES[:8]], 1),
+        (["UIADD3 UR5, UR4, 0x3000, URZ", "UIADD3 UR4, UP0, UR4, 0x4000, URZ", *LOADS, *COPIES], 4),
+        (["VIADD R3, R3, 0x4000", "IADD3 R6, P4, R6.reuse, 0x10000, RZ", *LOADS, *COPIES], 4),
+        (["IADD3 R6, P4, R6, 0x4000, RZ", *LOADS[:1], *COPIES[:8]], 1),  # an address alone, and one load
+        (["IADD3 R6, P4, R6, 0x30, RZ", *LOADS[:2], *COPIES[:8]], 1),
+    ],
+)
+def test_copies_that_ptxas_made_of_a_loop_are_counted(loop: list[str], copies: int) -> None:
+    """4096 columns and 512 threads: 8 elements a copy, each with its exponential."""
+    from lead_kernels.aot import elements
+
+    assert elements(loop, 4096, 512) == 8 * copies == sum("EX2" in text for text in loop)
+
+
+def test_a_sweep_over_logits_has_one_exponential_an_element(tmp_path: Path) -> None:
+    """In real code, where ptxas unrolls some of the loops of fp32 logits fourfold."""
+    (tmp_path / "count.py").write_text(COUNT)
+    found = run("count.py", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    sweeps = [tuple(map(float, line.split())) for line in found.stdout.splitlines()]
+    assert len(sweeps) == 4  # two of each dtype
+    assert all(exponentials - 2 <= elements <= exponentials for elements, exponentials in sweeps)
 
 
 def test_a_stack_frame_is_no_spill(tmp_path: Path) -> None:
