@@ -13,8 +13,8 @@ from lead_kernels.exp3 import draw_arm, exp3_probabilities, exp3_update
 from lead_kernels.gather_batch import PackedBatch, gather_batch
 from lead_kernels.grad_inner_product import grad_inner_product
 from lead_kernels.gradient_signature import gradient_signature
-from lead_kernels.head_chunks import Lora
 from lead_kernels.head_module import LinearCrossEntropy
+from lead_kernels.head_types import Lora
 from lead_kernels.idu_update import idu_update
 from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
 from lead_kernels.pack_plan import PackedPlan, pack_plan, packing_waste

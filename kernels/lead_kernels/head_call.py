@@ -1,45 +1,67 @@
-"""What the operators behind `linear_cross_entropy` take and give: structs of their arguments and results, in order.
+"""What the operators behind `linear_cross_entropy` take and give, as structs.
+
+An operator of `torch.library` takes and returns flat lists. `HeadTensors`, `HeadOptions` and `HeadResult` name their
+entries; `HeadCall.from_flat`, `HeadCall.flat` and `schema` are the only places that rely on the order.
 
 Legend: T rows, H hidden size, V vocabulary, B samples, R rank, q sketch width.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from lead_kernels.head_chunks import HeadWeights, Lora, Wanted, chunk_rows, two_gradients
+from lead_kernels.chunk_size import chunk_rows
+from lead_kernels.head_types import HeadWeights, Lora, PassOptions, RowStatistics, Wanted, two_gradients
 from lead_kernels.products import right_operand
 from lead_kernels.row_loss import RowLoss
 
 
-class HeadCall(NamedTuple):
-    """Arguments of `lead_kernels::head`; `lead_kernels::head_gradient` takes three more."""
+class HeadTensors(NamedTuple):
+    """Tensors of a call. The first five are those at which a gradient may be asked for."""
 
     hidden: Tensor
+    """[T, H]"""
     weight: Tensor
+    """[V, H]"""
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
     targets: Tensor
+    """int64 [T]"""
     class_weight: Tensor | None
     sample_ids: Tensor | None
     cu_seqlens: Tensor | None
     token_weight: Tensor | None
+    """0-d or [T]; None: 1 / counted rows, or 1 / the sum of their class weights."""
     left: Tensor | None
     right: Tensor | None
+    """[H, q] each: the sketch's matrices."""
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
+
+
+class HeadOptions(NamedTuple):
+    """The rest of a call."""
+
     num_samples: int
     want_hidden: bool
     want_weight: bool
     want_bias: bool
     want_lora: bool
+    """Gradients to compute with the loss."""
     want_rows: bool
     want_lse: bool
     want_entropy: bool
     want_predicted: bool
+    """Results per row to return."""
     rows_differentiable: bool
+    """Whether gradients may arrive at token_nll, sample_nll and row_loss too."""
     lora_scale: float
     softcap: float | None
     logit_scale: float
@@ -51,44 +73,74 @@ class HeadCall(NamedTuple):
     logits_dtype: torch.dtype
 
     @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked for, in the order of the gradients."""
-        return self[:5]
-
-    @property
     def wants(self) -> tuple[bool, ...]:
-        """Whether it is, for each of `parameters`."""
+        """Whether a gradient is to be computed, for each of `HeadTensors.parameters`."""
         return self.want_hidden, self.want_weight, self.want_bias, self.want_lora, self.want_lora
 
-    @property
-    def wanted(self) -> Wanted:
-        return Wanted(self.want_hidden, self.want_weight, self.want_bias, self.want_lora, self.left is not None)
+
+class HeadCall(NamedTuple):
+    """Arguments of `lead_kernels::head`."""
+
+    tensors: HeadTensors
+    options: HeadOptions
+
+    @classmethod
+    def from_flat(cls, arguments: Sequence[Any]) -> HeadCall:
+        """The call behind the arguments that an operator has received."""
+        count = len(HeadTensors._fields)
+        return cls(HeadTensors._make(arguments[:count]), HeadOptions._make(arguments[count:]))
+
+    def flat(self) -> tuple[Any, ...]:
+        return (*self.tensors, *self.options)
 
     @property
     def row_loss(self) -> RowLoss:
-        return RowLoss(
-            self.softcap, self.logit_scale, self.label_smoothing, self.z_loss, self.class_weight is not None
-        )  # fmt: skip
+        options = self.options
+        classes = self.tensors.class_weight is not None
+        return RowLoss(options.softcap, options.logit_scale, options.label_smoothing, options.z_loss, classes)
 
     @property
     def most_rows(self) -> int:
-        two, narrows = two_gradients(self.row_loss, self.wanted), self.logits_dtype != self.weight.dtype
-        vocabulary, device = self.weight.shape[0], self.weight.device
-        return chunk_rows(self.chunk_bytes, vocabulary, self.logits_dtype, device, two, narrows)
+        """Of a chunk."""
+        weight, options = self.tensors.weight, self.options
+        two = two_gradients(self.row_loss, self._wanted)
+        narrows = options.logits_dtype != weight.dtype
+        return chunk_rows(options.chunk_bytes, weight.shape[0], options.logits_dtype, weight.device, two, narrows)
+
+    @property
+    def pass_options(self) -> PassOptions:
+        options = self.options
+        return PassOptions(
+            loss=self.row_loss,
+            wanted=self._wanted,
+            statistics=RowStatistics(options.want_lse, options.want_entropy, options.want_predicted),
+            ignore_index=options.ignore_index,
+            most_rows=self.most_rows,
+            full_rows=self.tensors.targets.shape[0],
+            logits_dtype=options.logits_dtype,
+        )
 
     @property
     def head(self) -> HeadWeights:
+        _, weight, bias, a, b = self.tensors.parameters
         lora = None
-        if self.lora_a is not None and self.lora_b is not None:
-            lora = Lora(right_operand(self.lora_a), right_operand(self.lora_b), self.lora_scale)
-        bias = None if self.bias is None else self.bias.contiguous()  # the row pass reads it by address
-        return HeadWeights(right_operand(self.weight), bias, lora)
+        if a is not None and b is not None:
+            lora = Lora(right_operand(a), right_operand(b), self.options.lora_scale)
+        assert weight is not None
+        # The row pass reads the bias by its address.
+        return HeadWeights(right_operand(weight), None if bias is None else bias.contiguous(), lora)
+
+    @property
+    def _wanted(self) -> Wanted:
+        options = self.options
+        signature = self.tensors.left is not None
+        return Wanted(options.want_hidden, options.want_weight, options.want_bias, options.want_lora, signature)
 
 
 class HeadResult(NamedTuple):
     """Results of `lead_kernels::head`; from `signature` on, what was not asked for is empty.
 
-    Gradients are those of the loss but for an upstream factor and what `head_op` leaves for later of the rows' weights.
+    Gradients are those of the loss but for an upstream factor and what `row_weights` leaves for later.
     """
 
     loss: Tensor
@@ -116,28 +168,35 @@ class HeadResult(NamedTuple):
 
     @property
     def gradients(self) -> tuple[Tensor, ...]:
-        return self[7:12]
+        """At `HeadTensors.parameters`."""
+        return self.loss_grad, self.dweight, self.dbias, self.dlora_a, self.dlora_b
 
 
-_TYPES = {
-    "Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "int | None": "SymInt?", "bool": "bool",
-    "float": "float", "float | None": "float?", "torch.dtype": "ScalarType",
-}  # fmt: skip
+class Upstream(NamedTuple):
+    """What `lead_kernels::head_gradient` takes beside a call: weights of what it differentiates, where given."""
+
+    loss_weight: Tensor | None
+    """[T], of the rows' losses."""
+    token_grad: Tensor | None
+    """[T], of their NLLs."""
+    sample_grad: Tensor | None
+    """[B], of the samples' mean NLLs."""
 
 
-def schema(results: int, *more: str) -> str:
-    """The schema of an operator with the fields of `HeadCall`, then optional tensors named `more`, and `results`
-    tensors."""
-    kinds = {name: kind.__forward_arg__ for name, kind in HeadCall.__annotations__.items()}
-    arguments = [f"{_TYPES[kind]} {name}" for name, kind in kinds.items()] + [f"Tensor? {name}" for name in more]
-    return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * results)})"
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    torch.dtype: "ScalarType",
+}
 
 
-def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Operators return tensors only."""
-    return like.new_empty(0) if tensor is None else tensor
-
-
-def tensors(call: HeadCall) -> tuple[Any, ...]:
-    """The fields before the plain numbers."""
-    return call[: call._fields.index("num_samples")]
+def schema(results: int, *structs: type) -> str:
+    """The schema of an operator that takes the fields of `structs`, in order, and returns `results` tensors."""
+    hints = [hint for struct in structs for hint in get_type_hints(struct).items()]
+    arguments = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in hints)
+    return f"({arguments}) -> ({', '.join(['Tensor'] * results)})"

@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from lead_kernels.checks import check_device, check_shape
-from lead_kernels.head_chunks import Lora
+from lead_kernels.head_types import Lora
 from lead_kernels.products import HALVES
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

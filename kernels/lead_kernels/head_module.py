@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lead_kernels.head_chunks import Lora
+from lead_kernels.head_types import Lora
 from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lead_kernels import head_checks as checks
 from lead_kernels.checks import without_autocast
-from lead_kernels.head_call import HeadCall, HeadResult
-from lead_kernels.head_chunks import Lora
-from lead_kernels.head_op import head
+from lead_kernels.head_call import HeadOptions, HeadResult, HeadTensors
+from lead_kernels.head_op import run_head
+from lead_kernels.head_types import Lora
 from lead_kernels.products import wide
 
 Gradients = Literal["auto", "forward", "recompute"]
@@ -46,13 +46,24 @@ class HeadLoss(NamedTuple):
     """fp32, 0-d, with return_predicted: the share of counted rows whose target is predicted; 0 where none counts."""
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None
+) -> tuple[Tensor, Tensor, Tensor | None, Lora | None]:
     """The operands as `torch.nn.Linear` would take them: inside `torch.autocast`, in its dtype."""
-    device = next(x for x in tensors if x is not None).device.type
+    device = hidden.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return list(tensors)
+        return hidden, weight, bias, lora
     dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors]
+
+    def cast(tensor: Tensor) -> Tensor:
+        exempt = tensor.dtype == torch.float64 or not tensor.is_floating_point()  # as autocast itself has it
+        return tensor if exempt else tensor.to(dtype)
+
+    if bias is not None:
+        bias = cast(bias)
+    if lora is not None:
+        lora = Lora(cast(lora.a), cast(lora.b), lora.scale)
+    return cast(hidden), cast(weight), bias, lora
 
 
 def _next_targets(targets: Tensor, sample_ids: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
@@ -60,6 +71,7 @@ def _next_targets(targets: Tensor, sample_ids: Tensor | None, cu_seqlens: Tensor
     if targets.shape[-1] == 0:
         return targets
     moved = torch.nn.functional.pad(targets[..., 1:], (0, 1), value=ignore_index)
+    # The last row of a sample would predict the first of the next.
     if sample_ids is not None:
         inner = sample_ids[..., 1:] == sample_ids[..., :-1]
         moved = torch.where(torch.nn.functional.pad(inner, (0, 1), value=True), moved, ignore_index)
@@ -152,10 +164,9 @@ def linear_cross_entropy(
     device-side assertions, after which the CUDA context is lost. NotImplementedError inside torch.func's grad, vjp,
     jvp and under forward-mode differentiation; RuntimeError at create_graph=True.
     """
-    matrices = () if lora is None else lora[:2]
-    hidden, weight, bias, *adapter = _autocast(hidden, weight, bias, *matrices)  # type: ignore[assignment]
-    lora = None if lora is None else Lora(*adapter, float(lora[2]))  # type: ignore[arg-type]
-    checks.check_transforms(hidden, weight, bias, *adapter)
+    lora = None if lora is None else Lora(lora[0], lora[1], float(lora[2]))  # any sequence of three will do
+    hidden, weight, bias, lora = _autocast(hidden, weight, bias, lora)
+    checks.check_transforms(hidden, weight, bias, *(() if lora is None else (lora.a, lora.b)))
     checks.check_operands(hidden, weight, targets, bias, lora)
     samples = checks.check_samples(sample_ids, cu_seqlens, num_samples, targets)
     left, right = checks.check_signature(signature, hidden, samples)
@@ -176,55 +187,91 @@ def linear_cross_entropy(
     token_weight = checks.check_token_weight(token_weight, targets, wide(hidden.dtype))
     if token_weight is None and reduction == "sum":
         token_weight = torch.ones((), dtype=wide(hidden.dtype), device=targets.device)
-    own = reduction == "none" and (label_smoothing != 0 or z_loss != 0 or class_weight is not None)
 
+    tensors = HeadTensors(
+        # A view costs autograd a step, so that none is taken where it changes nothing.
+        hidden=hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        bias=bias,
+        lora_a=None if lora is None else lora.a,
+        lora_b=None if lora is None else lora.b,
+        targets=targets.reshape(-1),
+        class_weight=class_weight,
+        sample_ids=None if sample_ids is None else sample_ids.reshape(-1),
+        cu_seqlens=cu_seqlens,
+        # With "none", the rows are weighted afterwards.
+        token_weight=None if token_weight is None or reduction == "none" else _by_row(token_weight),
+        left=left,
+        right=right,
+    )
     tracks = torch.is_grad_enabled()
     now = tracks and gradients != "recompute"
-    a, b = (None, None) if lora is None else (lora.a, lora.b)
-    flat_targets = targets.reshape(-1)
-    flat_hidden = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])  # a view costs autograd a step
-    call = HeadCall(
-        hidden=flat_hidden, weight=weight, bias=bias, lora_a=a, lora_b=b, targets=flat_targets,
-        class_weight=class_weight, cu_seqlens=cu_seqlens,
-        sample_ids=None if sample_ids is None else sample_ids.reshape(-1),
-        token_weight=_by_row(None if reduction == "none" else token_weight), left=left, right=right,
-        num_samples=samples, want_hidden=now and hidden.requires_grad, want_weight=now and weight.requires_grad,
+    options = HeadOptions(
+        num_samples=samples,
+        want_hidden=now and hidden.requires_grad,
+        want_weight=now and weight.requires_grad,
         want_bias=now and bias is not None and bias.requires_grad,
         want_lora=now and lora is not None and (lora.a.requires_grad or lora.b.requires_grad),
-        want_rows=own, want_lse=return_lse, want_entropy=return_entropy, want_predicted=return_predicted,
-        rows_differentiable=tracks and gradients != "forward", lora_scale=1.0 if lora is None else lora.scale,
-        softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss,
-        ignore_index=ignore_index, max_rows=max_rows, chunk_bytes=chunk_bytes,
+        want_rows=reduction == "none" and (label_smoothing != 0 or z_loss != 0 or class_weight is not None),
+        want_lse=return_lse,
+        want_entropy=return_entropy,
+        want_predicted=return_predicted,
+        rows_differentiable=tracks and gradients != "forward",
+        lora_scale=1.0 if lora is None else lora.scale,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        ignore_index=ignore_index,
+        max_rows=max_rows,
+        chunk_bytes=chunk_bytes,
         logits_dtype=checks.check_logits_dtype(logits_dtype, hidden.dtype),
-    )  # fmt: skip
+    )
     with without_autocast(hidden.device):
-        found = HeadResult(*head(*call))
-    token_nll, sample_nll, loss = found.token_nll, found.sample_nll, found.loss
+        found = run_head(tensors, options)
+    loss = found.loss
     if reduction == "none":
-        loss = found.row_loss if own else token_nll
-        if token_weight is not None:
-            loss = torch.where(flat_targets != ignore_index, loss * _by_row(token_weight), 0.0)
-        loss = _shaped(loss, shape)
-    if gradients == "forward":
+        rows = found.row_loss if options.want_rows else found.token_nll
+        loss = _shaped(_weighted_rows(rows, token_weight, tensors.targets, ignore_index), shape)
+    return _head_loss(found, loss, tensors, options, shape)
+
+
+def _weighted_rows(rows: Tensor, token_weight: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor:
+    """The rows' losses [T] times their weights; an ignored row's weight may be anything."""
+    if token_weight is None:
+        return rows
+    return torch.where(targets != ignore_index, rows * _by_row(token_weight), 0.0)
+
+
+def _head_loss(
+    found: HeadResult, loss: Tensor, tensors: HeadTensors, options: HeadOptions, shape: torch.Size
+) -> HeadLoss:
+    """What the user gets: rows in the targets' shape, and None for what was not asked for."""
+    token_nll, sample_nll = found.token_nll, found.sample_nll
+    if not options.rows_differentiable:
         token_nll, sample_nll = token_nll.detach(), sample_nll.detach()
     accuracy = None
-    if return_predicted:
-        counted = flat_targets != ignore_index
-        hits = (found.predicted == flat_targets) & counted
+    if options.want_predicted:
+        counted = tensors.targets != options.ignore_index
+        hits = (found.predicted == tensors.targets) & counted
         accuracy = hits.sum() / counted.sum().clamp(min=1)
-    asked = (return_lse, return_entropy, return_predicted)
-    statistics = zip((found.lse, found.entropy, found.predicted), asked, strict=True)
     return HeadLoss(
-        loss, _shaped(token_nll, shape), sample_nll, found.sample_tokens.detach(),
-        None if signature is None else found.signature.detach(),
-        *(_shaped(x.detach(), shape) if asked else None for x, asked in statistics), accuracy,
-    )  # fmt: skip
+        loss=loss,
+        token_nll=_shaped(token_nll, shape),
+        sample_nll=sample_nll,
+        sample_tokens=found.sample_tokens.detach(),
+        signature=None if tensors.left is None else found.signature.detach(),
+        lse=_shaped(found.lse.detach(), shape) if options.want_lse else None,
+        entropy=_shaped(found.entropy.detach(), shape) if options.want_entropy else None,
+        predicted=_shaped(found.predicted.detach(), shape) if options.want_predicted else None,
+        token_accuracy=accuracy,
+    )
 
 
 def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows if rows.shape == shape else rows.reshape(shape)
 
 
-def _by_row(values: Tensor | None) -> Tensor | None:
+def _by_row(values: Tensor) -> Tensor:
     """[...] as [T]; 0-d as it is."""
-    return values if values is None or values.dim() == 0 else values.reshape(-1)
+    return values if values.dim() == 0 else values.reshape(-1)

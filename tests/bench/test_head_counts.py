@@ -20,8 +20,8 @@ from head_counts import (
     product_flops,
 )
 
-from lead_kernels import head_chunks
-from lead_kernels.head_chunks import chunk_rows
+from lead_kernels import chunk_size
+from lead_kernels.chunk_size import chunk_rows
 
 SMALL = Shape(4, 3, 10)
 ROOMY = Machine(flops=100.0, bandwidth=10.0, cache=40.0, units=1, programs=2)  # two rows of 10 bf16 logits are 40 bytes
@@ -89,7 +89,7 @@ def test_published_sizes() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("memory", [24e9, 85e9, 150e9])
 def test_default_chunks_are_the_operator_s(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, memory: float) -> None:
-    monkeypatch.setattr(head_chunks, "_total_memory", lambda device: int(memory))
+    monkeypatch.setattr(chunk_size, "_total_memory", lambda device: int(memory))
     for vocabulary in (32_000, *(shape.vocabulary for shape in SHAPES)):
         theirs = chunk_rows(None, vocabulary, dtype, torch.device("cuda"), False)
         assert default_rows(vocabulary, dtype.itemsize, memory) == theirs

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lead_kernels import LinearCrossEntropy, linear_cross_entropy
-from lead_kernels.head_call import HeadCall
+from lead_kernels.head_call import HeadCall, HeadOptions, HeadTensors
 from lead_kernels.head_op import head
 
 T, H, V, B = 40, 16, 97, 4
@@ -53,7 +53,7 @@ def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
 def test_operators_pass_opcheck() -> None:
     hidden, weight, targets = make_case()
     left, right = torch.randn(2, H, 3)
-    call = HeadCall(
+    tensors = HeadTensors(
         hidden=hidden.requires_grad_(),
         weight=weight.requires_grad_(),
         bias=torch.randn(V).requires_grad_(),
@@ -66,6 +66,8 @@ def test_operators_pass_opcheck() -> None:
         token_weight=torch.rand(T),
         left=left,
         right=right,
+    )
+    options = HeadOptions(
         num_samples=B,
         want_hidden=True,
         want_weight=True,
@@ -86,7 +88,9 @@ def test_operators_pass_opcheck() -> None:
         chunk_bytes=None,
         logits_dtype=torch.float32,
     )
-    torch.library.opcheck(head, tuple(call), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    call = HeadCall(tensors, options)
+    assert HeadCall.from_flat(call.flat()) == call
+    torch.library.opcheck(head, call.flat(), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
 
 
 @pytest.mark.parametrize(

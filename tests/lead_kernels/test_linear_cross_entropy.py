@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lead_kernels import head_chunks, linear_cross_entropy, reference, row_pass_host
+from lead_kernels import chunk_size, linear_cross_entropy, reference, row_pass_host
 
 T, H, V, B, Q = 75, 24, 131, 7, 5
 CHUNK = 4 * V * 16  # 16 rows: five chunks, none of them full
@@ -91,7 +91,7 @@ def test_tiles_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, dtype:
     case = make_case(dtype=dtype)
     whole = run(linear_cross_entropy, case, chunk_bytes=2**30, token_weight=WEIGHTS["rows"])
     monkeypatch.setattr(row_pass_host, "CPU_TILE_BYTES", 4 * V * 3)
-    monkeypatch.setattr(head_chunks, "CPU_CHUNK_ROWS", 20)
+    monkeypatch.setattr(chunk_size, "CPU_CHUNK_ROWS", 20)
     tiled = run(linear_cross_entropy, case, chunk_bytes=2**30, token_weight=WEIGHTS["rows"])
     assert_same(tiled, whole, 1e-12 if dtype == torch.float64 else 2e-6)
     assert torch.equal(tiled[0].sample_tokens, whole[0].sample_tokens)

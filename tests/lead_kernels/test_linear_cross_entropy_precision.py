@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lead_kernels import gradient_signature, head_chunks, linear_cross_entropy
-from lead_kernels.head_chunks import chunk_rows
+from lead_kernels import chunk_size, gradient_signature, linear_cross_entropy
+from lead_kernels.chunk_size import chunk_rows
 from lead_kernels.row_pass_host import split
 
 T, H, V, B, Q = 301, 48, 777, 6, 8
@@ -235,9 +235,9 @@ def test_no_intermediate_is_larger_than_a_chunk(recorder: Callable, form: str, d
 
 def test_chunk_rows_follow_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(head_chunks, "_total_memory", lambda device: 80 * 2**30)
+    monkeypatch.setattr(chunk_size, "_total_memory", lambda device: 80 * 2**30)
     assert chunk_rows(None, 128_256, torch.bfloat16, gpu, False) >= 5000
-    monkeypatch.setattr(head_chunks, "_total_memory", lambda device: 0)  # no GPU at hand
+    monkeypatch.setattr(chunk_size, "_total_memory", lambda device: 0)  # no GPU at hand
     assert chunk_rows(64 * 2**20, 32_000, torch.float32, gpu, False) == 524
     assert chunk_rows(512 * 2**20, 131_072, torch.bfloat16, gpu, False) == 2048
     assert chunk_rows(512 * 2**20, 131_072, torch.bfloat16, gpu, True) == 1024
