@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class PackedBatch(NamedTuple):
 
 
 @triton.jit
+@no_type_check
 def _segments_kernel(
     id_ptr, offset_ptr, start_ptr, cu_ptr, status_ptr, num_samples, slots, capacity, BLOCK: tl.constexpr
 ):
@@ -68,6 +69,7 @@ def _segments_kernel(
 
 
 @triton.jit
+@no_type_check
 def _tokens_kernel(
     token_ptr, response_ptr, start_ptr, cu_ptr, input_ptr, position_ptr, mark_ptr, count_ptr, slots, search_steps, capacity,
     BLOCK: tl.constexpr,
@@ -101,6 +103,7 @@ def _tokens_kernel(
 
 
 @triton.jit
+@no_type_check
 def _rows_kernel(
     mark_ptr, count_ptr, input_ptr, row_ptr, target_ptr, row_slot_ptr, status_ptr, capacity, num_rows, slots, num_counts,
     BLOCK: tl.constexpr,

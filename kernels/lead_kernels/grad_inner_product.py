@@ -10,7 +10,7 @@ writes 2 MB.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
 
 @triton.jit
+@no_type_check
 def row_products(
     grad_ptr,
     matrix_ptr,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ NO_FUSION = {"enable_fp_fusion": False}
 
 
 @triton.jit
+@no_type_check
 def _idu_kernel(
     utility, visits, sample_ids, loss, change, share_new, share_old, num_ids, num_samples, BLOCK: tl.constexpr
 ):

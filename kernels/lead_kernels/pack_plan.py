@@ -12,7 +12,7 @@ rounds is then of no account, and a round that ends anywhere is continued by the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class PackedPlan(NamedTuple):
 
 
 @triton.jit
+@no_type_check
 def _pack_kernel(id_ptr, length_ptr, kept_ptr, out_ptr, tokens_ptr, num_bins, capacity, slots, WINDOW: tl.constexpr):
     """Fill the bins one after another from a queue in memory, id_ptr and length_ptr [kept], which it consumes.
 

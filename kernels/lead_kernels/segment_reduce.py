@@ -9,7 +9,7 @@ and needs no table.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ THREADS = 128
 
 
 @triton.jit
+@no_type_check
 def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
     """First row of a piece and the one after its last; not above the first where no piece has this number."""
     low = piece * 0
@@ -38,6 +39,7 @@ def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_segments"])
+@no_type_check
 def sum_piece(
     values_ptr,
     bounds_ptr,
@@ -61,6 +63,7 @@ def sum_piece(
 
 
 @triton.jit
+@no_type_check
 def sum_pieces(partials_ptr, bounds_ptr, out_ptr, width, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr):
     """One segment and COLUMNS columns: out[segment] = sum of the segment's pieces."""
     segment = tl.program_id(0).to(tl.int64)

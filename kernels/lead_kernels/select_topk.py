@@ -14,7 +14,7 @@ ACM JEA 17 (2012), here for all tasks at once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ NONE = 2**63 - 1  # sorts behind every key
 
 
 @triton.jit
+@no_type_check
 def _load(vector, start, num_samples, BLOCK: tl.constexpr):
     """vector[start : start + BLOCK], 0 past the end. Only the last block is masked: a mask prevents wide loads."""
     ids = start + tl.arange(0, BLOCK)
@@ -45,6 +46,7 @@ def _load(vector, start, num_samples, BLOCK: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _descending(value):
     """fp32 -> int64 in [0, 2^32), larger values first; NaN counts as -inf, -0 as 0. Integers: GPUs flush subnormals."""
     bits = value.to(tl.int32, bitcast=True)
@@ -55,6 +57,7 @@ def _descending(value):
 
 
 @triton.jit(do_not_specialize=["num_tasks", "copies", "shift", "width", "bits", "id_bits", "tiles"])
+@no_type_check
 def _histogram_kernel(
     utility, eligible, task, prefix, closed, histogram, num_samples, num_tasks, copies, shift, width, bits, id_bits, tiles,
     BLOCK: tl.constexpr
@@ -75,6 +78,7 @@ def _histogram_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tasks", "copies", "shift", "width"])
+@no_type_check
 def _choose_kernel(
     histogram,
     prefix,
@@ -119,6 +123,7 @@ def _choose_kernel(
 
 
 @triton.jit(do_not_specialize=["id_bits", "tiles"])
+@no_type_check
 def _winners_kernel(
     utility,
     eligible,
@@ -156,6 +161,7 @@ def _winners_kernel(
 
 
 @triton.jit
+@no_type_check
 def _share_kernel(
     sorted_key, by_task, sample, weight, offset, start, whole, share, sample_by_task, num_candidates,
     WEIGHTED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr
@@ -188,6 +194,7 @@ def _share_kernel(
 
 
 @triton.jit(do_not_specialize=["tiles"])
+@no_type_check
 def _present_kernel(mask, group, present, num_samples, tiles, BLOCK: tl.constexpr):
     """present[group] = 1 where `mask` holds. Only the first to see a 0 writes: a pool would queue at few addresses."""
     for tile in range(tiles):
