@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from lead_engine import config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -76,6 +81,51 @@ def test_files_that_it_names_are_there(page: Path) -> None:
             missing.append(name)
     tests = {path.name for path in ROOT.glob("tests/**/test_*.py")}
     assert missing + [name for name in re.findall(r"`(test_\w+\.py)`", prose(page)) if name not in tests] == []
+
+
+FOREIGN = {
+    *("--config", "--help", "--help-all", "--version"),  # of every command
+    *("--fast", "--fresh", "--part"),  # of scripts
+    *("--nproc-per-node", "--max-restarts", "--nodes", "--time", "--signal", "--requeue"),  # of torchrun, of Slurm
+    *("--strict", "--no-build-isolation"),  # of mypy, of pip
+}
+"""Options that are no field of a config."""
+
+
+def flags(cls: type, prefix: str = "--") -> Iterator[str]:
+    """Every option of a config, as the command line spells it."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from flags(hints[field.name], name + ".")
+        else:
+            yield name
+
+
+def all_flags() -> set[str]:
+    commands = [value for name, value in vars(config).items() if name.endswith("Config")]
+    return {flag for command in commands for flag in flags(command)}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in PAST], ids=lambda page: page.name)
+def test_options_that_it_names_exist(page: Path) -> None:
+    """`--lora.*` stands for a group."""
+    known, unknown = all_flags() | FOREIGN, set()
+    for name in re.findall(r"(?<![\w-])--[a-z][\w.*-]*[\w*]", page.read_text(encoding="utf-8")):
+        start = name.removesuffix("*")
+        if not (name in known or (start != name and any(flag.startswith(start) for flag in known))):
+            unknown.add(name)
+    assert unknown == set()
+
+
+def test_the_table_of_leads_options_names_fields() -> None:
+    text = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[a-z].*?) \|", text.split("## LEAD's options")[1], flags=re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    fields = {flag.removeprefix("--").rpartition(".")[2].replace("-", "_") for flag in all_flags()}
+    assert len(names) > 8
+    assert [name for name in names if name not in fields] == []
 
 
 def test_the_picture_is_what_its_source_draws(tmp_path: Path) -> None:
