@@ -13,13 +13,14 @@ from lead_kernels.exp3 import draw_arm, exp3_probabilities, exp3_update
 from lead_kernels.gather_batch import PackedBatch, gather_batch
 from lead_kernels.grad_inner_product import grad_inner_product
 from lead_kernels.gradient_signature import gradient_signature
+from lead_kernels.groups_present import groups_present
 from lead_kernels.head_module import LinearCrossEntropy
 from lead_kernels.head_types import Lora
 from lead_kernels.idu_update import idu_update
 from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
 from lead_kernels.pack_plan import PackedPlan, pack_plan, packing_waste
 from lead_kernels.segment_reduce import segment_reduce
-from lead_kernels.select_topk import groups_present, select_topk
+from lead_kernels.select_topk import select_topk
 
 __all__ = [
     "HeadLoss",

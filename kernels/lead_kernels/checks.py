@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+GROUP_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+"""Of a label of every sample in the pool: a byte is read fastest."""
+
 
 def on_host(tensor: Tensor) -> bool:
     """Whether reading values of `tensor` is free: it lies in host memory and is not a fake tensor of a tracing run."""

@@ -1,5 +1,4 @@
-"""The order of the fine stage: proportional prefixes, the highest utility first, ties, dummies, weights instead of
-sizes; the radix select and what it rests on."""
+"""The order of the fine stage: proportional prefixes, utility, ties, dummies, weights; and the radix select."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lead_kernels import reference, select_topk
+from lead_kernels import groups_present, radix_select, reference, select_topk, task_shares
+from lead_kernels.radix_kernels import NONE, ORDER_BITS, share_kernel
 
-module = importlib.import_module("lead_kernels.select_topk")
-groups_present = module.groups_present
+module = importlib.import_module("lead_kernels.select_topk")  # the package's attribute of this name is the function
 
 VALUES = st.sampled_from([0.0, -0.0, 1.5, -2.0, 1e-40, -1e-40, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 0.1, 0.2])
 DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -31,10 +30,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def launch(num_samples: int, num_tasks: int) -> Any:
         block = 8 if num_samples < 100 else 256
-        return module.Launch(block, 2, max(1, -(-num_samples // (2 * block))), 5 if num_tasks < 10 else 3, 3)
+        return radix_select.Launch(block, 2, max(1, -(-num_samples // (2 * block))), 5 if num_tasks < 10 else 3, 3)
 
-    monkeypatch.setattr(module, "_launch", launch)
-    monkeypatch.setattr(module, "CHOOSE_TILE", 64)
+    monkeypatch.setattr(radix_select, "launch_shape", launch)
+    monkeypatch.setattr(importlib.import_module("lead_kernels.groups_present"), "launch_shape", launch)
+    monkeypatch.setattr(radix_select, "CHOOSE_TILE", 64)
 
 
 def expected(
@@ -274,7 +274,7 @@ def test_a_task_fills_no_more_places_than_its_quota() -> None:
             keys = sorted((Fraction(2 * r + 1, 2 * int(c)), j) for j, c in enumerate(size) for r in range(int(c)))
             for k in range(1, n + 3):
                 first = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
-                quota = module._quota(size, module._reach(k, n, tasks))
+                quota = task_shares.quota(size, task_shares.reach_of(k, n, tasks))
                 assert bool((first <= quota).all())
                 assert bool((quota <= size).all())
                 assert int(quota.sum()) <= min(n, k - 1 + tasks)
@@ -301,7 +301,7 @@ def test_by_weight_a_task_fills_no_more_places_than_its_quota(largest: int, draw
             keys = sorted(((r + first[j]) / w, j) for j, (c, w) in enumerate(pairs) if w for r in range(c))
             for k in range(1, n + 3):
                 found = torch.bincount(torch.tensor([j for _, j in keys[:k]], dtype=torch.int64), minlength=tasks)
-                quota = module._weighted_quota(size, weight, module._reach(k, n, tasks, drawn), drawn)
+                quota = task_shares.weighted_quota(size, weight, task_shares.reach_of(k, n, tasks, drawn), drawn)
                 assert bool((found <= quota).all())
                 assert bool((quota <= size * (weight > 0)).all())
                 assert int(quota.sum()) <= min(n, k - 1 + (2 * tasks if drawn else tasks))
@@ -338,7 +338,9 @@ def test_a_weighted_quota_is_exact_up_to_the_largest_pools(data: st.DataObject, 
     level = water_level(sizes, weights, Fraction(2 * (k - 1) + tasks, 2))
     bounds = [samples if level is None else int(level * w + Fraction(1, 2)) for w in weights]
     want = [min(n, bound) if w else 0 for n, w, bound in zip(sizes, weights, bounds, strict=True)]
-    quota = module._weighted_quota(torch.tensor(sizes), torch.tensor(weights), module._reach(k, samples, tasks))
+    quota = task_shares.weighted_quota(
+        torch.tensor(sizes), torch.tensor(weights), task_shares.reach_of(k, samples, tasks)
+    )
     assert quota.tolist() == want
 
 
@@ -351,7 +353,7 @@ def test_quotients_are_sorted_exactly(data: st.DataObject, below: int, other: in
     rivals = [(max(near + step, 0), other) for step in (-1, 0, 1, 2)]
     pairs = data.draw(st.permutations([(above, below), *rivals, (2 * above, 2 * below)]))
     want = sorted(range(len(pairs)), key=lambda i: Fraction(*pairs[i]))
-    assert module._ascending(*(torch.tensor(column) for column in zip(*pairs, strict=True))).tolist() == want
+    assert task_shares.ascending(*(torch.tensor(column) for column in zip(*pairs, strict=True))).tolist() == want
 
 
 SIZES = st.integers(1, 2**29)
@@ -363,17 +365,17 @@ def test_shares_are_compared_exactly(size: int, other: int, share: float, near: 
     """Ranks of two tasks whose shares are next to each other, tasks of up to 2^29 samples."""
     rank = int(share * size)
     rival = min(max((2 * rank + 1) * other // (2 * size) + near, 0), other - 1)
-    ours, theirs = module._share(torch.tensor([rank, rival]), torch.tensor([size, other])).tolist()
+    ours, theirs = task_shares.share(torch.tensor([rank, rival]), torch.tensor([size, other])).tolist()
     exact, rival_exact = Fraction(2 * rank + 1, 2 * size), Fraction(2 * rival + 1, 2 * other)
     assert (ours < theirs, ours == theirs) == (exact < rival_exact, exact == rival_exact)
-    assert 0 <= ours < module.NONE
+    assert 0 <= ours < NONE
 
 
 def test_shares_that_doubles_cannot_tell_apart() -> None:
     """1/2 - 1/n for n = 2^29 - 1 and n = 2^29 - 3 differ by 2^-57, less than the spacing of doubles there."""
     size = torch.tensor([2**29 - 1, 2**29 - 3])
     rank = (size - 1) // 2 - 1
-    a, b = module._share(rank, size).tolist()
+    a, b = task_shares.share(rank, size).tolist()
     assert a > b
     a, b = ((rank.double() + 0.5) / size).tolist()
     assert a == b
@@ -390,7 +392,7 @@ def test_the_kernel_computes_the_same_shares(weighted: bool, drawn: bool) -> Non
     offset = torch.tensor([4095, 0, 77])
     start = torch.tensor([0, -(2**30) + 20 if weighted else -(2**28), 12])
     group, position = torch.tensor([0] * 5 + [1] * 7 + [2] * 5), torch.arange(19)
-    sorted_key = torch.cat([(group << 32) | torch.randint(0, 2**32, (17,), generator=g), torch.full((2,), module.NONE)])
+    sorted_key = torch.cat([(group << 32) | torch.randint(0, 2**32, (17,), generator=g), torch.full((2,), NONE)])
     by_task, sample = torch.randperm(19, generator=g), torch.randint(0, 2**29, (19,), generator=g)
     whole, share, sample_by_task = (
         torch.full_like(sorted_key, -7),
@@ -398,15 +400,15 @@ def test_the_kernel_computes_the_same_shares(weighted: bool, drawn: bool) -> Non
         torch.empty_like(sample),
     )
     vectors = sorted_key, by_task, sample, weight, offset, start, whole, share, sample_by_task
-    module._share_kernel[(3,)](*vectors, 19, WEIGHTED=weighted, OFFSET=drawn, BLOCK=8)
+    share_kernel[(3,)](*vectors, 19, WEIGHTED=weighted, OFFSET=drawn, BLOCK=8)
     rank = position[:17] - start[group]
     above, below = 2 * rank + 1, 2 * weight[group]
     if drawn:
         above, below = 4096 * rank + offset[group], 4096 * weight[group]
     assert torch.equal(whole[:17], above // below if weighted else torch.full((17,), -7))
-    assert torch.equal(share[:17], module._fraction(above % below, below))
-    assert share[17:].tolist() == [module.NONE] * 2
-    assert whole[17:].tolist() == [module.NONE if weighted else -7] * 2
+    assert torch.equal(share[:17], task_shares.fraction(above % below, below))
+    assert share[17:].tolist() == [NONE] * 2
+    assert whole[17:].tolist() == [NONE if weighted else -7] * 2
     assert torch.equal(sample_by_task, sample[by_task])
 
 
@@ -416,21 +418,21 @@ def test_launches_cover_the_pool_and_no_index_overflows(
     monkeypatch: pytest.MonkeyPatch, num_samples: int, num_tasks: int
 ) -> None:
     monkeypatch.undo()
-    block, tiles, programs, bits, copies = module._launch(num_samples, num_tasks)
+    block, tiles, programs, bits, copies = radix_select.launch_shape(num_samples, num_tasks)
     assert programs * tiles * block >= num_samples > (programs - 1) * tiles * block
     assert programs * tiles < 2**31
     assert 1 <= copies <= programs
     assert copies * num_tasks << bits <= max(
-        module.COUNTERS, num_tasks << 4
+        radix_select.COUNTERS, num_tasks << 4
     )  # 16 MiB, or the least that so many tasks need
     assert num_tasks > 8192 or programs < 128 or copies >= 32
     id_bits = (num_samples - 1).bit_length()
-    digits = module._digits(module.ORDER_BITS + id_bits, bits)
-    assert sum(width for _, width in digits) == module.ORDER_BITS + id_bits <= 62
+    digits = radix_select.digits_of(ORDER_BITS + id_bits, bits)
+    assert sum(width for _, width in digits) == ORDER_BITS + id_bits <= 62
     assert [shift for shift, _ in digits] == [sum(width for _, width in digits[i + 1 :]) for i in range(len(digits))]
     assert max(width for _, width in digits) <= bits
     # The largest products: of a quota, of a weighted one, and of a share.
-    reach = module._reach(num_samples, num_samples, num_tasks)
+    reach = task_shares.reach_of(num_samples, num_samples, num_tasks)
     assert num_samples * reach + num_samples < 2**63
     assert module.MAX_WEIGHT * (reach + num_tasks) < 2**63
     assert 2 * num_samples << 31 < 2**63
@@ -439,13 +441,15 @@ def test_launches_cover_the_pool_and_no_index_overflows(
 def test_every_configuration_is_listed_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     listed = {
-        build.constants["DIGITS"]: build.constants["ROWS"] for build in module.builds() if "DIGITS" in build.constants
+        build.constants["DIGITS"]: build.constants["ROWS"]
+        for build in radix_select.builds()
+        if "DIGITS" in build.constants
     }
     for num_tasks in range(1, 20_000, 7):
-        bits = module._launch(10**8, num_tasks).bits
-        assert listed[1 << bits] == max(1, module.CHOOSE_TILE >> bits)
-    assert {build.constants["BLOCK"] for build in module.builds() if "BLOCK" in build.constants} == {
-        module._launch(10**8, 1).block
+        bits = radix_select.launch_shape(10**8, num_tasks).bits
+        assert listed[1 << bits] == max(1, radix_select.CHOOSE_TILE >> bits)
+    assert {build.constants["BLOCK"] for build in radix_select.builds() if "BLOCK" in build.constants} == {
+        radix_select.launch_shape(10**8, 1).block
     }
 
 
@@ -463,7 +467,7 @@ def test_the_kernels_path_reads_nothing(no_host_reads: type, weight: list[int] |
     weights = None if weight is None else torch.tensor(weight)
     want = expected(utility, eligible, task, 3, 20, weights)
     with no_host_reads():
-        order = module._on_gpu(utility, eligible, task, 3, 20, weights, None)
+        order = radix_select.select_on_gpu(utility, eligible, task, 3, 20, weights, None)
         with pytest.raises(AssertionError, match="reads the device"):
             module._on_host(utility, eligible, task, 3, 20, weights, None)
     assert torch.equal(order, want)
