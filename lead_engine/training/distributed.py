@@ -18,7 +18,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lead_engine.base.console import warn
 from lead_engine.base.errors import UserError
-from lead_engine.training.watchdog import Watchdog, at, here, lost_connection
+from lead_engine.training.heartbeat import current_phase, enter_phase
+from lead_engine.training.watchdog import Watchdog, lost_connection
 
 BEHIND_WATCHDOG = timedelta(seconds=60)
 """How much later than the watchdog, which knows who is missing, a collective gives up by itself."""
@@ -100,8 +101,8 @@ def process_group(timeout: float = 1800.0) -> Iterator[Ranks]:
         if not lost_connection(error):
             raise
         message = (
-            f"lost the connection to another rank in {here()}: it has ended, and its own output says why, or its machine is out of reach; "
-            f"go on with --resume ({str(error).strip().splitlines()[0][:200]})"
+            f"lost the connection to another rank in {current_phase()}: it has ended, and its own output says why, or its "
+            f"machine is out of reach; go on with --resume ({str(error).strip().splitlines()[0][:200]})"
         )
         if any(thread.name.startswith("AsyncCheckpointExecutor") for thread in threading.enumerate()):
             # The checkpoint thread may be waiting for the rank that is gone, and Python would wait for the thread at its exit.
@@ -133,7 +134,7 @@ def _join(backend: str, limit: timedelta, timeout: float) -> Watchdog | None:
         return None
     own = dist.PrefixStore("watchdog", store.clone())  # a connection that nobody else waits on
     own.set_timeout(timedelta(seconds=5))
-    at("starting up", limited=False)
+    enter_phase("starting up", limited=False)
     watchdog = Watchdog(own, rank, size, timeout)
     watchdog.start()
     return watchdog

@@ -25,9 +25,9 @@ from lead_engine.model.scoring import score_together, summarise_loss
 from lead_engine.pool.heldout import HeldOutData
 from lead_engine.training.checkpoint import Checkpoints, Progress
 from lead_engine.training.distributed import Ranks
+from lead_engine.training.heartbeat import enter_phase
 from lead_engine.training.run_folder import RunFolder, why_not_written
 from lead_engine.training.session import Session
-from lead_engine.training.watchdog import at
 
 BEST = "best"
 """Folder of the best model, in the run folder."""
@@ -135,13 +135,13 @@ class HeldOut:
     def _measure(self, done: Progress) -> bool:
         """Evaluate, and write the result down; whether it is the lowest loss so far."""
         session, data = self.session, self.session.heldout
-        at("held-out loss", done.round, done.step)
+        enter_phase("held-out loss", done.round, done.step)
         begun = time.perf_counter()
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)  # the round's steps are training's time
         started = time.perf_counter()
         self.waited += started - begun
-        self.loss = loss_of(data, session, self.ranks, lambda: at("held-out loss", done.round, done.step))
+        self.loss = loss_of(data, session, self.ranks, lambda: enter_phase("held-out loss", done.round, done.step))
         mark = Mark(done.step, self.loss["overall"])
         lower = math.isfinite(mark.loss) and (self.lowest is None or mark.loss < self.lowest.loss)
         self.since = 0 if lower else self.since + 1
@@ -171,7 +171,7 @@ class HeldOut:
         """Give BEST the folder that `make` builds, on all ranks; if it cannot be written, warn, leave what is there."""
         started, mark = time.perf_counter(), Mark(done.step, self.lowest.loss)
         building = self.path.with_name(f"{BEST}.new")
-        at("writing the best model", done.round, done.step, limited=False)
+        enter_phase("writing the best model", done.round, done.step, limited=False)
 
         def write() -> None:
             make(building)

@@ -20,7 +20,7 @@ from lead_engine.pool.identity import source_parts
 from lead_engine.pool.problems import UNREAD
 from lead_engine.pool.sources import expand
 from lead_engine.training.distributed import Ranks
-from lead_engine.training.watchdog import at
+from lead_engine.training.heartbeat import enter_phase
 
 FOLDER = "heldout"
 """In the run folder."""
@@ -34,7 +34,7 @@ def open_heldout(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
     """
     if not config.eval_data:
         return None
-    at("reading --eval-data", limited=False)
+    enter_phase("reading --eval-data", limited=False)
     folder = config.out / FOLDER
     ranks.first_says(lambda: _make(config, folder, tokenizer))
     return HeldOutData.open(folder, config.runtime.placement, ranks.device)

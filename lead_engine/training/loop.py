@@ -30,11 +30,12 @@ from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.replicas import gather_statistics
 from lead_engine.selection.selector import Layout, Plan, RoundStats, Selector
 from lead_engine.training.checkpoint import Progress
+from lead_engine.training.device_timer import DeviceInterval, DeviceTimer
 from lead_engine.training.finite import check_can_skip, loss_gradient, step_unless
-from lead_engine.training.late import Lap, LateCopy, Stopwatch
+from lead_engine.training.heartbeat import current_phase, enter_phase
+from lead_engine.training.host_copy import HostCopy
 from lead_engine.training.optimizer import clip_gradients, inner_product, learning_rate
 from lead_engine.training.scorer import PoolScorer
-from lead_engine.training.watchdog import at, here
 from lead_kernels import PackedBatch
 
 ROW_QUANTUM = 128
@@ -73,14 +74,14 @@ class RoundValues(NamedTuple):
 class Round:
     """A round whose steps were launched. Its values are best read after the next round's header: then they have arrived."""
 
-    values: LateCopy[RoundValues]
+    values: HostCopy[RoundValues]
     header: Header
     rates: list[float]
     dummy: int
     """The id that marks an empty slot: N."""
     before: Progress
     after: Progress
-    lap: Lap
+    lap: DeviceInterval
     """The device's own time from its planning to its end; the host's, in `after`, is ahead of it by up to a round."""
 
 
@@ -107,20 +108,20 @@ class Engine:
         check_can_skip(self.optimizer)
         self.accumulation = self.layout.micro_batches // self.world
         self.device = self.selector.samples.device
-        self.watch = Stopwatch(self.device)
+        self.watch = DeviceTimer(self.device)
         self.draws = draws_random_numbers(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def rounds(self, progress: Progress, budget_tokens: int) -> Iterator[Round]:
         """Train until the budget is spent or no sample is left; yields every round after its last step was launched."""
         while progress.tokens < budget_tokens:
-            started, lap = time.perf_counter(), Lap(self.device)
-            at("planning", progress.round)
+            started, lap = time.perf_counter(), DeviceInterval(self.device)
+            enter_phase("planning", progress.round)
             choosing, scoring = self._refresh(progress, budget_tokens)
             self.watch.start()
             plan = self.selector.plan(progress.round, budget_tokens - progress.tokens)
             self.watch.stop()
-            at("waiting for the device and the plan", progress.round)
+            enter_phase("waiting for the device and the plan", progress.round)
             header = read_header(plan)
             if sum(header.tokens) == 0:
                 return
@@ -138,7 +139,7 @@ class Engine:
             self.change.finish_round(plan.cluster)
             self.watch.stop()
             lap.stop()
-            values = LateCopy(RoundValues(steps, stats, plan))
+            values = HostCopy(RoundValues(steps, stats, plan))
             before = progress
             progress = Progress(
                 before.round + 1,
@@ -162,7 +163,7 @@ class Engine:
         # One denominator for the whole step: its response tokens over all ranks and micro-batches. Every rank has the whole plan.
         token_weight = 1.0 / plan.rows[step].sum().clamp(min=1).float()  # a step may have none: its loss is 0
         losses = []
-        at("forward and backward", here().round, global_step)
+        enter_phase("forward and backward", current_phase().round, global_step)
         for place in range(self.accumulation):
             batch = self._batch(plan, header, step, place)
             self._reduce_gradients(place == self.accumulation - 1)
@@ -176,7 +177,7 @@ class Engine:
             )
             losses.append(head.sample_nll)
 
-        at("gradient norm and optimizer", here().round, global_step)
+        enter_phase("gradient norm and optimizer", current_phase().round, global_step)
         norm, factor = clip_gradients(self.trained, self.options.max_grad_norm)
         skip = ~norm.isfinite()  # the same on every rank
         measured = self.change.wants_first_order(global_step)
@@ -191,7 +192,7 @@ class Engine:
         norm, skip = norm.to(self.device), skip.to(self.device)
         first_order = None if first_order is None else first_order.to(self.device)
 
-        at("gathering the samples' losses", here().round, global_step)
+        enter_phase("gathering the samples' losses", current_phase().round, global_step)
         self.watch.start()
         change = self.change.estimate(plan.cluster, rate, self._all_reduce, first_order, norm)
         loss, change = self._gather(torch.stack([torch.stack(losses), change]))

@@ -11,7 +11,7 @@ from lead_engine.config import BatchConfig
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import score_together
 from lead_engine.pool.store import TokenStore
-from lead_engine.training.watchdog import at, here
+from lead_engine.training.heartbeat import current_phase, enter_phase
 
 
 class PoolScorer:
@@ -53,7 +53,7 @@ class PoolScorer:
             rank=self.rank,
             world=self.world,
             description=description,
-            before_each=lambda: at(description, here().round),
+            before_each=lambda: enter_phase(description, current_phase().round),
         )
         self.seconds += time.perf_counter() - started
         return found

@@ -23,6 +23,7 @@ from lead_engine.training.combinations import check_combination
 from lead_engine.training.diagnosis import SkippedSteps
 from lead_engine.training.distributed import Ranks, process_group
 from lead_engine.training.flops import ModelFlops, find_peak
+from lead_engine.training.heartbeat import enter_phase
 from lead_engine.training.heldout import HeldOut
 from lead_engine.training.heldout_data import check_heldout
 from lead_engine.training.loop import Round
@@ -32,7 +33,6 @@ from lead_engine.training.run_folder import COMPLETE, RunFolder, why_not_written
 from lead_engine.training.session import Inputs, Session, build, find_inputs
 from lead_engine.training.signals import Stopped, StopSignals
 from lead_engine.training.summary import write_summary
-from lead_engine.training.watchdog import at
 
 
 def run(config: TrainConfig) -> None:
@@ -57,7 +57,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         with StopSignals(ranks) as signals:
             _train(config, ranks, folder, signals, inputs)
         ranks.barrier()  # nobody goes on before rank 0's files are there
-        at("after training", limited=False)
+        enter_phase("after training", limited=False)
     finally:
         folder.close()
 
@@ -111,7 +111,7 @@ class _Run:
                 # The round before this one has long left the device: reading it now waits for nothing that is not done.
                 self._record(waiting, bar)
                 done, waiting = finished.after, finished
-                at("agreeing whether to stop", done.round, done.step)
+                enter_phase("agreeing whether to stop", done.round, done.step)
                 number = self.signals.agreed()
                 if not number:  # else there may be no time left; the resumed run makes up for it
                     self.heldout.look(done, bar)
@@ -132,12 +132,12 @@ class _Run:
     def finish(self, done: Progress) -> None:
         """Write the model and the summary."""
         config, engine, ranks = self.session.config, self.session.engine, self.ranks
-        at("last checkpoint", done.round, done.step, limited=False)
+        enter_phase("last checkpoint", done.round, done.step, limited=False)
         self.checkpoints.finish()
         check_replicas(engine.selector, ranks.size, done.step)
         self._tell_what_is_left(done)
         self.heldout.last_look(done)
-        at("writing the model", done.round, done.step, limited=False)
+        enter_phase("writing the model", done.round, done.step, limited=False)
         path = config.out / "model"
         saving = {"base": self.session.base, "parts": self.session.parts["model"], "rank": ranks.rank}
         _write(ranks, path, lambda: save_model(engine.model, self.session.tokenizer, path, **saving))
@@ -166,7 +166,7 @@ class _Run:
     def _checkpoint(self, done: Progress) -> bool:
         """Begin to write a checkpoint; whether that was possible."""
         engine = self.session.engine
-        at("checkpoint", done.round, done.step, limited=False)
+        enter_phase("checkpoint", done.round, done.step, limited=False)
         check_replicas(engine.selector, self.ranks.size, done.step)
         return self.checkpoints.save(engine.model, engine.optimizer, self.parts, done, self._notes())
 

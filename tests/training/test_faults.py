@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lead_engine.training import watchdog
-from lead_engine.training.watchdog import EXIT_HANG, Place, Watchdog
+from lead_engine.training import heartbeat, watchdog
+from lead_engine.training.heartbeat import Phase
+from lead_engine.training.watchdog import EXIT_HANG, Watchdog
 from runs import OPTIONS, wait_for_steps
 
 
@@ -59,27 +60,27 @@ def test_a_rank_that_is_killed_ends_the_other(killed: int, arguments: list, star
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch, capsys):
-    """ranks(place of rank 0, place of rank 1, silent=[...]) -> (whether rank 0's watchdog ended it within two time-outs, what it said).
+    """ranks(phase of rank 0, phase of rank 1, silent=[...]) -> (whether rank 0's watchdog ended it within two time-outs, what it said).
 
-    Real stores and clocks; rank 1 is a thread that tells a place, as its watchdog would.
+    Real stores and clocks; rank 1 is a thread that tells a phase, as its watchdog would.
     """
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ended.set())
     monkeypatch.setattr(watchdog, "SILENCE", 0.0)
     ended = threading.Event()
 
-    def run(mine: Place, other: Place, *, silent: bool = False, timeout: float = 1.0) -> tuple[bool, str]:
+    def run(mine: Phase, other: Phase, *, silent: bool = False, timeout: float = 1.0) -> tuple[bool, str]:
         store, over = dist.HashStore(), threading.Event()
 
         def tell() -> None:
             beat = 0
             while beat == 0 or not (silent or over.wait(0.1)):
                 beat += 1
-                store.set("lead_engine/place/1", watchdog.json.dumps([beat, *other]))
+                store.set("lead_engine/phase/1", watchdog.json.dumps([beat, *other]))
 
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()
-        monkeypatch.setattr(watchdog, "_here", mine)
-        monkeypatch.setattr(watchdog, "_since", time.monotonic())
+        monkeypatch.setattr(heartbeat, "_phase", mine)
+        monkeypatch.setattr(heartbeat, "_since", time.monotonic())
         dog = Watchdog(store, 0, 2, timeout)
         dog.start()
         happened = ended.wait(2 * timeout)
@@ -89,7 +90,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, capsys):
     return run
 
 
-TRAINING, NEXT, START = Place(7, "backward", 3, 5, True), Place(8, "gathering", 3, 5, True), Place(1, "starting up")
+TRAINING, NEXT, START = Phase(7, "backward", 3, 5, True), Phase(8, "gathering", 3, 5, True), Phase(1, "starting up")
 
 
 def test_a_rank_that_is_alive_but_behind_is_named(ranks) -> None:
@@ -99,7 +100,7 @@ def test_a_rank_that_is_alive_but_behind_is_named(ranks) -> None:
     assert "rank 1 did not arrive: it is alive, but still in round 3, step 5 (backward)" in told
 
 
-def test_all_in_the_same_place_is_the_networks_fault(ranks) -> None:
+def test_all_in_the_same_phase_is_the_networks_fault(ranks) -> None:
     happened, told = ranks(TRAINING, TRAINING)
     assert happened
     assert "All ranks are alive and in this place" in told

@@ -11,7 +11,7 @@ import torch
 
 from lead_engine.config import RECIPES, BatchConfig, TrainConfig
 from lead_engine.training.distributed import process_group
-from lead_engine.training.late import LateCopy
+from lead_engine.training.host_copy import HostCopy
 from lead_engine.training.loop import RoundValues, read_header
 from lead_engine.training.session import build
 from runs import selection_for
@@ -57,7 +57,7 @@ def test_rounds_do_not_synchronise(selection: str, make_model, make_pool) -> Non
                 stats = engine.selector.finish_round(plan)
                 engine.change.finish_round(plan.cluster)
                 engine.watch.stop()
-                waiting.append(LateCopy(RoundValues(steps, stats, plan)))
+                waiting.append(HostCopy(RoundValues(steps, stats, plan)))
                 engine.watch.take()
         torch.cuda.synchronize()
         assert engine.watch.take() >= 0

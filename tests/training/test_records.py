@@ -13,7 +13,7 @@ from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, Runtime
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import process_group
 from lead_engine.training.flops import ModelFlops, Peak
-from lead_engine.training.late import LateCopy
+from lead_engine.training.host_copy import HostCopy
 from lead_engine.training.memory import estimate, peak_bytes, size, used_bytes
 from lead_engine.training.records import Meter, bar_info, round_line, step_lines
 from lead_engine.training.session import build
@@ -79,7 +79,7 @@ def test_a_skipped_step_leaves_valid_json(rounds: tuple) -> None:
     broken = values.steps[0]._replace(
         loss=torch.tensor(torch.nan), grad_norm=torch.tensor(torch.inf), skipped=torch.tensor(1.0)
     )
-    one = replace(finished[0], values=LateCopy(values._replace(steps=[broken, values.steps[1]])))
+    one = replace(finished[0], values=HostCopy(values._replace(steps=[broken, values.steps[1]])))
     lines = step_lines(one, one.values.read(), meter)
     assert [line["skipped"] for line in lines] == [True, False]
     assert (lines[0]["loss"], lines[0]["grad_norm"]) == (None, None)

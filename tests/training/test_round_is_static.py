@@ -21,7 +21,7 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.selector import Layout, Selector
-from lead_engine.training.late import LateCopy
+from lead_engine.training.host_copy import HostCopy
 from lead_engine.training.loop import Engine, Header, RoundValues
 from lead_engine.training.optimizer import make_optimizer
 from lead_kernels import gather_batch
@@ -124,7 +124,7 @@ def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks:
                 assert all(value.shape == () and value.device.type == DEVICE for value in steps[-1])
             stats = parts.selector.finish_round(plan)
             parts.change.finish_round(plan.cluster)
-            values = LateCopy(RoundValues(steps, stats, plan)).read()
+            values = HostCopy(RoundValues(steps, stats, plan)).read()
             assert all(isinstance(value, FakeTensor) for value in (*values.stats, *values.plan))
             parts.watch.take()
 

@@ -1,4 +1,4 @@
-"""LateCopy and Stopwatch where the device is the host. (On a GPU: test_no_synchronisation.)"""
+"""HostCopy, DeviceTimer and DeviceInterval where the device is the host. (On a GPU: test_no_synchronisation.)"""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lead_engine.training import late
-from lead_engine.training.late import Lap, LateCopy, Stopwatch
+from lead_engine.training import device_timer
+from lead_engine.training.device_timer import DeviceInterval, DeviceTimer
+from lead_engine.training.host_copy import HostCopy
 
 
 class Values(NamedTuple):
@@ -20,7 +21,7 @@ class Values(NamedTuple):
 
 def test_values_are_those_of_the_time_of_the_copy() -> None:
     values = Values(torch.tensor(1.5), [{"u": torch.arange(4)}, {"u": torch.ones(2, 3)}], "round 7")
-    copy = LateCopy(values)
+    copy = HostCopy(values)
     values.loss.fill_(-1)
     for step in values.steps:
         step["u"].zero_()
@@ -37,41 +38,41 @@ def test_values_are_those_of_the_time_of_the_copy() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the clock shows next, last to first."""
     times: list[float] = []
-    monkeypatch.setattr(late.time, "perf_counter", lambda: times.pop())
+    monkeypatch.setattr(device_timer.time, "perf_counter", lambda: times.pop())
     return times
 
 
-def test_a_stopwatch_adds_its_pairs_and_counts_none_twice(clock: list[float]) -> None:
+def test_a_timer_adds_its_intervals_and_counts_none_twice(clock: list[float]) -> None:
     clock[:] = [21.0, 20.0, 12.5, 10.0]
-    watch = Stopwatch(torch.device("cpu"))
-    assert watch.take() == 0
-    watch.start()
-    watch.stop()
-    watch.start()
-    watch.stop()
-    assert watch.take() == pytest.approx(3.5)
-    assert watch.take() == 0
+    timer = DeviceTimer(torch.device("cpu"))
+    assert timer.take() == 0
+    timer.start()
+    timer.stop()
+    timer.start()
+    timer.stop()
+    assert timer.take() == pytest.approx(3.5)
+    assert timer.take() == 0
 
 
 def test_pairs_of_equal_times_all_count(clock: list[float]) -> None:
     clock[:] = [2.0, 1.0] * 3
-    watch = Stopwatch(torch.device("cpu"))
+    timer = DeviceTimer(torch.device("cpu"))
     for _ in range(3):
-        watch.start()
-        watch.stop()
-    assert watch.take() == pytest.approx(3)
+        timer.start()
+        timer.stop()
+    assert timer.take() == pytest.approx(3)
 
 
 def test_a_pair_that_is_open_counts_later(clock: list[float]) -> None:
     clock[:] = [9.0, 5.0, 3.0, 1.0]
-    watch = Stopwatch(torch.device("cpu"))
-    watch.start()
-    watch.stop()
-    watch.start()
-    assert watch.take() == pytest.approx(2)
-    watch.stop()
-    assert watch.take() == pytest.approx(4)
-    assert watch.take() == 0
+    timer = DeviceTimer(torch.device("cpu"))
+    timer.start()
+    timer.stop()
+    timer.start()
+    assert timer.take() == pytest.approx(2)
+    timer.stop()
+    assert timer.take() == pytest.approx(4)
+    assert timer.take() == 0
 
 
 class Event:
@@ -88,26 +89,26 @@ class Event:
 
 
 def test_what_the_device_has_still_to_do_is_taken_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = Stopwatch(torch.device("cuda"))
+    timer = DeviceTimer(torch.device("cuda"))
     events = [Event(at) for at in (1.0, 2.0, 4.0, 8.0)]
     marks = iter(events)
-    monkeypatch.setattr(watch, "_mark", lambda: next(marks))
+    monkeypatch.setattr(timer, "_mark", lambda: next(marks))
     for _ in range(2):
-        watch.start()
-        watch.stop()
-    assert watch.take() == 0
+        timer.start()
+        timer.stop()
+    assert timer.take() == 0
     events[1].done = True
-    assert watch.take() == pytest.approx(1)
-    assert watch.take() == 0
+    assert timer.take() == pytest.approx(1)
+    assert timer.take() == 0
     events[3].done = True
-    assert watch.take() == pytest.approx(4)
+    assert timer.take() == pytest.approx(4)
 
 
-def test_a_lap_is_read_as_often_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interval_is_read_as_often_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     events = [Event(1.0), Event(3.5)]
     marks = iter(events)
-    monkeypatch.setattr(Stopwatch, "_mark", lambda _: next(marks))
-    lap = Lap(torch.device("cuda"))
+    monkeypatch.setattr(DeviceTimer, "_mark", lambda _: next(marks))
+    lap = DeviceInterval(torch.device("cuda"))
     lap.stop()
     events[1].done = True
     assert [lap.seconds, lap.seconds] == [pytest.approx(2.5)] * 2
