@@ -75,7 +75,7 @@ def follow(engine: Engine, planner: Selector, lr: float, rounds: int, settle: in
             if np.ptp(guess) > 0:
                 rank_correlation.append(spearmanr(guess, change)[0])
                 linear.append(np.corrcoef(guess, change)[0, 1])
-        planner.finish_round(plan)
+        planner.learn(plan)
         engine.change.finish_round(plan.cluster)
     p, a = np.concatenate(predicted), np.concatenate(seen)
     return {

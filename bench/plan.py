@@ -41,7 +41,8 @@ from torch import Tensor
 
 from lead_engine.config import RECIPES, SelectionConfig
 from lead_engine.pool.state import PoolState
-from lead_engine.selection.selector import Layout, Plan, Selector
+from lead_engine.selection.plan import Layout, Plan
+from lead_engine.selection.selector import Selector
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 HOST_BYTES, DEVICE_BYTES = 60, 100
@@ -128,9 +129,10 @@ def measure(name: str, selector: Selector, repeats: int, bandwidth: float) -> di
     def whole_round(number: int) -> None:
         plan = selector.plan(number, UNLIMITED)
         observe(plan)
-        selector.finish_round(plan)
+        selector.learn(plan)
 
-    order = selector.method.order(0)
+    drawn = selector.method.draw(0)
+    order = selector.method.order(0, drawn)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -138,14 +140,16 @@ def measure(name: str, selector: Selector, repeats: int, bandwidth: float) -> di
         "selection": name,
         "samples": samples,
         "round_ms": least_ms(whole_round, repeats, device),
-        "order_ms": least_ms(selector.method.order, repeats, device),
-        "pack_ms": least_ms(lambda _: selector._pack(order.sample_ids, UNLIMITED), repeats, device),
+        "order_ms": least_ms(
+            lambda number: selector.method.order(number, selector.method.draw(number)), repeats, device
+        ),
+        "pack_ms": least_ms(lambda _: selector.pack(drawn, order, UNLIMITED), repeats, device),
     }
     if device.type == "cuda":
         result["extra_memory_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     plan = selector.plan(repeats + 1, UNLIMITED)
     result["observe_ms"] = least_ms(lambda _: observe(plan), repeats, device)
-    result["finish_ms"] = least_ms(lambda _: selector.finish_round(plan), repeats, device)
+    result["finish_ms"] = least_ms(lambda _: selector.learn(plan), repeats, device)
     result |= {"places": order.sample_ids.shape[0], "planned": int((plan.sample_ids < samples).sum())}
     result["bytes_least"] = bytes_least(name, selector) * samples
     result["floor_ms"] = round(result["bytes_least"] / bandwidth / 1e6, 4)

@@ -1,6 +1,6 @@
 """Does the host wait for the device inside a round? Read off a trace of torch's profiler.
 
-A round's steps lie between two marks: after the read of the plan's header, which may wait, and after `finish_round`. In
+A round's steps lie between two marks: after the read of the plan's header, which may wait, and after `learn`. In
 between there may be no synchronising call of the CUDA runtime and no operator that reads a tensor's value to the host.
 """
 
@@ -31,19 +31,19 @@ def mark_rounds(engine: Any) -> None:
     """Let an engine's rounds leave the marks in whatever profiler runs."""
     from lead_engine.training import loop
 
-    read, finish = loop.read_header, engine.selector.finish_round
+    read, finish = loop.read_header, engine.selector.learn
 
     def read_header(plan: Any) -> Any:
         header = read(plan)
         with record_function(MARKS[0]):
             return header
 
-    def finish_round(plan: Any) -> Any:
+    def learn(plan: Any) -> Any:
         stats = finish(plan)
         with record_function(MARKS[1]):
             return stats
 
-    loop.read_header, engine.selector.finish_round = read_header, finish_round
+    loop.read_header, engine.selector.learn = read_header, learn
 
 
 def synchronisations(events: list[dict[str, Any]]) -> list[str]:

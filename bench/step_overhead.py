@@ -19,7 +19,7 @@ import torch
 from machine import arguments, write
 
 from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
-from lead_engine.selection.selector import Plan
+from lead_engine.selection.plan import Plan
 from lead_engine.training.distributed import process_group
 from lead_engine.training.loop import Engine, read_header
 from lead_engine.training.session import build
@@ -35,7 +35,7 @@ def one_round(engine: Engine, shared: Plan, number: int, step: int, lr: float) -
     header = read_header(plan)
     for place in range(engine.layout.steps):
         engine.train_step(plan, header, place, step + place, lr)
-    engine.selector.finish_round(plan)
+    engine.selector.learn(plan)
     engine.change.finish_round(plan.cluster)
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from lead_engine.pool.state import PoolState
     from lead_engine.pool.store import TokenStore
     from lead_engine.selection.loss_change import LossChange, make_loss_change
-    from lead_engine.selection.selector import Layout, Plan, RoundStats, Selector
+    from lead_engine.selection.plan import Layout, Plan, RoundStats
+from lead_engine.selection.selector import Selector
 
 __all__ = [
     "BatchConfig",
@@ -77,7 +78,8 @@ _HOMES = {
     "lead_engine.pool.state": ("PoolState",),
     "lead_engine.pool.store": ("TokenStore",),
     "lead_engine.selection.loss_change": ("LossChange", "make_loss_change"),
-    "lead_engine.selection.selector": ("Layout", "Plan", "RoundStats", "Selector"),
+    "lead_engine.selection.plan": ("Layout", "Plan", "RoundStats"),
+    "lead_engine.selection.selector": ("Selector",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -21,8 +21,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import write_bytes, write_text
 from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.plan import Plan
 from lead_engine.selection.replicas import check_replicas, gather_statistics
-from lead_engine.selection.selector import Plan, Selector
+from lead_engine.selection.selector import Selector
 
 FILE = "lead_selection.safetensors"
 """In every checkpoint folder: the selection's state."""
@@ -103,7 +104,7 @@ class Rounds:
         if self.plan is None or self.step == 0:
             return
         plan = self.plan
-        stats = self.selector.finish_round(plan)
+        stats = self.selector.learn(plan)
         self.change.finish_round(plan.cluster)
         cluster = int(plan.cluster)
         self.last = {"lead_round": self.round, "lead_reward": float(stats.reward)}

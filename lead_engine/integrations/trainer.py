@@ -40,7 +40,8 @@ from lead_engine.pool.state import PoolState
 from lead_engine.pool.tokenizer import generation_prompt_ids
 from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
-from lead_engine.selection.selector import Layout, Selector
+from lead_engine.selection.plan import Layout
+from lead_engine.selection.selector import Selector
 
 SCORES = "lead_scores"
 """Folder in the trainer's output folder: the scores of its own rows, where no pool was given."""

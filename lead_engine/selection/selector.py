@@ -10,67 +10,20 @@ the host reads nothing from the device, but in `refresh`, where a method may hav
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
-
 import torch
 from torch import Tensor
 
 from lead_engine.base.errors import UserError
 from lead_engine.config import Method as MethodName
 from lead_engine.config import SelectionConfig
-from lead_engine.config.bounds import Count, Seed
-from lead_engine.config.options import Options, argument, device_argument
+from lead_engine.config.bounds import Seed
+from lead_engine.config.options import argument, device_argument
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.counter_rng import mix64
-from lead_engine.selection.methods import METHODS, Scorer
+from lead_engine.selection.methods import METHODS, Draw, Order, Scorer
+from lead_engine.selection.plan import Layout, Plan, RoundStats
 from lead_engine.selection.samples import Samples
-from lead_kernels import PackedPlan, idu_update, pack_plan
-
-
-@dataclass(frozen=True)
-class Layout(Options):
-    """The static shape of a round. UserError for numbers below 1 or too large."""
-
-    flags: ClassVar[str] = "Layout."
-
-    steps: Count
-    """S, optimizer steps."""
-    micro_batches: Count
-    """M, micro-batches of one optimizer step over all ranks."""
-    slots: Count
-    """B, most samples in one micro-batch."""
-    capacity: Count
-    """T, token places in one micro-batch."""
-
-
-class Plan(NamedTuple):
-    """One round's samples, packed.
-
-    Steps are short or empty, the last ones first, where samples or budget end; a plan of 0 tokens means that nothing
-    is left.
-    """
-
-    cluster: Tensor  # int64 [], the arm drawn (0 where there is but one, -1 where all are trained)
-    probabilities: Tensor  # fp32 [K], those it was drawn with
-    sample_ids: Tensor  # int64 [S, M, B], N in empty slots; no sample twice
-    tokens: Tensor  # int64 [S, M], tokens in a micro-batch
-    rows: Tensor  # int64 [S, M], response tokens that count in a micro-batch
-    utility: Tensor  # fp32 [S, M, B], what U was believed to be when planned: the reward is measured from it
-    visits: Tensor  # int32 [S, M, B], visits when planned
-
-
-class RoundStats(NamedTuple):
-    """What a round did, on the device. Means are over the samples really trained; 0 for an empty round."""
-
-    reward_raw: Tensor  # fp32 [], mean of U before - U after
-    reward: Tensor  # fp32 [], scaled to [-1, 1] by the range seen so far
-    utility_before: Tensor  # fp32 [], mean U when planned
-    utility_after: Tensor  # fp32 [], mean U now
-    samples: Tensor  # int64 []
-    samples_per_task: Tensor  # int64 [tasks of the pool]
-    samples_per_cluster: Tensor  # int64 [clusters of the pool]
-    barred: Tensor  # bool [S, M, B], whose own loss was not finite
+from lead_kernels import idu_update, pack_plan
 
 
 class Selector:
@@ -109,20 +62,32 @@ class Selector:
         self.method.refresh(round, spent, scorer)
 
     def plan(self, round: int, max_tokens: int | Tensor) -> Plan:
-        """The samples of round `round` (0, 1, ...), of at most `max_tokens` tokens together."""
+        """Draw, order and pack: the samples of round `round` (0, 1, ...), of at most `max_tokens` tokens together."""
+        drawn = self.method.draw(round)
+        order = self.method.order(round, drawn)
+        return self.pack(drawn, order, max_tokens)
+
+    def pack(self, drawn: Draw, order: Order, max_tokens: int | Tensor) -> Plan:
+        """The first samples of an order in micro-batches, of at most `max_tokens` tokens together."""
         shape, samples = self.layout, self.samples
-        order = self.method.order(round)
-        packed = self._pack(order.sample_ids, max_tokens)
+        packed = pack_plan(
+            order.sample_ids,
+            samples.lengths,
+            num_bins=shape.steps * shape.micro_batches,
+            capacity=shape.capacity,
+            slots=shape.slots,
+            max_tokens=max_tokens,
+        )
         ids = packed.sample_ids.view(shape.steps, shape.micro_batches, shape.slots)
         tokens = packed.tokens.view(shape.steps, shape.micro_batches)
         rows = samples.rows[ids].sum(-1)
-        return Plan(order.cluster, order.probabilities, ids, tokens, rows, order.utility[ids], samples.visits[ids])
+        return Plan(drawn.cluster, drawn.probabilities, ids, tokens, rows, order.utility[ids], samples.visits[ids])
 
-    def observe(self, sample_ids: Tensor, loss: Tensor, change: Tensor) -> None:
-        """Update U and visits by one optimizer step: ids, losses and estimated changes of all ranks, [M, B] each."""
-        ids, loss, change = sample_ids.reshape(-1), loss.reshape(-1), change.reshape(-1)
-        self.method.observe(ids, loss)
-        idu_update(self.samples.utility, self.samples.visits, ids, loss, change, self.config.smoothing)
+    def observe(self, sample_ids: Tensor, loss: Tensor, loss_change: Tensor) -> None:
+        """Update U and visits by one optimizer step: ids, losses and their estimated changes of all ranks, [M, B] each."""
+        ids, loss, loss_change = sample_ids.reshape(-1), loss.reshape(-1), loss_change.reshape(-1)
+        self.method.observe(ids, loss, loss_change)
+        idu_update(self.samples.utility, self.samples.visits, ids, loss, loss_change, self.config.smoothing)
 
     def bar(self, sample_ids: Tensor, loss: Tensor, skipped: Tensor) -> Tensor:
         """The ids to observe a step by, which `skipped` (0-d bool) says was not taken: then none, so that nothing is learned from it.
@@ -134,7 +99,7 @@ class Selector:
         barred.index_put_((sample_ids.reshape(-1),), barred[sample_ids.reshape(-1)] | bad.reshape(-1))
         return torch.where(skipped, self.samples.num_samples, sample_ids)
 
-    def finish_round(self, plan: Plan) -> RoundStats:
+    def learn(self, plan: Plan) -> RoundStats:
         """Let the method learn from a round, once all its steps are observed.
 
         Only samples whose visits rose since the plan count, so a round that was ended early is judged by what it
@@ -143,9 +108,9 @@ class Selector:
         pool, ids = self.samples, plan.sample_ids
         trained = (pool.visits[ids] > plan.visits) & (ids < pool.num_samples)
         now = pool.utility[ids]
-        fall = plan.utility - now
-        reward = self.method.learn(plan, trained, fall)
-        counts = trained & fall.isfinite()
+        loss_drop = plan.utility - now
+        reward = self.method.learn(plan, trained, loss_drop)
+        counts = trained & loss_drop.isfinite()
 
         def mean(values: Tensor) -> Tensor:
             return torch.where(counts, values, 0.0).sum() / counts.sum().clamp(min=1)
@@ -154,7 +119,7 @@ class Selector:
         per_cluster = pool.count(pool.cluster, ids, trained, pool.num_clusters)
         barred = pool.barred[ids]
         return RoundStats(
-            mean(fall), reward, mean(plan.utility), mean(now), trained.sum(), per_task, per_cluster, barred
+            mean(loss_drop), reward, mean(plan.utility), mean(now), trained.sum(), per_task, per_cluster, barred
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -187,17 +152,6 @@ class Selector:
             where = torch.arange(bits.numel(), device=bits.device).view(bits.shape)
             total = mix64(total + place + mix64(bits ^ mix64(where + 1)).sum())
         return total
-
-    def _pack(self, order: Tensor, max_tokens: int | Tensor) -> PackedPlan:
-        shape = self.layout
-        return pack_plan(
-            order,
-            self.samples.lengths,
-            num_bins=shape.steps * shape.micro_batches,
-            capacity=shape.capacity,
-            slots=shape.slots,
-            max_tokens=max_tokens,
-        )
 
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -27,8 +27,9 @@ from lead_engine.model.dropout import draws_random_numbers, seed_dropout
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.plan import Layout, Plan, RoundStats
 from lead_engine.selection.replicas import gather_statistics
-from lead_engine.selection.selector import Layout, Plan, RoundStats, Selector
+from lead_engine.selection.selector import Selector
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.device_timer import DeviceInterval, DeviceTimer
 from lead_engine.training.finite import check_can_skip, loss_gradient, step_unless
@@ -135,7 +136,7 @@ class Engine:
                 steps.append(self.train_step(plan, header, step, progress.step + len(steps), rates[-1]))
                 tokens += step_tokens
             self.watch.start()
-            stats = self.selector.finish_round(plan)
+            stats = self.selector.learn(plan)
             self.change.finish_round(plan.cluster)
             self.watch.stop()
             lap.stop()

@@ -17,7 +17,8 @@ from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import ANSWERS, TokenStore
 from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
-from lead_engine.selection.selector import Layout, Selector
+from lead_engine.selection.plan import Layout
+from lead_engine.selection.selector import Selector
 from lead_engine.training.combinations import check_combination
 from lead_engine.training.distributed import Ranks, data_mesh
 from lead_engine.training.heldout_data import open_heldout

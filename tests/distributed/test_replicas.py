@@ -20,8 +20,9 @@ from lead_engine.config import RECIPES, OptimizerConfig, SelectionConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.selection import counter_rng
 from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.plan import Layout
 from lead_engine.selection.replicas import check_replicas
-from lead_engine.selection.selector import Layout, Selector
+from lead_engine.selection.selector import Selector
 from lead_engine.training.loop import Engine, read_header
 
 SAMPLES = 400
@@ -89,7 +90,7 @@ def rounds(rank: int, world: int, method: str, options: dict) -> dict[str, list]
                 ids = plan.sample_ids[step]
                 selector.observe(ids, *engine._gather(made_up(ids[mine], number)))
                 found["tokens"].append(plan.tokens[step].tolist())
-        selector.finish_round(plan)
+        selector.learn(plan)
         found["fingerprints"].append(int(selector.fingerprint()))
         spent, number = spent + sum(header.tokens), number + 1
     return found

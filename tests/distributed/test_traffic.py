@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
-from lead_engine.selection.selector import Layout, Selector
+from lead_engine.selection.plan import Layout
+from lead_engine.selection.selector import Selector
 from ranks import free_port
 from runs import selection_for
 

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lead_engine.config import RECIPES, Method, SelectionConfig
 from lead_engine.pool.state import PoolState
-from lead_engine.selection.selector import Layout, Selector
+from lead_engine.selection.plan import Layout
+from lead_engine.selection.selector import Selector
 
 SelectorFactory = Callable[..., Selector]
 

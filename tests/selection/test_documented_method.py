@@ -40,7 +40,7 @@ def test_the_documented_method_works(make_selector, monkeypatch) -> None:
         plan = selector.plan(round, 10_000)
         ids = plan.sample_ids[plan.sample_ids < 90]
         selector.observe(ids, torch.ones(len(ids)), torch.zeros(len(ids)))
-        selector.finish_round(plan)
+        selector.learn(plan)
         chosen += ids.tolist()
     assert len(set(chosen)) == len(chosen) > 12  # looking ahead when packing passes some by, so the last few may differ
     near = distance.argsort()[: len(chosen) + 32]

@@ -63,7 +63,7 @@ class Run:
         """Refresh, and train the first `count` of the order."""
         method = method or self.method
         method.refresh(0, spent, self.scorer)
-        ids = method.order(0).sample_ids
+        ids = method.order(0, method.draw(0)).sample_ids
         assert ids.shape == (PLACES,)
         ids = [i for i in ids.tolist() if i < len(self.pairs)][:count]
         assert len(ids) == len(set(ids)), "a sample twice in a round"
@@ -132,7 +132,7 @@ def test_a_sample_trained_out_of_turn_is_passed_over(make_run) -> None:
     expected = run.greedy(list(range(40)), run.state.ifd)
     run.method.refresh(0, 0.0, run.scorer)
     run.method.samples.visits[expected[1]] += 1
-    assert run.method.order(0).sample_ids.tolist() == [expected[0], expected[2], expected[3]]
+    assert run.method.order(0, run.method.draw(0)).sample_ids.tolist() == [expected[0], expected[2], expected[3]]
 
 
 def test_a_list_that_is_used_up_begins_again(make_run) -> None:
@@ -244,7 +244,7 @@ def test_an_order_does_not_look_at_the_device(make_run, blind) -> None:
     run.round(0.0)
     with blind.mode():
         blind.convert(run.method)
-        assert run.method.order(1).sample_ids.shape == (PLACES,)
+        assert run.method.order(1, run.method.draw(1)).sample_ids.shape == (PLACES,)
 
 
 def test_answer_tokens(make_run) -> None:

@@ -23,7 +23,7 @@ def pool(make_state, clusters, tasks=None, **vectors):
 
 
 def first_of(selector, count, round=0):
-    return selector.method.order(round).sample_ids[:count].tolist()
+    return selector.method.order(round, selector.method.draw(round)).sample_ids[:count].tolist()
 
 
 def test_a_mixture_shares_a_round_as_the_bandit_says_and_small_clusters_give_all_they_have(make_state, make_selector):
@@ -174,7 +174,7 @@ def test_a_loss_that_is_no_number_stays_with_its_sample(make_selector, options):
     assert bad.samples.utility[broken].isnan().all()
     assert torch.equal(bad.samples.utility[others], good.samples.utility[others])
     assert torch.equal(bad.samples.visits, good.samples.visits)
-    stats = bad.finish_round(plan)
+    stats = bad.learn(plan)
     trained = [i for i in plan.sample_ids.flatten().tolist() if i < 90 and i not in broken]
     believed = dict(zip(plan.sample_ids.flatten().tolist(), plan.utility.flatten().tolist(), strict=True))
     fall = sum(believed[i] - float(bad.samples.utility[i]) for i in trained) / len(trained)
@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_stays_with_its_sample(make_selector, options):
 
     for round in range(1, 200):  # they are still there, and come last
         order, open_ids = (
-            bad.method.order(round).sample_ids.tolist(),
+            bad.method.order(round, bad.method.draw(round)).sample_ids.tolist(),
             bad.method.open_samples().nonzero().flatten().tolist(),
         )
         cell = bad.method.cell.tolist()
@@ -197,7 +197,7 @@ def test_a_loss_that_is_no_number_stays_with_its_sample(make_selector, options):
         plan = bad.plan(round, LOTS)
         for ids in plan.sample_ids:
             bad.observe(ids, loss[ids] / round, torch.zeros(ids.shape))
-        assert all(bool(value.isfinite().all()) for value in bad.finish_round(plan))
+        assert all(bool(value.isfinite().all()) for value in bad.learn(plan))
         if int(plan.tokens.sum()) == 0 and not open_ids:
             break
     assert round > 10
@@ -212,7 +212,7 @@ def test_nothing_but_bad_losses(make_selector):
         plan = selector.plan(round, LOTS)
         for ids in plan.sample_ids:
             selector.observe(ids, torch.full(ids.shape, torch.nan), torch.zeros(ids.shape))
-        stats = selector.finish_round(plan)
+        stats = selector.learn(plan)
         assert float(stats.reward) == float(stats.reward_raw) == 0
         if int(stats.samples) == 0:
             break

@@ -15,7 +15,8 @@ import torch
 from lead_engine.base.errors import UserError
 from lead_engine.selection import counter_rng
 from lead_engine.selection.methods.random import SHUFFLE
-from lead_engine.selection.selector import Layout, Selector
+from lead_engine.selection.plan import Layout
+from lead_engine.selection.selector import Selector
 from lead_kernels import reference
 
 N, ROUNDS = 60, 14
@@ -29,7 +30,7 @@ def rounds_of(selector, count=ROUNDS, max_tokens=10**9, scorer=None):
         plan = selector.plan(round, max_tokens)
         for ids in plan.sample_ids:
             selector.observe(ids, torch.full(ids.shape, 1.0 + round), torch.zeros(ids.shape))
-        selector.finish_round(plan)
+        selector.learn(plan)
         bins = plan.sample_ids.flatten(0, 1).tolist()
         yield [
             [i for i in row if i < selector.samples.num_samples]
@@ -140,7 +141,7 @@ def test_rescore_ranks_by_what_was_measured_for_everybody_eligible(make_selector
         assert torch.equal(plan.utility, want[plan.sample_ids])
         for step in plan.sample_ids:
             selector.observe(step, torch.full(step.shape, 0.5), torch.zeros(step.shape))
-        selector.finish_round(plan)
+        selector.learn(plan)
     assert scorer.asked == []  # at last nobody is eligible, and nobody is measured
     assert not eligible.any()
 

@@ -73,7 +73,7 @@ def seen(make_selector: Any, method: str, options: dict[str, Any]) -> tuple[Any,
         for step in range(2):
             loss = ((plan.sample_ids[step] * 37 + number * 11) % 101).float() / 25
             selector.observe(plan.sample_ids[step], loss, torch.full_like(loss, -0.1))
-        stats = selector.finish_round(plan)
+        stats = selector.learn(plan)
         rounds.append((int(plan.cluster), plan.sample_ids.tolist(), float(stats.reward)))
     estimator = make_loss_change(used, 6, selector.method.num_arms, "cpu", 0)
     shapes = {name: tuple(value.shape) for name, value in estimator.state_dict().items()}

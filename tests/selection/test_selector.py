@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
-from lead_engine.selection.selector import Layout, Selector
+from lead_engine.selection.plan import Layout
+from lead_engine.selection.selector import Selector
 from lead_kernels import backend
 
 LOTS = 10**9
@@ -24,7 +25,7 @@ def train(selector, plan, loss=1.0, change=0.0, steps=None):
     """Observe the plan's first `steps` steps (all by default) with a constant loss and change; then the round's end."""
     for ids in plan.sample_ids[:steps]:
         selector.observe(ids, torch.full(ids.shape, loss), torch.full(ids.shape, change))
-    return selector.finish_round(plan)
+    return selector.learn(plan)
 
 
 def real(selector, plan):
@@ -172,7 +173,7 @@ def test_promises_for_any_pool_and_layout(make_selector, make_state, finished_ru
                 assert all(arm[i] == plan.cluster for i in ids)
             else:
                 assert int(plan.cluster) == -1
-            order = [i for i in selector.method.order(round).sample_ids.tolist() if i < n]
+            order = [i for i in selector.method.order(round, selector.method.draw(round)).sample_ids.tolist() if i < n]
             eligible = left.nonzero().flatten().tolist()
             assert all(follows_quotas(selector, order[:m], eligible, plan) for m in {1, len(order) // 2, len(order)})
         elif method == "random-matched":
@@ -186,7 +187,7 @@ def test_promises_for_any_pool_and_layout(make_selector, make_state, finished_ru
         loss[torch.rand(n + 1, generator=generator) < bad_losses] = torch.nan
         for step in plan.sample_ids:
             selector.observe(step, loss[step], -0.1 * loss[step])
-        stats = selector.finish_round(plan)
+        stats = selector.learn(plan)
         assert (
             int(stats.samples) == len(ids) == int(stats.samples_per_task.sum()) == int(stats.samples_per_cluster.sum())
         )
@@ -309,11 +310,11 @@ def test_restored_selector_goes_on_alike(make_variant, made_up_losses, options):
         selector.refresh(round, round / 12, made_up_losses(round))
         plan = selector.plan(round, LOTS if round < 6 else 100)
         observe(selector, plan, round, slice(None))
-        return [*plan, *selector.finish_round(plan)]
+        return [*plan, *selector.learn(plan)]
 
     def go_on(selector, plan):
         observe(selector, plan, 5, slice(1, None))
-        everything = [*selector.finish_round(plan), selector.fingerprint()]
+        everything = [*selector.learn(plan), selector.fingerprint()]
         for round in range(6, 12):
             everything += [*play(selector, round), selector.fingerprint()]
         return [*everything, *selector.state_dict().values()]
@@ -392,7 +393,7 @@ def test_rounds_never_look_at_the_device(make_variant, blind, options):
                 selector.observe(
                     ids, torch.ones(ids.shape, device=blind.device), torch.zeros(ids.shape, device=blind.device)
                 )
-            stats = selector.finish_round(plan)
+            stats = selector.learn(plan)
             values = (*plan, *stats, *selector.state_dict().values(), selector.fingerprint())
             assert {value.device.type for value in values} == {blind.device}
         for read in (
@@ -478,7 +479,7 @@ def test_plans_on_cuda_are_those_of_the_cpu_and_no_round_waits(make_selector, me
             theirs = device.plan(round, 200)
             for ids in theirs.sample_ids.unbind():
                 device.observe(ids, torch.full(ids.shape, loss, device="cuda"), torch.zeros(ids.shape, device="cuda"))
-            device.finish_round(theirs)
+            device.learn(theirs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(plan.sample_ids, theirs.sample_ids.cpu())

@@ -159,7 +159,7 @@ class SlowLead:
             self.utility[i] = (1 - b) * (self.dtype(loss[i]) + self.dtype(change[i])) + b * self.utility[i]
             self.visits[i] += 1
 
-    def finish_round(self, cluster, p):
+    def learn(self, cluster, p):
         """(mean fall of U, reward, range of the rewards seen)."""
         if not self.before:
             return None
@@ -259,9 +259,9 @@ def test_runs_equal_the_transcription_until_nothing_is_left(make_selector, optio
                 slow.observe(step, loss, change)
         assert same_precision(plan.utility.flatten()[plan.sample_ids.flatten() < exact.n], *believed)
         stats, want, want32 = (
-            selector.finish_round(plan),
-            exact.finish_round(cluster, p),
-            rounded.finish_round(cluster32, p32),
+            selector.learn(plan),
+            exact.learn(cluster, p),
+            rounded.learn(cluster32, p32),
         )
         if want is not None:
             rewards += 1

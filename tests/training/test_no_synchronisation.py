@@ -54,7 +54,7 @@ def test_rounds_do_not_synchronise(selection: str, make_model, make_pool) -> Non
             with silent(number > 0):
                 steps = [engine.train_step(plan, header, step, 3 * number + step, 1e-3) for step in range(3)]
                 engine.watch.start()
-                stats = engine.selector.finish_round(plan)
+                stats = engine.selector.learn(plan)
                 engine.change.finish_round(plan.cluster)
                 engine.watch.stop()
                 waiting.append(HostCopy(RoundValues(steps, stats, plan)))

@@ -83,7 +83,7 @@ def play(session: Session, poisoned: int | None, token: int, steps: list[int]) -
         engine.store.tokens[(engine.store.offsets[sample] + engine.store.offsets[sample + 1]) // 2] = token
     stats = {step: engine.train_step(plan, header, step, step, 1e-2) for step in steps}
     assert [bool(s.skipped) for s in stats.values()] == [step == poisoned for step in stats]
-    round_stats = engine.selector.finish_round(plan)
+    round_stats = engine.selector.learn(plan)
     engine.change.finish_round(plan.cluster)
     barred = engine.selector.samples.barred.nonzero().flatten().tolist()
     assert barred == ([sample] if poisoned is not None and token == NAN_TOKEN else [])

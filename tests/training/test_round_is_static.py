@@ -20,7 +20,8 @@ from lead_engine.model.attention import NAME
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.loss_change import make_loss_change
-from lead_engine.selection.selector import Layout, Selector
+from lead_engine.selection.plan import Layout
+from lead_engine.selection.selector import Selector
 from lead_engine.training.host_copy import HostCopy
 from lead_engine.training.loop import Engine, Header, RoundValues
 from lead_engine.training.optimizer import make_optimizer
@@ -122,7 +123,7 @@ def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks:
             for step in range(LAYOUT.steps):
                 steps.append(parts.train_step(plan, header, step, number * LAYOUT.steps + step, 1e-3))
                 assert all(value.shape == () and value.device.type == DEVICE for value in steps[-1])
-            stats = parts.selector.finish_round(plan)
+            stats = parts.selector.learn(plan)
             parts.change.finish_round(plan.cluster)
             values = HostCopy(RoundValues(steps, stats, plan)).read()
             assert all(isinstance(value, FakeTensor) for value in (*values.stats, *values.plan))

@@ -1,6 +1,6 @@
 """Who is trained next: one method a file, all behind the small interface of `base.py`."""
 
-from lead_engine.selection.methods.base import Method, Order, Scorer
+from lead_engine.selection.methods.base import Draw, Method, Order, Scorer
 from lead_engine.selection.methods.full import Full
 from lead_engine.selection.methods.ifd import Ifd
 from lead_engine.selection.methods.iterit import Iterit
@@ -22,4 +22,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """The names of `--method`."""
 
-__all__ = ["METHODS", "Method", "Order", "Scorer"]
+__all__ = ["METHODS", "Draw", "Method", "Order", "Scorer"]

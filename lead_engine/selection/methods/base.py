@@ -6,7 +6,7 @@ visits, is the selector's. See docs/METHODS.md for a method added step by step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from lead_engine.config import SelectionConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection import counter_rng
+from lead_engine.selection.plan import Plan
 from lead_engine.selection.samples import Samples
 from lead_kernels import select_topk
-
-if TYPE_CHECKING:
-    from lead_engine.selection.selector import Plan
 
 
 class Scorer(Protocol):
@@ -37,24 +35,30 @@ class Scorer(Protocol):
         ...
 
 
-class Order(NamedTuple):
-    """Who comes next. Tensors are on the training device."""
+class Draw(NamedTuple):
+    """Where a round's samples come from. Tensors are on the training device."""
 
-    sample_ids: Tensor
-    """int64 [places], distinct, best first; N where there are no more."""
-    utility: Tensor
-    """fp32 [N+1], the U that this order believes in; rewards are measured from it."""
     cluster: Tensor
     """int64 [], the arm drawn; -1 where a round is drawn from all."""
     probabilities: Tensor
     """fp32 [K] of the arms."""
 
 
+class Order(NamedTuple):
+    """Who comes next. Tensors are on the training device."""
+
+    sample_ids: Tensor
+    """int64 [order_length], distinct, best first; N where there are no more."""
+    utility: Tensor
+    """fp32 [N+1], the U that this order believes in; rewards are measured from it."""
+
+
 class Method:
     """Base of the methods: nothing is learned, nothing is kept.
 
-    `places`: how many samples an order may name, at least as many as a round can train. Randomness is a function of `seed` and of counters
-    (round, pass, sample id), so that every rank finds the same order and a resumed run goes on with it.
+    `order_length`: how many samples an order may name, at least as many as a round can train. Randomness is a function
+    of `seed` and of counters (round, pass, sample id), so that every rank finds the same order and a resumed run goes
+    on with it.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -64,8 +68,10 @@ class Method:
     whole_pool: ClassVar[bool] = False
     """Whether the budget is all of the pool, `--epochs` times."""
 
-    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
-        self.samples, self.config, self.places, self.seed = samples, config, places, seed
+    def __init__(
+        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
+    ) -> None:
+        self.samples, self.config, self.order_length, self.seed = samples, config, order_length, seed
 
     @property
     def num_arms(self) -> int:
@@ -78,17 +84,25 @@ class Method:
         The only place where losses may be measured anew, and where the host may wait for the device.
         """
 
-    def order(self, round: int) -> Order:
-        """Who comes next in round `round` (0, 1, ...). Nothing here reads the device."""
+    def draw(self, round: int) -> Draw:
+        """The arm of round `round` (0, 1, ...), for methods that have several. Nothing here reads the device."""
+        device = self.samples.device
+        return Draw(torch.zeros((), dtype=torch.int64, device=device), torch.ones(1, device=device))
+
+    def order(self, round: int, drawn: Draw) -> Order:
+        """Who comes next in round `round`, given its draw. Nothing here reads the device."""
         raise NotImplementedError
 
-    def observe(self, sample_ids: Tensor, loss: Tensor) -> None:
-        """One optimizer step's samples (int64, N for none) and the losses that it computed (fp32), before U and visits are updated."""
+    def observe(self, sample_ids: Tensor, loss: Tensor, loss_change: Tensor) -> None:
+        """One optimizer step, before U and visits are updated: its samples (int64, N for none), the losses that it
+        computed (fp32) and what it is estimated to have changed in them (fp32).
+        """
 
-    def learn(self, plan: Plan, trained: Tensor, fall: Tensor) -> Tensor:
+    def learn(self, plan: Plan, trained: Tensor, loss_drop: Tensor) -> Tensor:
         """After a round's last step: the reward in [-1, 1] that the method makes of it, fp32 []; 0 for methods that do not learn.
 
-        `trained` bool [S, M, B]: which planned samples were trained; `fall` fp32 [S, M, B]: how far their U fell since they were planned.
+        `trained` bool [S, M, B]: which planned samples were trained; `loss_drop` fp32 [S, M, B]: how far their U fell
+        since they were planned.
         """
         return torch.zeros((), device=self.samples.device)
 
@@ -102,22 +116,16 @@ class Method:
     # --- what several methods share ---
 
     def plain(self, sample_ids: Tensor) -> Order:
-        """An order without a draw."""
-        device = self.samples.device
-        return Order(
-            sample_ids,
-            self.samples.utility,
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.ones(1, device=device),
-        )
+        """An order that believes in U as it stands."""
+        return Order(sample_ids, self.samples.utility)
 
     def best_by(self, score: Tensor, candidates: Tensor) -> Tensor:
-        """The candidates (bool [N]) with the highest score (fp32 [N]; NaN last), those trained least often first: int64 [places]."""
+        """The candidates (bool [N]) with the highest score (fp32 [N]; NaN last), those trained least often first: int64 [order_length]."""
         visits = self.samples.visits[:-1]
         candidates = candidates & ~self.samples.barred[:-1]
         least = torch.where(candidates, visits, torch.iinfo(torch.int32).max).amin()
         one_task = torch.zeros_like(self.samples.task, dtype=torch.uint8)
-        return select_topk(score, candidates & (visits == least), one_task, 1, self.places)
+        return select_topk(score, candidates & (visits == least), one_task, 1, self.order_length)
 
     def uniform(self, stream: int, *counters: Tensor) -> Tensor:
         """fp32 in [0, 1), a function of (seed, stream, counters)."""

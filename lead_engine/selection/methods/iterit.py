@@ -14,7 +14,7 @@ from lead_engine.config import SelectionConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.greedy_tfidf import choose, token_tfidf
-from lead_engine.selection.methods.base import Method, Order, Scorer
+from lead_engine.selection.methods.base import Draw, Method, Order, Scorer
 from lead_engine.selection.samples import Samples
 
 NEVER = torch.iinfo(torch.int32).max
@@ -30,8 +30,10 @@ class Iterit(Method):
     wanted, so the list is made as long as the next rounds need, and longer when they have used it.
     """
 
-    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
-        super().__init__(samples, state, config, places, seed)
+    def __init__(
+        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
+    ) -> None:
+        super().__init__(samples, state, config, order_length, seed)
         n, device = samples.num_samples, samples.device
         self.epoch = torch.full((), -1, dtype=torch.int64, device=device)
         self.ifd = state.ifd.to(device)
@@ -45,15 +47,15 @@ class Iterit(Method):
         epoch = min(int(spent * self.config.epochs), self.config.epochs - 1)
         if epoch > int(self.epoch):
             self._begin(epoch, scorer)
-        if int((self._seen() == 0).sum()) < self.places:
+        if int((self._seen() == 0).sum()) < self.order_length:
             self._lengthen(scorer.store)
 
-    def order(self, round: int) -> Order:
+    def order(self, round: int, drawn: Draw) -> Order:
         n, seen = self.samples.num_samples, self._seen()
         due = (seen == seen.amin()) & (seen < NEVER)  # those of the current pass over the list, nearly always the first
         place = torch.where(due, torch.arange(n, device=seen.device), n)
-        ids = F.pad(self.sequence, (0, 1), value=n)[place.sort().values[: self.places]]
-        return self.plain(F.pad(ids, (0, self.places - ids.shape[0]), value=n))
+        ids = F.pad(self.sequence, (0, 1), value=n)[place.sort().values[: self.order_length]]
+        return self.plain(F.pad(ids, (0, self.order_length - ids.shape[0]), value=n))
 
     def state_dict(self) -> dict[str, Tensor]:
         names = ("epoch", "ifd", "candidates", "sequence", "visits_before")
@@ -89,7 +91,7 @@ class Iterit(Method):
         """Make the list twice as long, at least four rounds; up to all candidates."""
         ids = self.candidates.cpu().nonzero().squeeze(1)
         listed = int((self.sequence < self.samples.num_samples).sum())
-        wanted = min(len(ids), max(2 * listed, 4 * self.places))
+        wanted = min(len(ids), max(2 * listed, 4 * self.order_length))
         if wanted == listed:
             return
         if self.tfidf is None:

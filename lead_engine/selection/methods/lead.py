@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lead_engine.config import SelectionConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.bandit import Bandit, RewardScale
-from lead_engine.selection.methods.base import Method, Order
+from lead_engine.selection.methods.base import Draw, Method, Order
+from lead_engine.selection.plan import Plan
 from lead_engine.selection.samples import Samples, count
 from lead_engine.selection.unseen import CellEstimates
 from lead_kernels import select_topk
 from lead_kernels.select_topk import OFFSETS
-
-if TYPE_CHECKING:
-    from lead_engine.selection.selector import Plan
 
 DRAW, RANK, ROUND_OFF = 0, 2, 3  # random streams
 LEAST = 1e-6  # nats; a logarithm is taken of U
@@ -37,8 +33,10 @@ class Lead(Method):
 
     uses_loss_change = True
 
-    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
-        super().__init__(samples, state, config, places, seed)
+    def __init__(
+        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
+    ) -> None:
+        super().__init__(samples, state, config, order_length, seed)
         self._num_arms = 1 if config.bandit == "none" else samples.num_clusters
         self._tasks = samples.num_tasks if config.use_tasks else 1
         self.arm = samples.cluster if self._num_arms > 1 else torch.zeros_like(samples.cluster, dtype=torch.uint8)
@@ -65,42 +63,45 @@ class Lead(Method):
         unspent = (self.samples.visits[:-1] < self.config.max_visits) & ~self.samples.barred[:-1]
         return unspent & ~self.samples.dropped if self.config.drop_misaligned else unspent
 
-    def order(self, round: int) -> Order:
+    def draw(self, round: int) -> Draw:
         uniform = self.uniform(DRAW, self.samples.scalar(round))
         cluster, probabilities = self.bandit.draw(self._arm_sizes() > 0, uniform)
-        utility = self.samples.utility if self.unseen is None else self.unseen.utility()
-        eligible, parts = self.open_samples(), probabilities
         if self.config.draw == "mixture":
             cluster = torch.full_like(cluster, -1)
-        else:  # the mixture in which one arm has all; leaving the others out is not needed, but faster
-            eligible &= self.arm == cluster
-            parts = (torch.arange(self._num_arms, device=cluster.device) == cluster).to(parts.dtype)
+        return Draw(cluster, probabilities)
+
+    def order(self, round: int, drawn: Draw) -> Order:
+        utility = self.samples.utility if self.unseen is None else self.unseen.utility()
+        eligible, parts = self.open_samples(), drawn.probabilities
+        if self.config.draw == "cluster":  # the mixture in which one arm has all
+            parts = (torch.arange(self._num_arms, device=parts.device) == drawn.cluster).to(parts.dtype)
+            eligible &= self.arm == drawn.cluster  # its shares leave the others out already; this is faster
         rank = self._rank(utility[:-1])
         cells = self.size.shape[0]
         offset = (
             self.uniform(ROUND_OFF, self.samples.scalar(round), torch.arange(cells, device=rank.device)) * OFFSETS
         ).long()
-        order = select_topk(rank, eligible, self.cell, cells, self.places, self._shares(parts), offset)
-        return Order(order, utility, cluster, probabilities)
+        order = select_topk(rank, eligible, self.cell, cells, self.order_length, self._shares(parts), offset)
+        return Order(order, utility)
 
-    def observe(self, sample_ids: Tensor, loss: Tensor) -> None:
+    def observe(self, sample_ids: Tensor, loss: Tensor, loss_change: Tensor) -> None:
         if self.unseen is not None:
             self.unseen.observe(sample_ids, loss)
 
-    def learn(self, plan: Plan, trained: Tensor, fall: Tensor) -> Tensor:
+    def learn(self, plan: Plan, trained: Tensor, loss_drop: Tensor) -> Tensor:
         """The reward of an arm is the mean fall of U of its samples that were trained; those whose loss is not a number do not count."""
         ids = self.samples.real(plan.sample_ids)
         closed = trained & (self.samples.visits[plan.sample_ids] == self.config.max_visits)
         closed |= self.samples.barred[plan.sample_ids]  # in this round: none of these would have been planned
         self.size -= count(self.cell[ids], closed, self.size.shape[0])
 
-        counts = trained & fall.isfinite()
+        counts = trained & loss_drop.isfinite()
         arm = torch.where(counts, self.arm[ids].long(), -1).reshape(-1)
         member_KP = (
             arm == torch.arange(self._num_arms, device=arm.device)[:, None]
         )  # a sum for each arm, in a fixed order
         number = member_KP.sum(1)
-        raw = torch.where(member_KP, fall.reshape(-1), 0.0).sum(1) / number.clamp(min=1)
+        raw = torch.where(member_KP, loss_drop.reshape(-1), 0.0).sum(1) / number.clamp(min=1)
         seen = number > 0
         scaled = self.reward_scale.scale(raw, seen)
         if self.config.draw == "mixture":

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lead_engine.selection import counter_rng
-from lead_engine.selection.methods.base import Method, Order
+from lead_engine.selection.methods.base import Draw, Method, Order
 
 SHUFFLE = 1  # random stream
 
@@ -22,7 +22,7 @@ class Random(Method):
 
     needs_scores = False
 
-    def order(self, round: int) -> Order:
+    def order(self, round: int, drawn: Draw) -> Order:
         samples, visits = self.samples, self.samples.visits[:-1]
         visits = torch.where(samples.barred[:-1], torch.iinfo(torch.int32).max, visits)
         current = visits.amin()
@@ -30,7 +30,7 @@ class Random(Method):
         keys = counter_rng.order_keys(self.seed, samples.scalar(SHUFFLE), current.long(), ids)
         due = (visits == current) & ~samples.barred[:-1]
         keys = torch.where(due, keys, torch.iinfo(torch.int64).max)
-        places = min(self.places, samples.num_samples)
+        places = min(self.order_length, samples.num_samples)
         keys, order = keys.topk(places, largest=False, sorted=True)
         order = torch.where(keys < 1 << counter_rng.ORDER_BITS, order, samples.num_samples)
-        return self.plain(F.pad(order, (0, self.places - places), value=samples.num_samples))
+        return self.plain(F.pad(order, (0, self.order_length - places), value=samples.num_samples))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
 from lead_engine.pool.state import PoolState
-from lead_engine.selection.methods.base import Method, Order
+from lead_engine.selection.methods.base import Draw, Method, Order
 from lead_engine.selection.samples import Samples
 
 LIKE = 16
@@ -32,8 +32,10 @@ class RandomMatched(Method):
     Only samples that are not dropped are renamed, and only to each other, so that dropping is common to both.
     """
 
-    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
-        super().__init__(samples, state, config, places, seed)
+    def __init__(
+        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
+    ) -> None:
+        super().__init__(samples, state, config, order_length, seed)
         if config.match is None:
             raise UserError(
                 "--selection.match: random-matched needs the folder of the finished run whose picks it imitates"
@@ -46,14 +48,14 @@ class RandomMatched(Method):
         self.sequence = torch.from_numpy(renamed).to(samples.device)
         self.occurrence = torch.from_numpy(_occurrences(renamed)).to(samples.device)
 
-    def order(self, round: int) -> Order:
+    def order(self, round: int, drawn: Draw) -> Order:
         """The next of the sequence: an entry is due when its sample was trained as often as it occurs before the entry."""
         n, length = self.samples.num_samples, self.sequence.shape[0]
         due = (self.occurrence == self.samples.visits[self.sequence]) & ~self.samples.barred[self.sequence]
         place = torch.where(due, torch.arange(length, device=due.device), length)
-        next_places = place.sort().values[: self.places]
+        next_places = place.sort().values[: self.order_length]
         ids = F.pad(self.sequence, (0, 1), value=n)[next_places]
-        return self.plain(F.pad(ids, (0, self.places - ids.shape[0]), value=n))
+        return self.plain(F.pad(ids, (0, self.order_length - ids.shape[0]), value=n))
 
 
 def like_permutation(

@@ -14,8 +14,10 @@ class Rescore(Lead):
 
     uses_loss_change = False
 
-    def __init__(self, samples: Samples, state: PoolState, config: SelectionConfig, places: int, seed: int) -> None:
-        super().__init__(samples, state, config, places, seed)
+    def __init__(
+        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
+    ) -> None:
+        super().__init__(samples, state, config, order_length, seed)
         self.unseen = None  # nothing is estimated for samples that were not trained: they are measured
 
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
