@@ -108,12 +108,13 @@ HEADER = f"{'kernel':<58} {'target':<7} align warps registers spills stack {'sha
 
 def all_builds() -> list[KernelBuild]:
     """The builds of every module of the package, each name led by its module's."""
-    builds = []
+    builds: list[KernelBuild] = []
     for module in pkgutil.iter_modules(lead_kernels.__path__):
         if module.name in ("aot", "backend"):
             continue
-        listed = getattr(importlib.import_module(f"lead_kernels.{module.name}"), "builds", None)
-        builds += [] if listed is None else listed()
+        imported = importlib.import_module(f"lead_kernels.{module.name}")
+        if hasattr(imported, "builds"):
+            builds += imported.builds()
     return builds
 
 
@@ -199,9 +200,10 @@ def innermost_loops(sass: str) -> list[list[str]]:
 def elements(loop: list[str], columns: int, threads: int) -> float:
     """What a thread takes in one turn of a loop that takes `columns` in all, times the copies that ptxas made of it.
 
-    The copies: what the counter goes up by, over `columns`. Of the registers that go up by a multiple of it, the counter
-    is that with the smallest; others are addresses, in bytes. Without a counter these would pass for more copies than
-    there are: so no more are believed than the loop's accesses have room for, 16 bytes each of 2 an element.
+    The copies: what the counter goes up by, over `columns`. Of the registers that go up by a multiple of it, the
+    counter is that with the smallest; others are addresses, in bytes. Without a counter these would pass for more
+    copies than there are: so no more are believed than the loop's accesses have room for, 16 bytes each of 2 an
+    element.
     """
     steps = [
         int(found[2], 16)
@@ -238,9 +240,7 @@ def _task(job: tuple[int, str, bool]) -> Result:
     try:
         usage = _compile(build, target, aligned)
         error = _fault(usage, target, build.instructions if name == "sm_90" and aligned else float("inf"))
-    except (
-        Exception
-    ) as failure:  # whatever the compiler raises is this line's result, and the other kernels are still compiled
+    except Exception as failure:  # whatever the compiler raises is this line's result: the other kernels are compiled
         error = f"DOES NOT COMPILE: {type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
     return Result(build.name, name, warps(build.threads, target.wave), aligned, usage, error)
 

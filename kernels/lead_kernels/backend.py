@@ -24,7 +24,7 @@ except ImportError:  # a torch without a GPU needs no Triton: the kernels are th
 
     triton = tl = _Absent()
 
-__all__ = ["KernelBuild", "current_device", "tl", "triton", "uses_kernels", "warps", "wave_size"]
+__all__ = ["KernelBuild", "cdiv", "current_device", "tl", "triton", "uses_kernels", "warps", "wave_size"]
 
 _kernels_on_cpu = False
 """Set by the tests, under TRITON_INTERPRET=1: CPU tensors take the way of the kernels too."""
@@ -42,7 +42,12 @@ def wave_size(device: torch.device) -> int:
 
 def current_device(tensor: Tensor) -> AbstractContextManager[None]:
     """Makes the tensor's GPU the current one, on which Triton launches; of no effect on CPU tensors."""
-    return torch.cuda.device_of(tensor)
+    return torch.cuda.device(tensor.get_device() if tensor.is_cuda else -1)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def warps(threads: int, wave: int) -> int:

@@ -9,6 +9,8 @@ import functools
 
 import torch
 
+from lead_kernels.backend import cdiv
+
 CHUNK_BYTES_CPU = 64 * 2**20
 CHUNK_BYTES_DEVICE = (2**30, 4 * 2**30)
 """Least and most; between them 1/32 of the device's memory. Of all of it: what is free depends on what else runs, and
@@ -66,7 +68,7 @@ def chunk_rows(
 def buffer_rows(largest: int, most_rows: int) -> int:
     """Rows of a GPU's buffer for chunks of `largest` rows: rounded up, within the budget where that has room."""
     step = min(DEVICE_BUFFER_ROWS, max(most_rows, 1))
-    rounded = -(-largest // step) * step
+    rounded = cdiv(largest, step) * step
     return min(rounded, max(most_rows, largest))
 
 

@@ -15,13 +15,11 @@ from lead_kernels.segment_reduce import segment_bounds
 
 
 class CountedRows(NamedTuple):
-    """The rows whose target is not ignored, taken out so that the others cost no products.
+    """The rows whose target is not ignored, taken out so that the others cost no products."""
 
-    index: int64 [rows taken], T where a place is left empty; None: all rows are taken, ignored ones with zeros for
-    hidden states.
-    """
-
-    index: Tensor | None
+    taken: Tensor | None
+    """int64 [rows taken]: their numbers, T where a place is left empty. None: all rows are taken, ignored ones with
+    zeros for hidden states."""
     valid_T: Tensor
     before: Tensor
     """int64 [T + 1]: counted rows before row t."""
@@ -33,9 +31,11 @@ class CountedRows(NamedTuple):
         valid_T = targets_T != ignore_index
         before = torch.cat([valid_T.new_zeros(1, dtype=torch.int64), valid_T.cumsum(0)])
         if not uses_kernels(targets_T):  # in host memory: reading waits for no device
-            if max_rows is not None and int(before[-1]) > max_rows:
-                raise ValueError(f"max_rows is {max_rows}, but {int(before[-1])} targets count")
-            return CountedRows(None if bool(valid_T.all()) else valid_T.nonzero().squeeze(1), valid_T, before)
+            count = int(before[-1])
+            if max_rows is not None and count > max_rows:
+                raise ValueError(f"max_rows is {max_rows}, but {count} targets count")
+            all_count = count == targets_T.shape[0]
+            return CountedRows(None if all_count else valid_T.nonzero().squeeze(1), valid_T, before)
         if max_rows is None:
             max_rows = int(before[-1])
         else:
@@ -53,23 +53,25 @@ class CountedRows(NamedTuple):
     def take(self, values: Tensor, fill: float = 0) -> Tensor:
         """The counted rows of `values` [T, ...]; `fill` in empty places and, where all rows are taken, in ignored
         ones."""
-        if self.index is None:
+        if self.taken is None:
+            # In host memory all rows are taken only where all of them count.
             return self._masked(values, self.valid_T, fill) if uses_kernels(values) else values
-        if not uses_kernels(values) or self.index.shape[0] == 0:
-            return values[self.index]
-        filled = self.index < self.valid_T.shape[0]
-        return self._masked(values[torch.where(filled, self.index, 0)], filled, fill)
+        if not uses_kernels(values) or self.taken.shape[0] == 0:
+            return values[self.taken]
+        filled = self.taken < self.valid_T.shape[0]
+        return self._masked(values[torch.where(filled, self.taken, 0)], filled, fill)
 
     def put(self, rows: Tensor) -> Tensor:
         """Results of the rows taken at their places among all rows [T, ...], 0 elsewhere."""
-        if self.index is None:
+        if self.taken is None:
             return rows
+        # One more row receives the empty places' results, and is cut off.
         total = self.valid_T.shape[0]
-        return rows.new_zeros(total + 1, *rows.shape[1:]).index_copy_(0, self.index, rows)[:total]
+        return rows.new_zeros(total + 1, *rows.shape[1:]).index_copy_(0, self.taken, rows)[:total]
 
     def bounds(self, bounds: Tensor) -> Tensor:
         """Bounds of samples among all rows as bounds among the rows taken."""
-        return bounds if self.index is None else self.before[bounds]
+        return bounds if self.taken is None else self.before[bounds]
 
     @staticmethod
     def _masked(values: Tensor, mask: Tensor, fill: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_shape
 
 BLOCK = 512
@@ -48,7 +48,7 @@ def _segments_kernel(
     not fit, so that the other kernels stay inside their arrays until the assertion is met.
     """
     lane = tl.arange(0, BLOCK)
-    used = tl.sum(tl.zeros((BLOCK,), tl.int64), 0)
+    used = tl.sum(tl.zeros((BLOCK,), tl.int64), 0)  # a scalar of the type that the loop makes of it
     unknown = tl.sum(tl.zeros((BLOCK,), tl.int64), 0)
     tl.store(cu_ptr, 0)
     tl.store(cu_ptr + slots + 1, capacity)
@@ -59,7 +59,7 @@ def _segments_kernel(
         real = (sample >= 0) & (sample < num_samples)
         start = tl.load(offset_ptr + sample, mask=real, other=0)
         length = tl.load(offset_ptr + sample + 1, mask=real, other=0) - start
-        end = used + tl.cumsum(length, 0)
+        end = used + tl.cumsum(length, 0)  # an empty slot has length 0, and ends where the one before it does
         tl.store(start_ptr + slot, start, mask=inside)
         tl.store(cu_ptr + 1 + slot, tl.minimum(end, capacity).to(tl.int32), mask=inside)
         used += tl.sum(length, 0)
@@ -71,8 +71,8 @@ def _segments_kernel(
 @triton.jit
 @no_type_check
 def _tokens_kernel(
-    token_ptr, response_ptr, start_ptr, cu_ptr, input_ptr, position_ptr, mark_ptr, count_ptr, slots, search_steps, capacity,
-    BLOCK: tl.constexpr,
+    token_ptr, response_ptr, start_ptr, cu_ptr, input_ptr, position_ptr, mark_ptr, count_ptr, slots, search_steps,
+    capacity, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK tokens: token, position in the sample, and mark (the slot if the next token is one to learn, else -1).
 
@@ -105,13 +105,14 @@ def _tokens_kernel(
 @triton.jit
 @no_type_check
 def _rows_kernel(
-    mark_ptr, count_ptr, input_ptr, row_ptr, target_ptr, row_slot_ptr, status_ptr, capacity, num_rows, slots, num_counts,
-    BLOCK: tl.constexpr,
+    mark_ptr, count_ptr, input_ptr, row_ptr, target_ptr, row_slot_ptr, status_ptr, capacity, num_rows, slots,
+    num_counts, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The marked places in order: row r goes to place r. Also the padding behind them. status[2]: rows."""
     lane = tl.arange(0, BLOCK)
     before = tl.sum(tl.zeros((BLOCK,), tl.int32), 0)
     total = tl.sum(tl.zeros((BLOCK,), tl.int32), 0)
+    # Every program adds up the counts of those before it: a scan kernel of its own would cost another launch.
     for first in range(0, num_counts, BLOCK):
         block = first + lane
         count = tl.load(count_ptr + block, mask=block < num_counts, other=0)
@@ -143,9 +144,10 @@ def _on_gpu(
             raise ValueError(f"{name} is on {tensor.device}, where the GPU reads only pinned memory")
     num_samples, slots = offsets.shape[0] - 1, sample_ids.shape[0]
     launch = {"BLOCK": BLOCK, "num_warps": warps(THREADS, wave_size(sample_ids.device))}
-    inputs, positions, cu, rows, targets, row_slots = outputs = _empty(sample_ids, capacity, num_rows)
+    outputs = _empty(sample_ids, capacity, num_rows)
+    inputs, positions, cu, rows, targets, row_slots = outputs
     start, status = sample_ids.new_empty(slots), sample_ids.new_empty(3)
-    num_counts = triton.cdiv(capacity, BLOCK)
+    num_counts = cdiv(capacity, BLOCK)
     marks, counts = cu.new_empty(capacity), cu.new_empty(num_counts)
 
     _segments_kernel[(1,)](sample_ids, offsets, start, cu, status, num_samples, slots, capacity, **launch)
@@ -153,7 +155,7 @@ def _on_gpu(
     _tokens_kernel[(num_counts,)](
         tokens, response, start, cu, inputs, positions, marks, counts, slots, steps, capacity, **launch
     )
-    grid = (triton.cdiv(max(capacity, num_rows), BLOCK),)
+    grid = (cdiv(max(capacity, num_rows), BLOCK),)
     _rows_kernel[grid](
         marks, counts, inputs, rows, targets, row_slots, status, capacity, num_rows, slots, num_counts, **launch
     )
@@ -178,9 +180,11 @@ def _on_host(
     used = int(end_B[-1])
     if used > capacity:
         raise RuntimeError(TOO_LONG)
-    inputs, positions, cu, rows, targets, row_slots = outputs = _empty(sample_ids, capacity, num_rows)
+    outputs = _empty(sample_ids, capacity, num_rows)
+    inputs, positions, cu, rows, targets, row_slots = outputs
     cu[0], cu[1:-1], cu[-1] = 0, end_B, capacity
 
+    # Of the U tokens used: slot, position in the sample (the tail counts from 0 as well), place in the pool.
     slot_U = torch.repeat_interleave(torch.arange(slots), length_B, output_size=used)
     torch.arange(used, out=positions[:used]).sub_((end_B - length_B)[slot_U])
     torch.arange(capacity - used, out=positions[used:])
@@ -207,8 +211,10 @@ TOO_MANY = "gather_batch: more response rows than `num_rows`"
 
 def _empty(sample_ids: Tensor, capacity: int, num_rows: int) -> list[Tensor]:
     """input_ids, position_ids, cu_seqlens, rows, targets, row_slots, not filled in."""
-    wide = [sample_ids.new_empty(size) for size in (capacity, capacity, num_rows, num_rows, num_rows)]
-    return [*wide[:2], sample_ids.new_empty(sample_ids.shape[0] + 2, dtype=torch.int32), *wide[2:]]
+    input_ids, position_ids = sample_ids.new_empty(capacity), sample_ids.new_empty(capacity)
+    cu_seqlens = sample_ids.new_empty(sample_ids.shape[0] + 2, dtype=torch.int32)
+    rows, targets, row_slots = (sample_ids.new_empty(num_rows) for _ in range(3))
+    return [input_ids, position_ids, cu_seqlens, rows, targets, row_slots]
 
 
 @torch.library.custom_op("lead_kernels::gather_batch", mutates_args=())
@@ -265,12 +271,14 @@ def builds() -> list[KernelBuild]:
         "num_samples": "i32", "slots": "i32", "capacity": "i32", "BLOCK": "constexpr",
     }  # fmt: skip
     tokens = {
-        "token_ptr": "*i32", "response_ptr": "*i1", "start_ptr": "*i64", "cu_ptr": "*i32", "input_ptr": "*i64", "position_ptr": "*i64",
-        "mark_ptr": "*i32", "count_ptr": "*i32", "slots": "i32", "search_steps": "i32", "capacity": "i32", "BLOCK": "constexpr",
+        "token_ptr": "*i32", "response_ptr": "*i1", "start_ptr": "*i64", "cu_ptr": "*i32", "input_ptr": "*i64",
+        "position_ptr": "*i64", "mark_ptr": "*i32", "count_ptr": "*i32", "slots": "i32", "search_steps": "i32",
+        "capacity": "i32", "BLOCK": "constexpr",
     }  # fmt: skip
     rows = {
-        "mark_ptr": "*i32", "count_ptr": "*i32", "input_ptr": "*i64", "row_ptr": "*i64", "target_ptr": "*i64", "row_slot_ptr": "*i64",
-        "status_ptr": "*i64", "capacity": "i32", "num_rows": "i32", "slots": "i32", "num_counts": "i32", "BLOCK": "constexpr",
+        "mark_ptr": "*i32", "count_ptr": "*i32", "input_ptr": "*i64", "row_ptr": "*i64", "target_ptr": "*i64",
+        "row_slot_ptr": "*i64", "status_ptr": "*i64", "capacity": "i32", "num_rows": "i32", "slots": "i32",
+        "num_counts": "i32", "BLOCK": "constexpr",
     }  # fmt: skip
     return [
         KernelBuild(f"gather_batch {name}", kernel, signature, {"BLOCK": BLOCK}, threads=THREADS)

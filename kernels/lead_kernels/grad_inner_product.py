@@ -1,11 +1,11 @@
 """Inner product of every sample's last-layer gradient with the batch's, in its exact form.
 
-s_i = (1/w_i) sum_t g_t^T M h_t. The kernel is a product g @ M in tiles whose epilogue multiplies with h and adds up each row of the
-tile, so that the [T, H] product is never written: what leaves is a number per row and column tile.
+s_i = (1/w_i) sum_t g_t^T M h_t. The kernel is a product g @ M in tiles whose epilogue multiplies with h and adds up
+each row of the tile, so that the [T, H] product is never written: what leaves is a number per row and column tile.
 
-2 T H^2 FLOP: 0.55 TFLOP at (T, H) = (16384, 4096), 1.1 % of the head's three products there (V = 128256), 0.07 % of a step of an 8B
-model on as many tokens (6 FLOP per parameter and token), and as much again where M is computed. It reads g, M and h, 300 MB, and
-writes 2 MB.
+2 T H^2 FLOP: 0.55 TFLOP at (T, H) = (16384, 4096), 1.1 % of the head's three products there (V = 128256), 0.07 % of a
+step of an 8B model on as many tokens (6 FLOP per parameter and token), and as much again where M is computed. It reads
+g, M and h, 300 MB, and writes 2 MB.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape, without_autocast
 from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
@@ -23,23 +23,15 @@ from lead_kernels.segment_reduce import segment_bounds, segment_sum
 @triton.jit
 @no_type_check
 def row_products(
-    grad_ptr,
-    matrix_ptr,
-    hidden_ptr,
-    partials_ptr,
-    num_rows,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    USE_DOT: tl.constexpr,
-):
-    """partials[c, t] = sum over column tile c of (g_t^T M)_j h_tj, for ROWS rows t and the COLUMNS columns j of the tile.
+    grad_ptr, matrix_ptr, hidden_ptr, partials_ptr, num_rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, USE_DOT: tl.constexpr,
+):  # fmt: skip
+    """partials[c, t] = sum over column tile c of (g_t^T M)_j h_tj, for ROWS rows t and COLUMNS columns j of the tile.
 
-    Programs go down GROUP row tiles before they turn to the next column tile: those that run at a time share rows of g and columns of M
-    in the L2 cache.
+    Programs go down GROUP row tiles before they turn to the next column tile: those that run at a time share rows of g
+    and columns of M in the L2 cache.
     """
+    # The programs' numbers run through a group of GROUP row tiles, down its columns; the last group may be smaller.
     row_tiles = tl.cdiv(num_rows, ROWS)
     column_tiles = tl.cdiv(width, COLUMNS)
     program = tl.program_id(0)
@@ -65,9 +57,9 @@ def row_products(
             product += tl.sum(g[:, :, None] * m[None, :, :], 1)
         grad_tile += DEPTH
         matrix_tile += DEPTH * width.to(tl.int64)
-    h = tl.load(hidden_ptr + row[:, None] * width + column[None, :], mask=row_mask & column_mask, other=0.0).to(
-        product.dtype
-    )
+    # The epilogue: the product's tile never leaves the program.
+    h = tl.load(hidden_ptr + row[:, None] * width + column[None, :], mask=row_mask & column_mask, other=0.0)
+    h = h.to(product.dtype)
     tl.store(partials_ptr + column_tile.to(tl.int64) * num_rows + row, tl.sum(product * h, 1), mask=row < num_rows)
 
 
@@ -82,12 +74,13 @@ class Tiles(NamedTuple):
 
 
 GROUP = 16
-"""Row tiles: some 264 programs run at a time on an H200, 16 x 16 tiles of the product, which need the fewest rows and columns."""
+"""Row tiles: 264 programs run at a time on an H200, and 16 x 16 tiles of the product need the fewest operands."""
 
 
 def tiles(dtype: torch.dtype) -> Tiles:
-    """Matrix units for bf16 and fp16 (96 KiB of shared memory: two programs on a Hopper SM, so that one's epilogue overlaps the other's
-    product); fp32 in full precision on the ordinary units; float64, which tl.dot does not know on every GPU, multiplies and adds."""
+    """Matrix units for bf16 and fp16 (96 KiB of shared memory: two programs on a Hopper SM, so that one's epilogue
+    overlaps the other's product); fp32 in full precision on the ordinary units; float64, which tl.dot does not know on
+    every GPU, multiplies and adds."""
     if dtype == torch.float64:
         return Tiles(rows=16, columns=16, depth=4, threads=128, stages=1)
     if dtype == torch.float32:
@@ -96,14 +89,14 @@ def tiles(dtype: torch.dtype) -> Tiles:
 
 
 def _scaled_for_fp16(matrix_HH: Tensor) -> tuple[Tensor, Tensor]:
-    """M divided by the power of two that brings its largest entry below 1, in fp16, and that power: a small M would otherwise be lost."""
+    """(M / p in fp16, p), p the power of two that brings M's largest entry below 1: a small M would be lost in fp16."""
     exponent = torch.frexp(matrix_HH.abs().amax()).exponent.clamp(-100, 100)
     return torch.ldexp(matrix_HH, -exponent).half(), torch.ldexp(matrix_HH.new_ones(()), exponent)
 
 
 def _aligned(matrix: Tensor, width: int) -> Tensor:
-    """Contiguous, rows of `width` elements with zeros at their end, on an address that 16 divides: without this the kernel could neither
-    load vectors nor copy asynchronously, and spills. What comes from a model is so already."""
+    """Contiguous, rows of `width` elements with zeros at their end, on an address that 16 divides: without this the
+    kernel could neither load vectors nor copy asynchronously, and spills. What comes from a model is so already."""
     if matrix.shape[1] != width:
         matrix = torch.nn.functional.pad(matrix, (0, width - matrix.shape[1]))
     matrix = matrix.contiguous()
@@ -115,17 +108,21 @@ def _row_products_on_gpu(hidden_TH: Tensor, hidden_grad_TH: Tensor, matrix_HH: T
     (rows, true_width), dtype = hidden_TH.shape, hidden_TH.dtype
     if rows == 0 or true_width == 0:
         return matrix_HH.new_zeros(rows)
-    width = triton.cdiv(true_width, 16) * 16
-    operand_HH, scale = _scaled_for_fp16(matrix_HH) if dtype == torch.float16 else (matrix_HH.to(dtype), None)
+    width = cdiv(true_width, 16) * 16
+    scale = None
+    if dtype == torch.float16:
+        operand_HH, scale = _scaled_for_fp16(matrix_HH)
+    else:
+        operand_HH = matrix_HH.to(dtype)
     if width != true_width:
         operand_HH = torch.nn.functional.pad(operand_HH, (0, 0, 0, width - true_width))
     cut = tiles(dtype)
-    column_tiles = triton.cdiv(width, cut.columns)
+    column_tiles = cdiv(width, cut.columns)
     partials = matrix_HH.new_empty(column_tiles, rows)
     with current_device(hidden_TH):
-        row_products[(triton.cdiv(rows, cut.rows) * column_tiles,)](
-            _aligned(hidden_grad_TH, width), _aligned(operand_HH, width), _aligned(hidden_TH, width), partials, rows, width,
-            cut.rows, cut.columns, cut.depth, GROUP, dtype != torch.float64,
+        row_products[(cdiv(rows, cut.rows) * column_tiles,)](
+            _aligned(hidden_grad_TH, width), _aligned(operand_HH, width), _aligned(hidden_TH, width), partials, rows,
+            width, ROWS=cut.rows, COLUMNS=cut.columns, DEPTH=cut.depth, GROUP=GROUP, USE_DOT=dtype != torch.float64,
             num_warps=warps(cut.threads, wave_size(hidden_TH.device)), num_stages=cut.stages,
         )  # fmt: skip
     per_row = partials.sum(0)
@@ -145,7 +142,8 @@ def _grad_inner_product(
     form = _row_products_on_gpu if uses_kernels(hidden) else _row_products_on_host
     with without_autocast(hidden.device):
         per_row = form(hidden, hidden_grad, mean_grad.to(wide))
-        sums, weight = segment_sum(per_row, segment_bounds(sample_ids, num_samples)), sample_weight.to(wide)
+        sums = segment_sum(per_row, segment_bounds(sample_ids, num_samples))
+        weight = sample_weight.to(wide)
         return torch.where(weight != 0, sums / torch.where(weight != 0, weight, 1.0), 0.0)
 
 
@@ -161,15 +159,16 @@ def grad_inner_product(
 ) -> Tensor:
     """s_i = <m_i, M> for the samples of a micro-batch, fp32 [B] (float64 for float64 hidden).
 
-    With h_t the hidden state and e_t the gradient of row t's loss there, m_i = (1/n_i) sum_t e_t h_t^T is the gradient of sample i's mean
-    loss with respect to a matrix A inserted as A h_t at A = I, and M = sum_i w_i m_i (H x H, `mean_grad`) is the step's.
+    With h_t the hidden state and e_t the gradient of row t's loss there, m_i = (1/n_i) sum_t e_t h_t^T is the gradient
+    of sample i's mean loss with respect to a matrix A inserted as A h_t at A = I, and M = sum_i w_i m_i (H x H,
+    `mean_grad`) is the step's.
 
-    hidden: [T, H], bf16, fp16, fp32 (float64 for tests); hidden_grad: [T, H], same dtype, what autograd leaves at `hidden` when the loss is
-    sum_i w_i L_i, that is w_i / n_i * e_t; mean_grad: [H, H], sum of hidden_grad^T hidden over the step, fp32 for preference;
-    sample_ids: int64 or int32 [T], non-decreasing; sample_weight: [B], w_i.
+    hidden: [T, H], bf16, fp16, fp32 (float64 for tests); hidden_grad: [T, H], same dtype, what autograd leaves at
+    `hidden` when the loss is sum_i w_i L_i, that is w_i / n_i * e_t; mean_grad: [H, H], sum of hidden_grad^T hidden
+    over the step, fp32 for preference; sample_ids: int64 or int32 [T], non-decreasing; sample_weight: [B], w_i.
     s_i = (1/n_i) sum_t e_t^T M h_t = (1/w_i) sum_t hidden_grad_t^T M h_t; 0 where w_i is 0.
-    One T x H x H product; neither a [T, H] nor a [B, H, H] tensor. On a GPU M is rounded to the dtype of hidden and sums are fp32; in
-    host memory everything is fp32. Not differentiable. Two runs agree bit for bit.
+    One T x H x H product; neither a [T, H] nor a [B, H, H] tensor. On a GPU M is rounded to the dtype of hidden and
+    sums are fp32; in host memory everything is fp32. Not differentiable. Two runs agree bit for bit.
     Raises ValueError on shapes, dtypes or devices that differ and, in host memory, on ids that decrease.
     """
     rows, width = hidden.shape
@@ -181,33 +180,24 @@ def grad_inner_product(
         hidden.device, hidden_grad=hidden_grad, mean_grad=mean_grad, sample_ids=sample_ids, sample_weight=sample_weight
     )
     detached = (hidden.detach(), hidden_grad.detach(), mean_grad.detach())
-    return _grad_inner_product(*detached, sample_ids, num_samples, sample_weight.detach())
+    products: Tensor = _grad_inner_product(*detached, sample_ids, num_samples, sample_weight.detach())
+    return products
 
 
 def builds() -> list[KernelBuild]:
     """One configuration a dtype."""
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
     listed = []
-    for dtype, kind in (
-        (torch.bfloat16, "bf16"),
-        (torch.float16, "fp16"),
-        (torch.float32, "fp32"),
-        (torch.float64, "fp64"),
-    ):
-        cut, out = tiles(dtype), "*fp64" if kind == "fp64" else "*fp32"
+    for dtype, kind in kinds.items():
+        cut, out = tiles(dtype), "fp64" if dtype == torch.float64 else "fp32"
         sizes = {
-            "ROWS": cut.rows,
-            "COLUMNS": cut.columns,
-            "DEPTH": cut.depth,
-            "GROUP": GROUP,
-            "USE_DOT": kind != "fp64",
-        }
-        pointers = dict.fromkeys(("grad_ptr", "matrix_ptr", "hidden_ptr"), f"*{kind}:16") | {
-            "partials_ptr": f"{out}:16"
-        }
-        signature = {**pointers, "num_rows": "i32", "width": "i32:16", **dict.fromkeys(sizes, "constexpr")}
-        listed.append(
-            KernelBuild(
-                f"grad_inner_product.row_products {kind}", row_products, signature, sizes, cut.threads, cut.stages
-            )
-        )
+            "ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth, "GROUP": GROUP,
+            "USE_DOT": dtype != torch.float64,
+        }  # fmt: skip
+        signature = {
+            "grad_ptr": f"*{kind}:16", "matrix_ptr": f"*{kind}:16", "hidden_ptr": f"*{kind}:16",
+            "partials_ptr": f"*{out}:16", "num_rows": "i32", "width": "i32:16", **dict.fromkeys(sizes, "constexpr"),
+        }  # fmt: skip
+        name = f"grad_inner_product.row_products {kind}"
+        listed.append(KernelBuild(name, row_products, signature, sizes, cut.threads, cut.stages))
     return listed

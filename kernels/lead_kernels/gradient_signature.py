@@ -14,7 +14,7 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape, without_autocast
 from lead_kernels.products import left_operand, right_operand
 from lead_kernels.segment_reduce import find_piece, num_pieces, segment_bounds, sum_of_pieces, tile
@@ -25,18 +25,9 @@ THREADS = 128
 @triton.jit(do_not_specialize=["num_segments"])
 @no_type_check
 def outer_piece(
-    left_ptr,
-    right_ptr,
-    bounds_ptr,
-    partials_ptr,
-    num_segments,
-    num_left,
-    num_right,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    SIDE: tl.constexpr,
-    USE_DOT: tl.constexpr,
-):
+    left_ptr, right_ptr, bounds_ptr, partials_ptr, num_segments, num_left, num_right,
+    ROWS: tl.constexpr, STEP: tl.constexpr, SIDE: tl.constexpr, USE_DOT: tl.constexpr,
+):  # fmt: skip
     """A piece (see segment_reduce), SIDE x SIDE entries: partials[piece] = sum of left_t right_t^T over its rows t."""
     piece = tl.program_id(0).to(tl.int64)
     tiles_right = tl.cdiv(num_right, SIDE)
@@ -74,8 +65,9 @@ def _outer_products_on_gpu(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor) ->
     step, side = outer_tile(num_left, num_right, left_Tq.dtype)
     partials = left_Tq.new_empty(num_pieces(num_rows, segments, cut.rows), num_left * num_right)
     with current_device(left_Tq):
-        outer_piece[(partials.shape[0], triton.cdiv(num_left, side) * triton.cdiv(num_right, side))](
-            left_Tq, right_Tq, bounds, partials, segments, num_left, num_right, cut.rows, step, side, left_Tq.dtype != torch.float64,
+        outer_piece[(partials.shape[0], cdiv(num_left, side) * cdiv(num_right, side))](
+            left_Tq, right_Tq, bounds, partials, segments, num_left, num_right,
+            ROWS=cut.rows, STEP=step, SIDE=side, USE_DOT=left_Tq.dtype != torch.float64,
             num_warps=warps(THREADS, wave_size(left_Tq.device)), num_stages=1,
         )  # fmt: skip
         return sum_of_pieces(partials, bounds, cut).view(segments, num_left, num_right)
@@ -101,15 +93,21 @@ def _project(rows_TH: Tensor, matrix_Hq: Tensor) -> Tensor:
 
 
 def signature_from_bounds(
-    hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, bounds: Tensor, counts: Tensor,
+    hidden: Tensor,
+    hidden_grad: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bounds: Tensor,
+    counts: Tensor,
     weight_T: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`gradient_signature` of samples given by `bounds` [B+1]; divides by `counts` [B]. Rows not counted must be 0 in
     `hidden_grad`, which holds the rows' gradients times `weight_T`, where given.
 
     bounds: integers, non-decreasing, within 0 to T; rows before the first and from the last on belong to nobody.
     """
     left_Tq, right_Tq = _project(hidden_grad, left), _project(hidden, right)
+    # A row's weight is a factor of its projection: taken out here, of q numbers instead of H.
     if weight_T is not None:
         left_Tq = left_Tq / weight_T[:, None]
     form = _outer_products_on_gpu if uses_kernels(hidden) else _outer_products_on_host
@@ -150,27 +148,23 @@ def gradient_signature(
     check_shape("right", right, (width, right.shape[-1]))
     check_shape("sample_ids", sample_ids, (rows,), (torch.int64, torch.int32))
     check_device(hidden.device, hidden_grad=hidden_grad, left=left, right=right, sample_ids=sample_ids)
-    return _gradient_signature(
+    phi: Tensor = _gradient_signature(
         hidden.detach(), hidden_grad.detach(), left.detach(), right.detach(), sample_ids, num_samples
     )
+    return phi
 
 
 def builds() -> list[KernelBuild]:
     """Sketches of every tile size; float64 apart."""
+    cases = [(width, torch.float32, "fp32") for width in (4, 16, 32, 64)] + [(64, torch.float64, "fp64")]
     listed = []
-    for width, dtype, kind in ((4, torch.float32, "fp32"), (16, torch.float32, "fp32"), (32, torch.float32, "fp32"),
-                               (64, torch.float32, "fp32"), (64, torch.float64, "fp64")):  # fmt: skip
+    for width, dtype, kind in cases:
         step, side = outer_tile(width, width, dtype)
         sizes = {"ROWS": tile(width * width).rows, "STEP": step, "SIDE": side, "USE_DOT": dtype != torch.float64}
-        pointers = {"left_ptr": f"*{kind}", "right_ptr": f"*{kind}", "bounds_ptr": "*i64", "partials_ptr": f"*{kind}"}
         signature = {
-            **pointers,
-            "num_segments": "i32",
-            "num_left": "i32",
-            "num_right": "i32",
-            **dict.fromkeys(sizes, "constexpr"),
-        }
-        listed.append(
-            KernelBuild(f"gradient_signature.outer_piece {kind} q={width}", outer_piece, signature, sizes, THREADS)
-        )
+            "left_ptr": f"*{kind}", "right_ptr": f"*{kind}", "bounds_ptr": "*i64", "partials_ptr": f"*{kind}",
+            "num_segments": "i32", "num_left": "i32", "num_right": "i32", **dict.fromkeys(sizes, "constexpr"),
+        }  # fmt: skip
+        name = f"gradient_signature.outer_piece {kind} q={width}"
+        listed.append(KernelBuild(name, outer_piece, signature, sizes, THREADS))
     return listed

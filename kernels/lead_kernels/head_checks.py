@@ -137,9 +137,13 @@ def check_signature(
 
 
 def check_numbers(
-    softcap: float | None, logit_scale: float, label_smoothing: float, z_loss: float, max_rows: int | None,
+    softcap: float | None,
+    logit_scale: float,
+    label_smoothing: float,
+    z_loss: float,
+    max_rows: int | None,
     chunk_bytes: int | None,
-) -> None:  # fmt: skip
+) -> None:
     """ValueError on a number that gives no loss, NaN among them."""
     inf = float("inf")
     _number("softcap", softcap, softcap is None or 0 < softcap < inf, "a number above 0, or None")
@@ -167,4 +171,5 @@ def check_logits_dtype(asked: torch.dtype | None, dtype: torch.dtype) -> torch.d
         return dtype
     if asked == torch.float32 and dtype in HALVES:
         return torch.float32
-    raise ValueError(f"logits_dtype is {asked}, expected {dtype}{' or torch.float32' if dtype in HALVES else ''}")
+    allowed = f"{dtype} or torch.float32" if dtype in HALVES else str(dtype)
+    raise ValueError(f"logits_dtype is {asked}, expected {allowed}")

@@ -24,10 +24,21 @@ class LinearCrossEntropy(nn.Linear):
     ...).
     """
 
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, lora_rank: int = 0, lora_alpha: float | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, **loss_options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **loss_options: Any,
+    ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.loss_options = loss_options
         self.lora_a = self.lora_b = None
@@ -49,13 +60,14 @@ class LinearCrossEntropy(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **like))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
         self.lora_scale = alpha / rank
 
-    def forward(self, hidden: Tensor, targets: Tensor, **options: Any) -> HeadLoss:  # type: ignore[override]
+    def forward(  # type: ignore[override] # nn.Linear returns logits
+        self, hidden: Tensor, targets: Tensor, **options: Any
+    ) -> HeadLoss:
         """hidden: [T, H]; targets: int64 [T]; options of `linear_cross_entropy`, which override the constructor's."""
         if self.lora_a is not None and self.lora_b is not None:
             options["lora"] = Lora(self.lora_a, self.lora_b, self.lora_scale)

@@ -7,7 +7,7 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape
 
 LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,15 +19,15 @@ NO_FUSION = {"enable_fp_fusion": False}
 @triton.jit
 @no_type_check
 def _idu_kernel(
-    utility, visits, sample_ids, loss, change, share_new, share_old, num_ids, num_samples, BLOCK: tl.constexpr
-):
+    utility, visits, sample_ids, loss, change, share_new, share_old, num_ids, num_samples, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One sample a lane: utility and visits, both [N + 1], of the samples that a step has trained."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < num_ids
     sample = tl.load(sample_ids + place, mask=inside, other=0)
     real = inside & (sample < num_samples)
-    seen = tl.load(loss + place, mask=real, other=0.0).to(tl.float32) + tl.load(
-        change + place, mask=real, other=0.0
-    ).to(tl.float32)
+    before = tl.load(loss + place, mask=real, other=0.0).to(tl.float32)
+    seen = before + tl.load(change + place, mask=real, other=0.0).to(tl.float32)
     old = tl.load(utility + sample, mask=real, other=0.0)
     tl.store(utility + sample, share_new * seen + share_old * old, mask=real)
     tl.store(visits + sample, tl.load(visits + sample, mask=real, other=0) + 1, mask=real)
@@ -37,9 +37,10 @@ def _on_gpu(
     utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float
 ) -> None:
     num_ids = sample_ids.numel()
-    _idu_kernel[(triton.cdiv(num_ids, BLOCK),)](
-        utility, visits, sample_ids.contiguous(), loss.contiguous(), change.contiguous(), 1.0 - smoothing, smoothing, num_ids,
-        utility.shape[0] - 1, BLOCK=BLOCK, num_warps=warps(THREADS, wave_size(utility.device)), **NO_FUSION,
+    _idu_kernel[(cdiv(num_ids, BLOCK),)](
+        utility, visits, sample_ids.contiguous(), loss.contiguous(), change.contiguous(), 1.0 - smoothing, smoothing,
+        num_ids, utility.shape[0] - 1,
+        BLOCK=BLOCK, num_warps=warps(THREADS, wave_size(utility.device)), **NO_FUSION,
     )  # fmt: skip
 
 
@@ -57,9 +58,11 @@ def _on_host(
 def _idu_update(
     utility: Tensor, visits: Tensor, sample_ids: Tensor, loss: Tensor, change: Tensor, smoothing: float
 ) -> None:
-    if sample_ids.numel() > 0:
-        with current_device(utility):
-            (_on_gpu if uses_kernels(utility) else _on_host)(utility, visits, sample_ids, loss, change, smoothing)
+    if sample_ids.numel() == 0:
+        return
+    form = _on_gpu if uses_kernels(utility) else _on_host
+    with current_device(utility):
+        form(utility, visits, sample_ids, loss, change, smoothing)
 
 
 @_idu_update.register_fake
@@ -95,13 +98,9 @@ def builds() -> list[KernelBuild]:
     found = []
     for kind in ("fp32", "bf16", "fp16"):
         signature = {
-            "utility": "*fp32",
-            "visits": "*i32",
-            "sample_ids": "*i64",
-            "loss": f"*{kind}",
-            "change": "*fp32",
+            "utility": "*fp32", "visits": "*i32", "sample_ids": "*i64", "loss": f"*{kind}", "change": "*fp32",
             **numbers,
-        }
+        }  # fmt: skip
         found.append(
             KernelBuild(f"idu_update {kind}", _idu_kernel, signature, {"BLOCK": BLOCK}, THREADS, options=NO_FUSION)
         )

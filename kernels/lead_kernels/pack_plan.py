@@ -39,7 +39,9 @@ class PackedPlan(NamedTuple):
 
 @triton.jit
 @no_type_check
-def _pack_kernel(id_ptr, length_ptr, kept_ptr, out_ptr, tokens_ptr, num_bins, capacity, slots, WINDOW: tl.constexpr):
+def _pack_kernel(
+    id_ptr, length_ptr, kept_ptr, out_ptr, tokens_ptr, num_bins, capacity, slots, WINDOW: tl.constexpr,
+):  # fmt: skip
     """Fill the bins one after another from a queue in memory, id_ptr and length_ptr [kept], which it consumes.
 
     What remains is queue[head : kept]. Samples passed over are moved up to those behind them, so that it stays
@@ -55,7 +57,7 @@ def _pack_kernel(id_ptr, length_ptr, kept_ptr, out_ptr, tokens_ptr, num_bins, ca
     for place in range(num_bins):
         free = capacity
         count = 0
-        # The leading samples that fit, a window at a time. (Lengths are not negative: what fits is a prefix of the window.)
+        # The leading samples that fit, a window at a time. No length is negative, so these are a prefix of the window.
         run = WINDOW
         while run == WINDOW:
             seen = (head + lane < kept) & (count + lane < slots)
@@ -66,7 +68,8 @@ def _pack_kernel(id_ptr, length_ptr, kept_ptr, out_ptr, tokens_ptr, num_bins, ca
             free -= tl.sum(tl.where(fits, length, 0), 0)
             head += run
             count += run
-        # Of the next WINDOW, and never beyond the bin's first `slots`, the longest that fits; of equals the first.
+        # Of the next WINDOW, and never beyond the bin's first `slots`, the longest that fits; of equals the first. Both
+        # are in one number for one reduction: the length, then how early the sample comes.
         seen = (head + lane < kept) & (count + lane < slots)
         length = tl.load(length_ptr + head + lane, mask=seen, other=0)
         sample = tl.load(id_ptr + head + lane, mask=seen, other=0)
@@ -75,11 +78,12 @@ def _pack_kernel(id_ptr, length_ptr, kept_ptr, out_ptr, tokens_ptr, num_bins, ca
         best = tl.max(tl.where(rest & (length <= free), length * WINDOW + (WINDOW - 1 - lane), -1), 0)
         while best >= 0:
             chosen = lane == WINDOW - 1 - best % WINDOW
-            tl.store(out_ptr + count + taken + 0 * lane, sample, mask=chosen)
+            tl.store(out_ptr + count + taken + 0 * lane, sample, mask=chosen)  # a block of pointers, one of them used
             free -= best // WINDOW
             rest = rest & ~chosen
             taken += 1
             best = tl.max(tl.where(rest & (length <= free), length * WINDOW + (WINDOW - 1 - lane), -1), 0)
+        # Those passed over move up to the end of the window, so that they still come first.
         if taken > 0:
             behind = tl.sum(rest.to(tl.int32), 0) - tl.cumsum(rest.to(tl.int32), 0)
             moved = head + tl.sum(seen.to(tl.int32), 0) - 1 - behind
@@ -122,6 +126,7 @@ def _on_host(
     bins, tokens = [], []
     for _ in range(num_bins):
         free, end, limit = capacity, head, min(head + slots, kept)
+        # The leading samples that fit, then the longest of the next ones, until none does.
         while end < limit and length[end] <= free:
             free -= length[end]
             end += 1
@@ -132,6 +137,7 @@ def _on_host(
             free -= length[chosen[-1]]
         bins.append(queue[head:end] + [queue[i] for i in chosen])
         tokens.append(capacity - free)
+        # Those passed over move up to the end of the window, so that they still come first.
         head = end + len(chosen)
         stay = [i for i in window if i not in chosen]
         queue[head : window.stop] = [queue[i] for i in stay]
@@ -198,7 +204,8 @@ def pack_plan(
         max_tokens = torch.full((), most, dtype=torch.int64, device=order.device)
     check_shape("max_tokens", max_tokens, (), (torch.int64,))
     check_device(order.device, lengths=lengths, max_tokens=max_tokens)
-    return PackedPlan(*_pack_plan(order.contiguous(), lengths, max_tokens, num_bins, capacity, slots))
+    sample_ids, tokens = _pack_plan(order.contiguous(), lengths, max_tokens, num_bins, capacity, slots)
+    return PackedPlan(sample_ids, tokens)
 
 
 def packing_waste(tokens: Tensor, capacity: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lead_kernels.backend import cdiv
 from lead_kernels.row_pass_host import CPU_TILE_BYTES, split
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -26,7 +27,7 @@ def apart(like: Tensor, rows: int, width: int) -> Tensor:
     """
     if like.device.type != "cpu" or like.dtype not in HALVES or width % ROW_STEP == 0:
         return like.new_empty(rows, width)
-    whole = like.new_empty(rows, -(-width // ROW_STEP) * ROW_STEP)
+    whole = like.new_empty(rows, cdiv(width, ROW_STEP) * ROW_STEP)
     whole[:, width:].zero_()
     return whole[:, :width]
 
@@ -83,18 +84,21 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cpu":
+        # In blocks: the product is a tensor of its own until it has been added. In fp16 it might be infinite.
+        product = exact_product if a.dtype == torch.float16 else torch.mm
         for block in row_blocks(total):
-            total[block].add_(exact_product(a[block], b) if a.dtype == torch.float16 else torch.mm(a[block], b))
+            total[block].add_(product(a[block], b))
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def row_blocks(matrix: Tensor) -> list[slice]:
     """Blocks of rows for an operation of mixed dtypes: on a CPU, PyTorch would copy whole operands to the wider one."""
-    rows, width = matrix.shape[0], matrix.numel() // max(matrix.shape[0], 1)
-    return (
-        split(rows, max(1, CPU_TILE_BYTES // (4 * max(width, 1)))) if matrix.device.type == "cpu" else [slice(0, rows)]
-    )
+    rows = matrix.shape[0]
+    if matrix.device.type != "cpu":
+        return [slice(0, rows)]
+    width = matrix.numel() // max(rows, 1)
+    return split(rows, max(1, CPU_TILE_BYTES // (4 * max(width, 1))))
 
 
 def scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

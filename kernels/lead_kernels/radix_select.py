@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, triton, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, warps, wave_size
 from lead_kernels.radix_kernels import (
     NONE,
     ORDER_BITS,
@@ -70,7 +70,7 @@ def launch_shape(num_samples: int, num_tasks: int) -> Launch:
     """
     block = 2048
     tiles = min(max(num_samples // (block * 1024), 1), 16)
-    programs = max(1, -(-num_samples // (block * tiles)))
+    programs = max(1, cdiv(num_samples, block * tiles))
     bits = min(max(17 - (num_tasks - 1).bit_length(), 4), 11)
     copies = max(1, min(COUNTERS // (num_tasks << bits), programs // 4, 256))
     return Launch(block, tiles, programs, bits, copies)
@@ -108,7 +108,7 @@ def select_on_gpu(
     sort_key, by_task = torch.sort(sort_key, stable=True)
     share, sample_by_task = torch.empty_like(sort_key), torch.empty_like(sample)
     whole = share if weight is None else torch.empty_like(share)
-    share_kernel[(triton.cdiv(room, launch.block),)](
+    share_kernel[(cdiv(room, launch.block),)](
         sort_key, by_task, sample, size_J if weight is None else weight, size_J if offset is None else offset,
         quota_J.cumsum(0) - quota_J, whole, share, sample_by_task, room,
         WEIGHTED=weight is not None, OFFSET=offset is not None, BLOCK=launch.block, num_warps=_num_warps(utility),

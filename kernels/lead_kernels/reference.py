@@ -107,12 +107,16 @@ def linear_cross_entropy(
     p = torch.softmax(logits.detach(), -1)
     predicted = logits.argmax(-1)
     return HeadLoss(
-        spread(rows).reshape(shape) if reduction == "none" else rows.sum(), token_nll.reshape(shape), sample_nll,
-        sample_tokens, phi, spread(lse.detach()).reshape(shape) if return_lse else None,
-        spread(torch.special.entr(p).sum(-1)).reshape(shape) if return_entropy else None,
-        spread(predicted, -1).reshape(shape) if return_predicted else None,
-        (predicted == y).sum() / max(len(y), 1) if return_predicted else None,
-    )  # fmt: skip
+        loss=spread(rows).reshape(shape) if reduction == "none" else rows.sum(),
+        token_nll=token_nll.reshape(shape),
+        sample_nll=sample_nll,
+        sample_tokens=sample_tokens,
+        signature=phi,
+        lse=spread(lse.detach()).reshape(shape) if return_lse else None,
+        entropy=spread(torch.special.entr(p).sum(-1)).reshape(shape) if return_entropy else None,
+        predicted=spread(predicted, -1).reshape(shape) if return_predicted else None,
+        token_accuracy=(predicted == y).sum() / max(len(y), 1) if return_predicted else None,
+    )
 
 
 def grad_inner_product(
@@ -173,7 +177,12 @@ def gather_batch(
     tokens: Tensor, response: Tensor, offsets: Tensor, sample_ids: Tensor, *, capacity: int, num_rows: int
 ) -> PackedBatch:
     num_samples, slots = len(offsets) - 1, len(sample_ids)
-    input_ids, position_ids, cu_seqlens, rows, targets, row_slots = [], [], [0], [], [], []
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    cu_seqlens = [0]
+    rows: list[int] = []
+    targets: list[int] = []
+    row_slots: list[int] = []
     for slot, sample in enumerate(sample_ids.tolist()):
         span = range(int(offsets[sample]), int(offsets[sample + 1])) if sample < num_samples else range(0)
         for local, source in enumerate(span):
@@ -185,15 +194,19 @@ def gather_batch(
             position_ids.append(local)
         cu_seqlens.append(len(input_ids))
     tail, padding = capacity - len(input_ids), num_rows - len(rows)
-    cu_seqlens.append(capacity)
-    input_ids, position_ids = input_ids + [0] * tail, position_ids + list(range(tail))
-    rows, targets, row_slots = (
-        rows + [capacity - 1] * padding,
-        targets + [-100] * padding,
-        row_slots + [slots - 1] * padding,
+
+    def long(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    return PackedBatch(
+        input_ids=long(input_ids + [0] * tail),
+        position_ids=long(position_ids + list(range(tail))),
+        cu_seqlens=torch.tensor([*cu_seqlens, capacity], dtype=torch.int32),
+        rows=long(rows + [capacity - 1] * padding),
+        targets=long(targets + [-100] * padding),
+        row_slots=long(row_slots + [slots - 1] * padding),
+        sample_ids=sample_ids,
     )
-    long = [torch.tensor(x, dtype=torch.int64) for x in (input_ids, position_ids, rows, targets, row_slots)]
-    return PackedBatch(long[0], long[1], torch.tensor(cu_seqlens, dtype=torch.int32), *long[2:], sample_ids)
 
 
 def idu_update(

@@ -57,7 +57,7 @@ class Rows(NamedTuple):
     """Outputs where given: log-sum-exp, entropy in nats, and int64 the first of the largest logits."""
 
     def part(self, rows: slice) -> Rows:
-        return Rows(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+        return Rows._make(None if x is None else x[rows] for x in self)
 
 
 class Columns(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.row_loss import Columns, RowLoss, Rows
 from lead_kernels.row_pass_host import row_pass_by_tiles
 from lead_kernels.row_pass_kernel import row_pass_kernel
@@ -40,7 +40,7 @@ def _launch_shape(vocabulary: int, simple: bool) -> tuple[int, int]:
 
 def padded(vocabulary: int) -> int:
     """Columns of a buffer of logits: a multiple of 16."""
-    return -(-vocabulary // 16) * 16
+    return cdiv(vocabulary, 16) * 16
 
 
 def in_place_view(z_CV: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
 from lead_kernels.checks import check_device, check_shape
 
 THREADS = 128
@@ -24,7 +24,7 @@ THREADS = 128
 @no_type_check
 def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
     """First row of a piece and the one after its last; not above the first where no piece has this number."""
-    low = piece * 0
+    low = piece * 0  # by binary search, in the type of `piece`
     high = low + num_segments
     while low < high:  # segments whose first piece comes no later than this one
         middle = (low + high) // 2
@@ -32,7 +32,7 @@ def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
         low = tl.where(begun, middle + 1, low)
         high = tl.where(begun, high, middle)
     segment = tl.maximum(low - 1, 0)
-    block = piece - segment
+    block = piece - segment  # what a piece's number is made of; past a segment's last block its range is empty
     first = tl.maximum(tl.load(bounds_ptr + segment), block * ROWS)
     last = tl.minimum(tl.load(bounds_ptr + segment + 1), (block + 1) * ROWS)
     return first, last
@@ -41,15 +41,9 @@ def find_piece(bounds_ptr, piece, num_segments, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_segments"])
 @no_type_check
 def sum_piece(
-    values_ptr,
-    bounds_ptr,
-    partials_ptr,
-    num_segments,
-    width,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    values_ptr, bounds_ptr, partials_ptr, num_segments, width,
+    ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """partials[piece] = sum of the piece's rows, in COLUMNS columns: STEP rows at a time, then over the STEP lanes."""
     piece = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -70,7 +64,7 @@ def sum_pieces(partials_ptr, bounds_ptr, out_ptr, width, ROWS: tl.constexpr, STE
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first_row = tl.load(bounds_ptr + segment)
     last_row = tl.load(bounds_ptr + segment + 1)
-    first = first_row // ROWS + segment
+    first = first_row // ROWS + segment  # the segment's pieces are neighbours
     last = tl.where(last_row > first_row, (last_row + ROWS - 1) // ROWS + segment, first)
     total = tl.zeros((STEP, COLUMNS), out_ptr.dtype.element_ty)
     for start in range(first, last, STEP):
@@ -94,19 +88,21 @@ def tile(width: int) -> Tile:
     """Some 2048 values side by side in every case; blocks small enough that 16k rows of any width occupy a GPU."""
     if width == 1:
         return Tile(rows=1024, step=1024, columns=1)
-    return Tile(rows=512, step=128, columns=16) if width <= 16 else Tile(rows=64, step=16, columns=128)
+    if width <= 16:
+        return Tile(rows=512, step=128, columns=16)
+    return Tile(rows=64, step=16, columns=128)
 
 
 def num_pieces(rows: int, segments: int, block: int) -> int:
     """Numbers that pieces can have: every block and every segment begins at most one."""
-    return triton.cdiv(rows, block) + segments
+    return cdiv(rows, block) + segments
 
 
 def sum_of_pieces(partials: Tensor, bounds: Tensor, cut: Tile) -> Tensor:
     """Second kernel: [pieces, D] -> [segments, D], for the pieces of blocks of `cut.rows` rows."""
     width, segments = partials.shape[1], bounds.shape[0] - 1
     out = partials.new_empty(segments, width)
-    sum_pieces[(segments, triton.cdiv(width, cut.columns))](
+    sum_pieces[(segments, cdiv(width, cut.columns))](
         partials, bounds, out, width, *cut, num_warps=warps(THREADS, wave_size(out.device))
     )
     return out
@@ -121,7 +117,7 @@ def _segment_sum_on_gpu(values: Tensor, bounds: Tensor) -> Tensor:
     cut = tile(width)
     partials = values.new_empty(num_pieces(num_rows, segments, cut.rows), width, dtype=wide)
     with current_device(values):
-        sum_piece[(partials.shape[0], triton.cdiv(width, cut.columns))](
+        sum_piece[(partials.shape[0], cdiv(width, cut.columns))](
             values, bounds, partials, segments, width, *cut, num_warps=warps(THREADS, wave_size(values.device))
         )
         return sum_of_pieces(partials, bounds, cut)
@@ -180,7 +176,8 @@ def segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tens
         raise ValueError(f"values is {values.dtype}, expected a floating-point dtype")
     check_shape("sample_ids", sample_ids, (values.shape[0],), (torch.int64, torch.int32))
     check_device(values.device, sample_ids=sample_ids)
-    return _segment_reduce(values.detach(), sample_ids, num_samples)
+    sums: Tensor = _segment_reduce(values.detach(), sample_ids, num_samples)
+    return sums
 
 
 def builds() -> list[KernelBuild]:
@@ -188,19 +185,15 @@ def builds() -> list[KernelBuild]:
     listed = []
     for label, width in (("D=1", 1), ("D<=16", 16), ("D>16", 4096)):
         rows, step, columns = tile(width)
-        sizes = {"ROWS": rows, "STEP": step, "COLUMNS": columns} | ({"width": 1} if width == 1 else {})
+        sizes = {"ROWS": rows, "STEP": step, "COLUMNS": columns}
+        if width == 1:  # an argument of 1 is a constant to the compiler
+            sizes["width"] = 1
         kinds = {"width": "i32"} | dict.fromkeys(sizes, "constexpr")
         for dtype in ("bf16", "fp16", "fp32"):
-            signature = {
-                "values_ptr": f"*{dtype}",
-                "bounds_ptr": "*i64",
-                "partials_ptr": "*fp32",
-                "num_segments": "i32",
-                **kinds,
-            }
-            listed.append(
-                KernelBuild(f"segment_reduce.sum_piece {dtype} {label}", sum_piece, signature, sizes, THREADS)
-            )
+            pointers = {"values_ptr": f"*{dtype}", "bounds_ptr": "*i64", "partials_ptr": "*fp32"}
+            signature = {**pointers, "num_segments": "i32", **kinds}
+            name = f"segment_reduce.sum_piece {dtype} {label}"
+            listed.append(KernelBuild(name, sum_piece, signature, sizes, THREADS))
         signature = {"partials_ptr": "*fp32", "bounds_ptr": "*i64", "out_ptr": "*fp32", **kinds}
         listed.append(KernelBuild(f"segment_reduce.sum_pieces {label}", sum_pieces, signature, sizes, THREADS))
     return listed
