@@ -41,6 +41,7 @@ from pathlib import Path
 
 import lead_kernels
 from lead_kernels.backend import KernelBuild, warps
+from lead_kernels.sass import elements, innermost_loops
 
 ALIGNED = ":16"
 MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
@@ -185,34 +186,6 @@ def _disassembled(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-
-
-def innermost_loops(sass: str) -> list[list[str]]:
-    """The instructions of each loop that holds no other: from the target of a branch backwards to the branch."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
-    code = [(int(address, 16), text) for address, text in lines if not text.startswith("NOP")]
-    jumps = [(int(target[1], 16), at) for at, text in code if (target := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
-    loops = [(first, last) for first, last in jumps if first < last]
-    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    return [[text for at, text in code if first <= at <= last] for first, last in inner]
-
-
-def elements(loop: list[str], columns: int, threads: int) -> float:
-    """What a thread takes in one turn of a loop that takes `columns` in all, times the copies that ptxas made of it.
-
-    The copies: what the counter goes up by, over `columns`. Of the registers that go up by a multiple of it, the
-    counter is that with the smallest; others are addresses, in bytes. Without a counter these would pass for more
-    copies than there are: so no more are believed than the loop's accesses have room for, 16 bytes each of 2 an
-    element.
-    """
-    steps = [
-        int(found[2], 16)
-        for text in loop
-        if (found := re.search(r"\bU?(?:VI|I)ADD\S* (U?R\d+), (?:U?P\d, )?\1(?:\.reuse)?, (0x[0-9a-f]+)", text))
-    ]
-    copies = min((step // columns for step in steps if step % columns == 0 and step), default=1)
-    accesses = max(sum(kind in text for text in loop) for kind in ("LDG.", "STG."))
-    return columns / threads * max(1, min(copies, 8 * accesses * threads // columns))
 
 
 def _fault(usage: Usage, target: Target, most: float = float("inf")) -> str | None:
