@@ -26,24 +26,21 @@ profiler sees it was equal where tensors are large (1610.6 MB both for the naive
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import io
-import math
+import itertools
 import os
-import re
-import signal
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from head_check import admit, best_reference
 from head_counts import BUDGET, SHAPES, Machine, Shape, default_rows, expected_seconds, product_flops
+from head_measure import Timer, peak_bytes, summary, take_turns
 from head_peers import CONTESTANTS, GPU_VARIANTS, PACKAGES, SKETCH, VARIANTS, Inputs, Loss, make_inputs
 from head_report import BOTH, FORWARD, plot, table
 from machine import RESULTS, write
@@ -51,150 +48,6 @@ from torch import Tensor
 
 CPU_SHAPES = (Shape(2048, 256, 4096), Shape(1024, 512, 8192), Shape(4096, 256, 32768))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAR_OFF = 0.1
-"""A relative error that is not rounding any more."""
-
-
-# Correctness
-
-
-@dataclass(frozen=True)
-class Reference:
-    loss: float
-    dhidden: Tensor
-    dweight: Tensor
-
-
-def reference(inputs: Inputs, dtype: torch.dtype = torch.float64, rows: int = 256) -> Reference:
-    """Loss and gradients by the textbook, in `dtype`, `rows` rows at a time."""
-    hidden, weight = inputs.hidden.detach(), inputs.weight.detach().to(dtype)
-    total, dhidden, dweight = 0.0, torch.empty_like(hidden, dtype=dtype), torch.zeros_like(weight)
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        h, y = hidden[part].to(dtype), inputs.targets[part, None]
-        log_p = torch.log_softmax(h @ weight.T, -1)
-        total -= float(log_p.gather(1, y).sum())
-        g = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=dtype)).div_(hidden.shape[0])
-        dhidden[part] = g @ weight
-        dweight.addmm_(g.T, h)
-    return Reference(total / hidden.shape[0], dhidden, dweight)
-
-
-def best_reference(inputs: Inputs) -> tuple[Reference, str]:
-    try:
-        return reference(inputs), "float64"
-    except torch.OutOfMemoryError:
-        return reference(inputs, torch.float32), "float32"
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm, by blocks of rows: no float64 copy of a whole weight gradient."""
-    rows = max(1, 2**26 // max(1, expected[0].numel()))
-    blocks = zip(value.split(rows), expected.split(rows), strict=True)
-    difference = sum(float((a.to(b.dtype) - b).square().sum()) for a, b in blocks)
-    return math.sqrt(difference / float(torch.linalg.vector_norm(expected)) ** 2)
-
-
-def errors(loss: Loss, inputs: Inputs, expected: Reference) -> dict[str, float]:
-    inputs.drop_gradients()
-    value = loss(inputs.hidden, inputs.weight, inputs.targets)
-    value.backward()
-    found = {
-        "loss": abs(float(value.detach()) - expected.loss) / expected.loss,
-        "dh": relative_error(inputs.hidden.grad, expected.dhidden),
-        "dW": relative_error(inputs.weight.grad, expected.dweight),
-    }
-    inputs.drop_gradients()
-    return found
-
-
-# Memory and time
-
-
-def peak_bytes(run: Callable[[], Any], inputs: Inputs) -> int | None:
-    """Beyond what is there before the call; None where it cannot be measured."""
-    run()
-    inputs.drop_gradients()
-    if inputs.hidden.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    run()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return 1024 * int(found[1])
-
-
-class Timer:
-    """Seconds of a call, its inputs' old gradients gone and, on a GPU, the cache full of something else."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.flush = (
-            torch.empty(2**28, dtype=torch.int8, device=inputs.hidden.device) if inputs.hidden.is_cuda else None
-        )
-
-    def __call__(self, run: Callable[[], Any]) -> float:
-        self.inputs.drop_gradients()
-        if self.flush is None:
-            started = time.perf_counter()
-            run()
-            return time.perf_counter() - started
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return 1e-3 * start.elapsed_time(end)
-
-
-def take_turns(
-    runs: dict[str, Callable[[], Any]], timer: Callable[[Callable[[], Any]], float], turns: int, seconds: float
-) -> dict[str, list[float]]:
-    """Times of each, `turns` of them; fewer, but at least 3, once `seconds` have passed. One turn before warms up."""
-    names, times = list(runs), {name: [] for name in runs}
-    started = time.perf_counter()
-    for turn in range(turns + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            took = timer(runs[name])
-            if turn > 0:
-                times[name].append(took)
-        if turn >= 3 and time.perf_counter() - started > seconds:
-            break
-    return times
-
-
-def summary(times: list[float], others: dict[str, list[float]]) -> dict[str, Any]:
-    """Median and quartiles, also of the ratios to others, which are taken within turns."""
-    result: dict[str, Any] = {
-        "ms": 1e3 * statistics.median(times),
-        "quartiles_ms": [1e3 * x for x in _quartiles(times)],
-    }
-    for name, other in others.items():
-        ratios = [a / b for a, b in zip(times, other, strict=True)]
-        result[f"over_{name}"] = statistics.median(ratios)
-        result[f"over_{name}_quartiles"] = _quartiles(ratios)
-    return result
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return [first, third]
-
-
-# A case: one shape, dtype and number of threads
 
 
 def forward(loss: Loss, inputs: Inputs) -> Callable[[], Any]:
@@ -226,49 +79,15 @@ def products(inputs: Inputs, logits: Tensor, count: int) -> Callable[[], Any]:
     return run
 
 
-PRODUCTS = {f"{n} product{'s' * (n > 1)}": n for n in (1, 2, 3)}
-
-
-@contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"not ready after {seconds} s")
-
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
-
-
-def admit(
-    build: Callable[[Inputs], Loss], inputs: Inputs, expected: Reference, seconds: int
-) -> tuple[Loss | None, dict[str, Any]]:
-    """A contestant that runs and is right, or the reason why it does not take part."""
-    try:
-        with time_limit(seconds):
-            loss = build(inputs)
-            found = errors(loss, inputs, expected)
-    except Exception as error:
-        return None, {"absent": _reason(error)}
-    if not all(x < FAR_OFF for x in found.values()):
-        return None, {"absent": "wrong result", "error": found}
-    return loss, {"error": found}
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
-        return f"{PACKAGES[error.name]} is not installed"
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+PRODUCTS = {"1 product": 1, "2 products": 2, "3 products": 3}
+FROZEN = "ours, frozen head"
 
 
 def run_case(inputs: Inputs, flags: argparse.Namespace) -> dict[str, Any]:
-    names = flags.contestants
+    """Check, memory and times of every contestant for one shape, dtype and number of threads."""
     expected, precision = best_reference(inputs)
-    builders = {name: CONTESTANTS[name] for name in names}
-    if "ours" in names:
+    builders = {name: CONTESTANTS[name] for name in flags.contestants}
+    if "ours" in builders:
         builders |= VARIANTS | (GPU_VARIANTS if inputs.hidden.is_cuda else {})
     losses: dict[str, Loss] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -277,47 +96,54 @@ def run_case(inputs: Inputs, flags: argparse.Namespace) -> dict[str, Any]:
         if loss is not None:
             losses[name] = loss
         print(f"    {name}: {entries[name]}", flush=True)
-    del expected
-    both = {name: forward_backward(loss, inputs) for name, loss in losses.items()}
-    if "ours" in losses:
-        entries["ours, frozen head"] = {}
-        both["ours, frozen head"] = forward_backward(losses["ours"], inputs, frozen=True)
-    once = {name: forward(losses[name], inputs) for name in names if name in losses}
-    memory = {
-        mode: {name: peak_bytes(run, inputs) for name, run in runs.items()}
-        for mode, runs in ((FORWARD, once), (BOTH, both))
-    }
-
-    logits = inputs.hidden.new_empty(inputs.shape.rows, inputs.shape.vocabulary)
-    alone = {name: products(inputs, logits, count) for name, count in PRODUCTS.items()}
-    timer = Timer(inputs)
-    measured = {
-        FORWARD: take_turns(once | {"1 product": alone["1 product"]}, timer, flags.turns, flags.seconds),
-        BOTH: take_turns(
-            both | {name: alone[name] for name in ("2 products", "3 products")}, timer, flags.turns, flags.seconds
-        ),
-    }
-    for mode, times in measured.items():
-        for name, values in times.items():
-            floor = "1 product" if mode == FORWARD else "2 products" if name == "ours, frozen head" else "3 products"
-            entry = summary(
-                values,
-                {"products": times[floor]} | {other: times[other] for other in ("naive", "ours") if other in times},
-            )
-            if name in memory[mode]:
-                entry["memory_bytes"] = memory[mode][name]
-            entries.setdefault(name, {})[mode] = entry
+    del expected  # two tensors of float64, which the memory measured below should not include
+    times = measure_case(inputs, losses, entries, flags)
     return {
         **inputs.shape._asdict(),
         "dtype": {v: k for k, v in DTYPES.items()}[inputs.hidden.dtype],
         "threads": torch.get_num_threads(),
         "reference": precision,
-        "turns": {mode: len(times[next(iter(times))]) for mode, times in measured.items()},
-        "tflops": product_flops(inputs.shape, 3) / statistics.median(measured[BOTH]["3 products"]) / 1e12,
+        "turns": {mode: len(times[mode][next(iter(times[mode]))]) for mode in times},
+        "tflops": product_flops(inputs.shape, 3) / statistics.median(times[BOTH]["3 products"]) / 1e12,
         "load": os.getloadavg()[0],
         "gradient_bytes": sum(x.numel() * x.element_size() for x in (inputs.hidden, inputs.weight)),
         "entries": entries,
     }
+
+
+def measure_case(
+    inputs: Inputs, losses: dict[str, Loss], entries: dict[str, dict[str, Any]], flags: argparse.Namespace
+) -> dict[str, dict[str, list[float]]]:
+    """Adds what is measured to the contestants' entries; returns the times of each mode by name."""
+    once = {name: forward(losses[name], inputs) for name in flags.contestants if name in losses}
+    both = {name: forward_backward(loss, inputs) for name, loss in losses.items()}
+    if "ours" in losses:
+        entries[FROZEN] = {}
+        both[FROZEN] = forward_backward(losses["ours"], inputs, frozen=True)
+    runs = {FORWARD: once, BOTH: both}
+    memory = {mode: {name: peak_bytes(run, inputs) for name, run in runs[mode].items()} for mode in runs}
+
+    logits = inputs.hidden.new_empty(inputs.shape.rows, inputs.shape.vocabulary)
+    alone = {name: products(inputs, logits, count) for name, count in PRODUCTS.items()}
+    runs[FORWARD] = once | {"1 product": alone["1 product"]}
+    runs[BOTH] = both | {name: alone[name] for name in ("2 products", "3 products")}
+    timer = Timer(inputs)
+    times = {mode: take_turns(runs[mode], timer, flags.turns, flags.seconds) for mode in (FORWARD, BOTH)}
+    for mode, by_name in times.items():
+        others = {other: by_name[other] for other in ("naive", "ours") if other in by_name}
+        for name, values in by_name.items():
+            entry = summary(values, {"products": by_name[floor_of(mode, name)]} | others)
+            if name in memory[mode]:
+                entry["memory_bytes"] = memory[mode][name]
+            entries.setdefault(name, {})[mode] = entry
+    return times
+
+
+def floor_of(mode: str, name: str) -> str:
+    """The products that a contestant cannot do without."""
+    if mode == FORWARD:
+        return "1 product"
+    return "2 products" if name == FROZEN else "3 products"
 
 
 def gpu_rates() -> dict[str, float]:
@@ -384,42 +210,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     result: dict[str, Any] = {"device": flags.device, "peers": versions(), "sketch": SKETCH, "budget": BUDGET}
+    machine = None
     if flags.device == "cuda":
         result["rates"] = rates = gpu_rates()
-        machine = Machine(
-            rates["tflops"] * 1e12,
-            rates["tb_per_s"] * 1e12,
-            units=torch.cuda.get_device_properties(0).multi_processor_count,
-        )
+        units = torch.cuda.get_device_properties(0).multi_processor_count
+        machine = Machine(rates["tflops"] * 1e12, rates["tb_per_s"] * 1e12, units=units)
     result["cases"] = cases = []
-    for threads in flags.threads:
+    for threads, dtype, shape in itertools.product(flags.threads, flags.dtype, flags.shapes):
         torch.set_num_threads(threads)
-        for dtype in flags.dtype:
-            for shape in flags.shapes:
-                print(f"{shape}, {dtype}, {threads} threads", flush=True)
-                inputs = make_inputs(shape, DTYPES[dtype], flags.device)
-                case = run_case(inputs, flags)
-                if flags.device == "cuda":
-                    rows, size = default_rows(shape.vocabulary, DTYPES[dtype].itemsize), DTYPES[dtype].itemsize
-                    case["counted"] = {
-                        "chunk_rows": rows,
-                        "ms": 1e3 * expected_seconds(shape, rows, size, machine=machine),
-                    }
-                cases.append(case)
-                with redirect_stdout(io.StringIO()):  # kept at once, in case a later one is killed
-                    write("head", result, flags.out)
-                plot(result, flags.out.with_suffix(".png"))
-                print(f"\n{table(case)}\n", flush=True)
-                del inputs
-                torch.cuda.empty_cache()
-    failed = sorted(
-        {
-            name
-            for case in cases
-            for name, entry in case["entries"].items()
-            if name.startswith("ours") and "absent" in entry
-        }
-    )
+        print(f"{shape}, {dtype}, {threads} threads", flush=True)
+        inputs = make_inputs(shape, DTYPES[dtype], flags.device)
+        case = run_case(inputs, flags)
+        if machine is not None:
+            size = DTYPES[dtype].itemsize
+            rows = default_rows(shape.vocabulary, size)
+            case["counted"] = {"chunk_rows": rows, "ms": 1e3 * expected_seconds(shape, rows, size, machine=machine)}
+        cases.append(case)
+        with redirect_stdout(io.StringIO()):  # kept at once, in case a later one is killed
+            write("head", result, flags.out)
+        plot(result, flags.out.with_suffix(".png"))
+        print(f"\n{table(case)}\n", flush=True)
+        del inputs
+        torch.cuda.empty_cache()
+    found = (pair for case in cases for pair in case["entries"].items())
+    failed = sorted({name for name, entry in found if name.startswith("ours") and "absent" in entry})
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

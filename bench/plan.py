@@ -29,14 +29,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from machine import RESULTS, write
+from plan_measure import least_ms, plot
+from plan_published import measure_published
 from torch import Tensor
 
 from lead_engine.config import RECIPES, SelectionConfig
@@ -47,16 +47,12 @@ from lead_engine.selection.selector import Selector
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 HOST_BYTES, DEVICE_BYTES = 60, 100
 """Most memory that a sample takes in a pool that is made here, and in a selector that plans."""
-PUBLISHED = "hkust-lead"
-SAMPLE_RATE = 0.015
-"""Of HKUSTDial/LEAD (scripts/run_lead.sh): the share of a cluster's task that a round trains."""
 SELECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "lead-paper": ("lead", RECIPES["paper"]["selection"]),
     "lead-mixture": ("lead", {"draw": "mixture", "ranking": "soft", "unseen": "drift"}),
     "random": ("random", {}),
 }
 UNLIMITED = 1 << 40
-ENOUGH = 5.0
 
 
 def synthetic_pool(samples: int, tasks: int, clusters: int) -> tuple[PoolState, Tensor, Tensor]:
@@ -91,28 +87,6 @@ def make_selector(name: str, pool: tuple[PoolState, Tensor, Tensor], layout: Lay
     if method == "lead":
         selector.method.count_open()
     return selector
-
-
-def least_ms(call: Callable[[int], object], repeats: int, device: torch.device) -> float:
-    """call(round) is given another round each time, for `repeats` or ENOUGH seconds; the first is not counted."""
-    seconds: list[float] = []
-    for number in range(repeats + 1):
-        seconds.append(seconds_of(lambda number=number: call(number), device))
-        if number and sum(seconds) > ENOUGH:
-            break
-    return round(1e3 * min(seconds[1:]), 3)
-
-
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Of the clock; of the processor where it is one thread of a CPU, so that a machine's other work counts less."""
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = clock()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - started
 
 
 def measure(name: str, selector: Selector, repeats: int, bandwidth: float) -> dict[str, Any]:
@@ -165,71 +139,12 @@ def bytes_least(name: str, selector: Selector) -> int:
     return sum(vector.element_size() for vector in vectors)
 
 
-class Published:
-    """One round of HKUSTDial/LEAD's choice, re-implemented on the `datasets` library from what its source does."""
-
-    def __init__(self, pool: tuple[PoolState, Tensor, Tensor]) -> None:
-        import datasets
-
-        datasets.disable_progress_bars()
-        state = pool[0]
-        rows = torch.arange(state.num_samples)
-        columns = {"dataset_id": rows, "idf_cluster": state.cluster, "task": state.task, "cross_entropy": state.utility}
-        self.data = datasets.Dataset.from_dict({name: column.numpy() for name, column in columns.items()})
-        self.data.set_format(type="pt")
-        self.loss = state.utility.numpy().copy()
-        self.place = {number: number for number in range(state.num_samples)}
-        self.used = dict.fromkeys(range(state.num_samples), 0)
-        self.clusters, self.tasks = state.num_clusters, len(state.task_names)
-
-    def __call__(self, number: int) -> int:
-        """Samples that round `number` chooses: how many."""
-        cluster = number % self.clusters
-        exhausted = [sample for sample, count in self.used.items() if count >= 4]
-        chosen: list[int] = []
-        for task in range(self.tasks):
-            left = self.data.filter(
-                lambda one, task=task: (
-                    one["idf_cluster"] == cluster and one["task"] == task and one["dataset_id"].item() not in exhausted
-                )
-            )
-            loss = np.array([float(self.loss[self.place[one["dataset_id"].item()]]) for one in left])
-            best = np.argsort(loss)[::-1][: int(len(left) * SAMPLE_RATE)]
-            chosen += [left[int(at)]["dataset_id"].item() for at in best]
-        for sample in chosen:
-            self.used[sample] += 1
-            self.loss[self.place[sample]] *= 0.9  # as if it was trained
-        return len(chosen)
-
-
-def measure_published(
-    pool: tuple[PoolState, Tensor, Tensor], previous: dict[str, Any] | None, seconds: float
-) -> dict[str, Any]:
-    """One round, or none where it would take longer than `seconds` by what the size before took."""
-    samples = pool[0].num_samples
-    result: dict[str, Any] = {"selection": PUBLISHED, "samples": samples}
-    if previous is not None:
-        expected = (previous["round_ms"] or previous["extrapolated_ms"]) * samples / previous["samples"]
-        if expected > 1e3 * seconds:
-            return result | {
-                "round_ms": None,
-                "extrapolated_ms": round(expected),
-                "why": f"one round would take over {seconds:g} s",
-            }
-    one_round, chosen = Published(pool), []
-    spent = seconds_of(lambda: chosen.append(one_round(0)), torch.device("cpu"))
-    return result | {"round_ms": round(1e3 * spent, 1), "planned": chosen[0]}
-
-
 def ratios(rows: list[dict[str, Any]]) -> None:
     """Adds to every row its round's time over that of `lead-paper` on the same pool and as many threads."""
     for row in rows:
-        same = [
-            r
-            for r in rows
-            if r["selection"] == "lead-paper" and r["samples"] == row["samples"] and r["tasks"] == row["tasks"]
-        ]
-        same = [r for r in same if row["threads"] in (r["threads"], None)][:1]
+        setting = ("lead-paper", row["samples"], row["tasks"])
+        same = [r for r in rows if (r["selection"], r["samples"], r["tasks"]) == setting]
+        same = [r for r in same if row["threads"] in (r["threads"], None)]
         if same and row["round_ms"]:
             row["over_lead_paper"] = round(row["round_ms"] / same[0]["round_ms"], 3)
 
@@ -242,51 +157,7 @@ def fitting(device: torch.device) -> list[int]:
     return [size for size in SIZES if size * need < host and size * DEVICE_BYTES < free]
 
 
-def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """A round's milliseconds against the pool's size, both logarithmic; the first number of tasks and of threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = {"lead-paper": "#d1495b", "lead-mixture": "#6a4c93", "random": "#30638e", PUBLISHED: "#8d99ae"}
-    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    first = rows[0]
-    for name, color in colors.items():
-        chosen = [
-            r
-            for r in rows
-            if r["selection"] == name and r["tasks"] == first["tasks"] and r["threads"] == first["threads"]
-        ]
-        measured = [(r["samples"], r["round_ms"]) for r in chosen if r["round_ms"]]
-        if measured:
-            axis.plot(*zip(*measured, strict=True), marker="o", color=color, label=name)
-            axis.annotate(
-                f"{measured[-1][1]:,.3g}",
-                measured[-1],
-                textcoords="offset points",
-                xytext=(6, -3),
-                fontsize=8,
-                color=color,
-            )
-        guessed = [(r["samples"], r["extrapolated_ms"]) for r in chosen if not r["round_ms"]]
-        if measured and guessed:
-            axis.plot(
-                *zip(measured[-1], *guessed, strict=True), marker="o", fillstyle="none", linestyle=":", color=color
-            )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("samples in the pool")
-    axis.set_ylabel("ms a round")
-    axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -312,9 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, help="result file; default bench/results/plan.json; the plot lies beside it"
     )
-    flags = parser.parse_args(arguments)
-    device = torch.device(flags.device)
-    layout = Layout(flags.steps, flags.micro_batches, flags.slots, flags.capacity)
+    return parser.parse_args(arguments)
+
+
+def measure_all(flags: argparse.Namespace, layout: Layout, device: torch.device) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for tasks in flags.tasks:
         previous = None
@@ -324,9 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 torch.set_num_threads(threads)
                 for name in SELECTIONS:
                     selector = make_selector(name, pool, layout, device)
-                    rows.append(
-                        {"threads": threads, "tasks": tasks, **measure(name, selector, flags.repeats, flags.bandwidth)}
-                    )
+                    measured = measure(name, selector, flags.repeats, flags.bandwidth)
+                    rows.append({"threads": threads, "tasks": tasks, **measured})
                     del selector
                     print(rows[-1], flush=True)
             if samples in flags.published:
@@ -335,6 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(rows[-1], flush=True)
             del pool
     ratios(rows)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    flags = parse(arguments)
+    device = torch.device(flags.device)
+    layout = Layout(flags.steps, flags.micro_batches, flags.slots, flags.capacity)
+    rows = measure_all(flags, layout, device)
     out = flags.out or RESULTS / "plan.json"
     result = {
         "device": str(device),
@@ -343,16 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "layout": layout.__dict__,
     }
     write("plan", {**result, "rows": rows}, out)
-    where = (
-        f"{flags.threads[0]} thread{'s' * (flags.threads[0] > 1)} of a CPU"
-        if device.type == "cpu"
-        else torch.cuda.get_device_name()
-    )
-    plot(
-        rows,
-        f"A round's selection, {where}, {flags.tasks[0]} tasks, {flags.clusters} clusters",
-        out.with_suffix(".png"),
-    )
+    threads = flags.threads[0]
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} threads of a CPU"
+    if threads == 1 and device.type == "cpu":
+        where = "1 thread of a CPU"
+    title = f"A round's selection, {where}, {flags.tasks[0]} tasks, {flags.clusters} clusters"
+    plot(rows, title, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import head
+import head_check
+import head_measure
 import head_peers
 import pytest
 import torch
@@ -25,7 +27,7 @@ def inputs() -> head_peers.Inputs:
 def test_reference_is_autograd_s(inputs: head_peers.Inputs) -> None:
     loss = F.cross_entropy(inputs.hidden @ inputs.weight.T, inputs.targets)
     loss.backward()
-    expected = head.reference(inputs, rows=10)
+    expected = head_check.reference(inputs, rows=10)
     assert expected.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     torch.testing.assert_close(expected.dhidden, inputs.hidden.grad, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(expected.dweight, inputs.weight.grad, rtol=1e-10, atol=1e-14)
@@ -40,7 +42,7 @@ def test_error_is_the_relative_norm_of_the_difference() -> None:
     expected = torch.full((5, 4), 2.0, dtype=torch.float64)
     value = expected.clone()
     value[4, 0] += 1.0
-    assert head.relative_error(value, expected) == pytest.approx(1.0 / math.sqrt(20 * 4))
+    assert head_check.relative_error(value, expected) == pytest.approx(1.0 / math.sqrt(20 * 4))
 
 
 def test_a_wrong_contestant_is_not_admitted(inputs: head_peers.Inputs) -> None:
@@ -50,13 +52,13 @@ def test_a_wrong_contestant_is_not_admitted(inputs: head_peers.Inputs) -> None:
     def broken(inputs: head_peers.Inputs) -> head_peers.Loss:
         raise ValueError("no such kernel\nand much more")
 
-    expected = head.reference(inputs)
-    loss, entry = head.admit(doubled, inputs, expected, 60)
+    expected = head_check.reference(inputs)
+    loss, entry = head_check.admit(doubled, inputs, expected, 60)
     assert loss is None
     assert entry["absent"] == "wrong result"
     assert entry["error"]["dW"] == pytest.approx(1.0)
-    assert head.admit(broken, inputs, expected, 60) == (None, {"absent": "ValueError: no such kernel"})
-    loss, entry = head.admit(head_peers.naive, inputs, expected, 60)
+    assert head_check.admit(broken, inputs, expected, 60) == (None, {"absent": "ValueError: no such kernel"})
+    loss, entry = head_check.admit(head_peers.naive, inputs, expected, 60)
     assert loss is not None
     assert max(entry["error"].values()) < 1e-6, "its logits are rounded to fp32"
 
@@ -66,7 +68,7 @@ def test_a_contestant_that_does_not_get_ready_is_left_out(inputs: head_peers.Inp
         while True:
             pass
 
-    assert head.admit(endless, inputs, head.reference(inputs), 1) == (
+    assert head_check.admit(endless, inputs, head_check.reference(inputs), 1) == (
         None,
         {"absent": "TimeoutError: not ready after 1 s"},
     )
@@ -74,17 +76,17 @@ def test_a_contestant_that_does_not_get_ready_is_left_out(inputs: head_peers.Inp
 
 def test_missing_packages_are_named_by_what_pip_calls_them() -> None:
     assert (
-        head._reason(ModuleNotFoundError("No module named 'liger_kernel'", name="liger_kernel"))
+        head_check._reason(ModuleNotFoundError("No module named 'liger_kernel'", name="liger_kernel"))
         == "liger-kernel is not installed"
     )
-    assert "cutlass" in head._reason(ModuleNotFoundError("No module named 'cutlass'", name="cutlass")), (
+    assert "cutlass" in head_check._reason(ModuleNotFoundError("No module named 'cutlass'", name="cutlass")), (
         "a package's own missing need"
     )
 
 
 def test_ratios_are_taken_within_turns() -> None:
     # The machine was ten times slower in the second turn: the ratio of medians would be 0.2.
-    result = head.summary([1.0, 20.0, 2.0], {"naive": [2.0, 40.0, 10.0]})
+    result = head_measure.summary([1.0, 20.0, 2.0], {"naive": [2.0, 40.0, 10.0]})
     assert result["ms"] == 2000.0
     assert result["quartiles_ms"] == [1500.0, 11000.0]
     assert result["over_naive"] == 0.5
@@ -93,12 +95,12 @@ def test_ratios_are_taken_within_turns() -> None:
 
 def test_all_take_turns_in_a_rotating_order() -> None:
     order: list[str] = []
-    times = head.take_turns(
+    times = head_measure.take_turns(
         {name: lambda name=name: order.append(name) for name in "abc"}, lambda run: run() or len(order), 4, 60.0
     )
     assert "".join(order) == "abcbcacababcbca"
     assert times == {"a": [6, 8, 10, 15], "b": [4, 9, 11, 13], "c": [5, 7, 12, 14]}, "the first turn does not count"
-    assert len(head.take_turns({"a": lambda: None}, lambda run: 0.0, 9, 0.0)["a"]) == 3, (
+    assert len(head_measure.take_turns({"a": lambda: None}, lambda run: 0.0, 9, 0.0)["a"]) == 3, (
         "out of time: three turns all the same"
     )
 
@@ -111,7 +113,7 @@ def test_peak_memory_is_what_was_held_at_once_beyond_what_was_there(inputs: head
             del a
 
     there = torch.ones(2**24)
-    assert head.peak_bytes(run, inputs) == pytest.approx(2**27, rel=0.05)
+    assert head_measure.peak_bytes(run, inputs) == pytest.approx(2**27, rel=0.05)
     del there
 
 
