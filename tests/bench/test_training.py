@@ -11,20 +11,23 @@ import pytest
 import round_profile
 import torch
 import training
+import training_data
+import training_report
+import training_turns
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lead_engine.pool.store import TokenStore
 
-SETTING = training.Setting("tiny", 512, 2, 1, 2, 2)
+SETTING = training_data.Setting("tiny", 512, 2, 1, 2, 2)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(training.SHAPES, "tiny", (32, 64, 2, 4, 2, 512, False))
-        patch.setattr(training, "SAMPLES", 300)
-        return folder, training.make_data(folder, SETTING)
+        patch.setitem(training_data.SHAPES, "tiny", (32, 64, 2, 4, 2, 512, False))
+        patch.setattr(training_data, "SAMPLES", 300)
+        return folder, training_data.make_data(folder, SETTING)
 
 
 def test_steps_hold_the_same_samples_in_both_forms(data: tuple[Path, dict]) -> None:
@@ -54,7 +57,7 @@ def test_contenders_train_the_same(data: tuple[Path, dict]) -> None:
     specs = [replace(spec, grouped=False) for spec in specs]
     broken = replace(specs[0], name="broken", precision="no such")
     told: list[list[str]] = []
-    raw = training.in_turns(
+    raw = training_turns.in_turns(
         [*specs, broken], SETTING, argparse.Namespace(contender_seconds=150), lambda raw: told.append(list(raw))
     )
     rows = {name: training.summary(raw[name], raw[training.ENGINE], data[1], 1.0) for name in raw}
@@ -92,7 +95,7 @@ def test_summary() -> None:
         None,
         "x",
     )
-    training.show(
+    training_report.show(
         {"model": "m", "parameters": 1, "tokens_per_step": 1.0, "flops_per_step": 1.0, "contenders": {"cut": cut}}
     )
 
@@ -100,8 +103,8 @@ def test_summary() -> None:
 def test_a_contender_that_hangs_is_ended(data: tuple[Path, dict]) -> None:
     spec = training.contenders(SETTING, data[0], "fp32")[0]
     raw = {spec.name: {"seconds_per_step": []}}
-    worker = training.Worker(spec, 0.01)
-    assert not training.attempt(worker, raw, lambda w: w.answer())
+    worker = training_turns.Worker(spec, 0.01)
+    assert not training_turns.attempt(worker, raw, lambda w: w.answer())
     assert "took too long" in raw[spec.name]["failed"]
     assert worker.process.wait(20) != 0
 
