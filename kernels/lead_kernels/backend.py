@@ -24,7 +24,7 @@ except ImportError:  # a torch without a GPU needs no Triton: the kernels are th
 
     triton = tl = _Absent()
 
-__all__ = ["KernelBuild", "cdiv", "current_device", "tl", "triton", "uses_kernels", "warps", "wave_size"]
+__all__ = ["KernelBuild", "cdiv", "current_device", "num_warps", "tl", "triton", "uses_kernels", "warps"]
 
 _kernels_on_cpu = False
 """Set by the tests, under TRITON_INTERPRET=1: CPU tensors take the way of the kernels too."""
@@ -35,7 +35,7 @@ def uses_kernels(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" or _kernels_on_cpu
 
 
-def wave_size(device: torch.device) -> int:
+def _wave_size(device: torch.device) -> int:
     """Threads that execute together: 32 on NVIDIA, 32 or 64 on AMD."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
@@ -56,6 +56,11 @@ def warps(threads: int, wave: int) -> int:
     Triton counts warps of the hardware's size, so a fixed number would double the program on AMD.
     """
     return max(1, threads // wave)
+
+
+def num_warps(threads: int, tensor: Tensor) -> int:
+    """`warps` on the tensor's GPU."""
+    return warps(threads, _wave_size(tensor.device))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, num_warps, tl, triton, uses_kernels
 from lead_kernels.checks import check_shape
 
 BLOCK = 512
@@ -143,7 +143,7 @@ def _on_gpu(
         if tensor.device != sample_ids.device and not tensor.is_pinned():
             raise ValueError(f"{name} is on {tensor.device}, where the GPU reads only pinned memory")
     num_samples, slots = offsets.shape[0] - 1, sample_ids.shape[0]
-    launch = {"BLOCK": BLOCK, "num_warps": warps(THREADS, wave_size(sample_ids.device))}
+    launch = {"BLOCK": BLOCK, "num_warps": num_warps(THREADS, sample_ids)}
     outputs = _empty(sample_ids, capacity, num_rows)
     inputs, positions, cu, rows, targets, row_slots = outputs
     start, status = sample_ids.new_empty(slots), sample_ids.new_empty(3)

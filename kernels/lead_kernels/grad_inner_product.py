@@ -15,8 +15,9 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, num_warps, tl, triton, uses_kernels
 from lead_kernels.checks import check_device, check_shape, without_autocast
+from lead_kernels.dtypes import wide
 from lead_kernels.segment_reduce import segment_bounds, segment_sum
 
 
@@ -123,7 +124,7 @@ def _row_products_on_gpu(hidden_TH: Tensor, hidden_grad_TH: Tensor, matrix_HH: T
         row_products[(cdiv(rows, cut.rows) * column_tiles,)](
             _aligned(hidden_grad_TH, width), _aligned(operand_HH, width), _aligned(hidden_TH, width), partials, rows,
             width, ROWS=cut.rows, COLUMNS=cut.columns, DEPTH=cut.depth, GROUP=GROUP, USE_DOT=dtype != torch.float64,
-            num_warps=warps(cut.threads, wave_size(hidden_TH.device)), num_stages=cut.stages,
+            num_warps=num_warps(cut.threads, hidden_TH), num_stages=cut.stages,
         )  # fmt: skip
     per_row = partials.sum(0)
     return per_row if scale is None else per_row * scale
@@ -138,12 +139,12 @@ def _row_products_on_host(hidden_TH: Tensor, hidden_grad_TH: Tensor, matrix_HH: 
 def _grad_inner_product(
     hidden: Tensor, hidden_grad: Tensor, mean_grad: Tensor, sample_ids: Tensor, num_samples: int, sample_weight: Tensor
 ) -> Tensor:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    sums_dtype = wide(hidden.dtype)
     form = _row_products_on_gpu if uses_kernels(hidden) else _row_products_on_host
     with without_autocast(hidden.device):
-        per_row = form(hidden, hidden_grad, mean_grad.to(wide))
+        per_row = form(hidden, hidden_grad, mean_grad.to(sums_dtype))
         sums = segment_sum(per_row, segment_bounds(sample_ids, num_samples))
-        weight = sample_weight.to(wide)
+        weight = sample_weight.to(sums_dtype)
         return torch.where(weight != 0, sums / torch.where(weight != 0, weight, 1.0), 0.0)
 
 
@@ -151,7 +152,7 @@ def _grad_inner_product(
 def _(
     hidden: Tensor, hidden_grad: Tensor, mean_grad: Tensor, sample_ids: Tensor, num_samples: int, sample_weight: Tensor
 ) -> Tensor:
-    return hidden.new_empty(num_samples, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return hidden.new_empty(num_samples, dtype=wide(hidden.dtype))
 
 
 def grad_inner_product(

@@ -14,8 +14,9 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, num_warps, tl, triton, uses_kernels
 from lead_kernels.checks import check_device, check_shape, without_autocast
+from lead_kernels.dtypes import HALVES, wide
 from lead_kernels.products import left_operand, right_operand
 from lead_kernels.segment_reduce import find_piece, num_pieces, segment_bounds, sum_of_pieces, tile
 
@@ -68,7 +69,7 @@ def _outer_products_on_gpu(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor) ->
         outer_piece[(partials.shape[0], cdiv(num_left, side) * cdiv(num_right, side))](
             left_Tq, right_Tq, bounds, partials, segments, num_left, num_right,
             ROWS=cut.rows, STEP=step, SIDE=side, USE_DOT=left_Tq.dtype != torch.float64,
-            num_warps=warps(THREADS, wave_size(left_Tq.device)), num_stages=1,
+            num_warps=num_warps(THREADS, left_Tq), num_stages=1,
         )  # fmt: skip
         return sum_of_pieces(partials, bounds, cut).view(segments, num_left, num_right)
 
@@ -87,9 +88,9 @@ def _outer_products_on_host(left_Tq: Tensor, right_Tq: Tensor, bounds: Tensor) -
 def _project(rows_TH: Tensor, matrix_Hq: Tensor) -> Tensor:
     """rows @ matrix in the rows' dtype, to which the matrix is rounded for all samples alike; returned in fp32."""
     rows_TH, matrix_Hq = left_operand(rows_TH), right_operand(matrix_Hq.to(rows_TH.dtype))
-    if rows_TH.dtype in (torch.float16, torch.bfloat16) and rows_TH.device.type != "cpu":
+    if rows_TH.dtype in HALVES and rows_TH.device.type != "cpu":
         return torch.mm(rows_TH, matrix_Hq, out_dtype=torch.float32)
-    return torch.mm(rows_TH, matrix_Hq).to(torch.promote_types(rows_TH.dtype, torch.float32))
+    return torch.mm(rows_TH, matrix_Hq).to(wide(rows_TH.dtype))
 
 
 def signature_from_bounds(
@@ -125,9 +126,7 @@ def _gradient_signature(
 
 @_gradient_signature.register_fake
 def _(hidden: Tensor, hidden_grad: Tensor, left: Tensor, right: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
-    return hidden.new_empty(
-        num_samples, left.shape[1], right.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32)
-    )
+    return hidden.new_empty(num_samples, left.shape[1], right.shape[1], dtype=wide(hidden.dtype))
 
 
 def gradient_signature(

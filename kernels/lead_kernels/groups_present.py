@@ -7,7 +7,7 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, num_warps, tl, triton, uses_kernels
 from lead_kernels.checks import GROUP_DTYPES, check_device, check_shape
 from lead_kernels.radix_kernels import load_block
 from lead_kernels.radix_select import THREADS, launch_shape
@@ -33,7 +33,7 @@ def _groups_present(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
         with current_device(mask):
             present_kernel[(launch.programs,)](
                 mask.contiguous(), group.contiguous(), present, mask.shape[0], launch.tiles,
-                BLOCK=launch.block, num_warps=warps(THREADS, wave_size(mask.device)),
+                BLOCK=launch.block, num_warps=num_warps(THREADS, mask),
             )  # fmt: skip
     else:
         present.scatter_reduce_(0, group.long(), mask.to(torch.uint8), "amax")

@@ -11,8 +11,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from lead_kernels.checks import check_device, check_shape
+from lead_kernels.dtypes import HALVES
 from lead_kernels.head_types import Lora
-from lead_kernels.products import HALVES
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -14,18 +14,9 @@ from torch import Tensor
 
 from lead_kernels.backend import uses_kernels
 from lead_kernels.chunk_size import DEVICE_TILE_ROWS, buffer_rows, narrow_sums
+from lead_kernels.dtypes import HALVES, wide
 from lead_kernels.head_types import HeadRows, HeadWeights, PassOptions, RowInputs, two_gradients
-from lead_kernels.products import (
-    HALVES,
-    add_product,
-    apart,
-    left_operand,
-    product_into,
-    row_blocks,
-    thin_product,
-    wide,
-    wide_product,
-)
+from lead_kernels.products import add_product, apart, left_operand, product_into, row_blocks, thin_product, wide_product
 from lead_kernels.row_loss import Columns, Rows
 from lead_kernels.row_pass import in_place_view, padded, row_pass
 from lead_kernels.row_pass_host import split

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lead_kernels.backend import uses_kernels
 from lead_kernels.counted_rows import CountedRows, check_targets, sample_bounds
+from lead_kernels.dtypes import wide
 from lead_kernels.gradient_signature import signature_from_bounds
 from lead_kernels.head_call import HeadCall, HeadResult, Upstream
 from lead_kernels.head_chunks import head_rows
 from lead_kernels.head_types import HeadRows, RowInputs
-from lead_kernels.products import left_operand, scaled, wide
+from lead_kernels.products import left_operand, scaled
 from lead_kernels.row_weights import RowWeights, class_weights, largest_power
 from lead_kernels.segment_reduce import segment_sum
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lead_kernels.chunk_size import narrow_sums
+from lead_kernels.dtypes import wide
 from lead_kernels.head_call import HeadCall, HeadOptions, HeadResult, HeadTensors, Upstream, schema
 from lead_kernels.head_compute import head_forward, head_gradient_rows
-from lead_kernels.products import scaled, wide
+from lead_kernels.products import scaled
 from lead_kernels.row_weights import left_for_later
 
 CALL_ARGUMENTS = len(HeadTensors._fields) + len(HeadOptions._fields)

@@ -7,7 +7,7 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, num_warps, tl, triton, uses_kernels
 from lead_kernels.checks import check_device, check_shape
 
 LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def _on_gpu(
     _idu_kernel[(cdiv(num_ids, BLOCK),)](
         utility, visits, sample_ids.contiguous(), loss.contiguous(), change.contiguous(), 1.0 - smoothing, smoothing,
         num_ids, utility.shape[0] - 1,
-        BLOCK=BLOCK, num_warps=warps(THREADS, wave_size(utility.device)), **NO_FUSION,
+        BLOCK=BLOCK, num_warps=num_warps(THREADS, utility), **NO_FUSION,
     )  # fmt: skip
 
 

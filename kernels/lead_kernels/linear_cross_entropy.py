@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lead_kernels import head_checks as checks
 from lead_kernels.checks import without_autocast
+from lead_kernels.dtypes import wide
 from lead_kernels.head_call import HeadOptions, HeadResult, HeadTensors
 from lead_kernels.head_op import run_head
 from lead_kernels.head_types import Lora
-from lead_kernels.products import wide
 
 Gradients = Literal["auto", "forward", "recompute"]
 Reduction = Literal["mean", "sum", "none"]

@@ -17,7 +17,7 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, current_device, num_warps, tl, triton, uses_kernels
 from lead_kernels.checks import check_device, check_shape
 
 LOOK_AHEAD = 32
@@ -107,7 +107,7 @@ def _on_gpu(
     ids, tokens = order.new_full((num_bins, slots), lengths.shape[0]), order.new_empty(num_bins)
     _pack_kernel[(1,)](
         queue, queue_lengths, kept, ids, tokens, num_bins, capacity, slots,
-        WINDOW=LOOK_AHEAD, num_warps=warps(LOOK_AHEAD, wave_size(order.device)),
+        WINDOW=LOOK_AHEAD, num_warps=num_warps(LOOK_AHEAD, order),
     )  # fmt: skip
     return ids, tokens
 

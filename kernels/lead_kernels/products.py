@@ -6,16 +6,11 @@ import torch
 from torch import Tensor
 
 from lead_kernels.backend import cdiv
+from lead_kernels.dtypes import HALVES, wide
 from lead_kernels.row_pass_host import CPU_TILE_BYTES, split
 
-HALVES = (torch.float16, torch.bfloat16)
 ROW_STEP = 32
 """On a CPU, rows of bf16 and fp16 are padded to a multiple of this: 64 bytes, one load of its matrix unit."""
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are kept: fp32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def apart(like: Tensor, rows: int, width: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, cdiv, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, num_warps
 from lead_kernels.radix_kernels import (
     NONE,
     ORDER_BITS,
@@ -111,14 +111,10 @@ def select_on_gpu(
     share_kernel[(cdiv(room, launch.block),)](
         sort_key, by_task, sample, size_J if weight is None else weight, size_J if offset is None else offset,
         quota_J.cumsum(0) - quota_J, whole, share, sample_by_task, room,
-        WEIGHTED=weight is not None, OFFSET=offset is not None, BLOCK=launch.block, num_warps=_num_warps(utility),
+        WEIGHTED=weight is not None, OFFSET=offset is not None, BLOCK=launch.block, num_warps=num_warps(THREADS, utility),
     )  # fmt: skip
     best = torch.sort(share, stable=True).indices if weight is None else sorted_by_parts(whole, share)
     return sample_by_task[best[:k]]
-
-
-def _num_warps(tensor: Tensor) -> int:
-    return warps(THREADS, wave_size(tensor.device))
 
 
 def _thresholds(
@@ -127,7 +123,7 @@ def _thresholds(
     """Of every task: the key of its c_j-th sample, its eligible samples, and c_j = quota_of(eligible samples)."""
     num_samples, device = pool[0].shape[0], pool[0].device
     id_bits = (num_samples - 1).bit_length()
-    num_warps = _num_warps(pool[0])
+    warps = num_warps(THREADS, pool[0])
     # Rows of even length start at multiples of 16 bytes, as whole tensors do: one compilation serves all.
     prefix, threshold = torch.zeros(2, num_tasks + num_tasks % 2, dtype=torch.int64, device=device)
     closed = torch.zeros(1, dtype=torch.int32, device=device)
@@ -136,7 +132,7 @@ def _thresholds(
     for number, (shift, width) in enumerate(digits_of(ORDER_BITS + id_bits, launch.bits)):
         histogram_kernel[(launch.programs,)](
             *pool, prefix, closed, histogram, num_samples, num_tasks, launch.copies, shift, width, launch.bits, id_bits,
-            launch.tiles, BLOCK=launch.block, num_warps=num_warps,
+            launch.tiles, BLOCK=launch.block, num_warps=warps,
         )  # fmt: skip
         if number == 0:  # no key had to begin in any way: all eligible samples have been counted
             size_J = histogram.sum((0, 2))
@@ -144,7 +140,7 @@ def _thresholds(
             need = quota_J.clone()
         choose_kernel[(num_tasks,)](
             histogram, prefix, need, threshold, closed, num_tasks, launch.copies, shift, width,
-            DIGITS=1 << launch.bits, ROWS=rows, num_warps=num_warps,
+            DIGITS=1 << launch.bits, ROWS=rows, num_warps=warps,
         )  # fmt: skip
     return threshold, size_J, quota_J
 
@@ -163,7 +159,7 @@ def _candidates(pool: tuple[Tensor, ...], threshold_J: Tensor, room: int, launch
     def pass_over_pool(place: Tensor, write: bool) -> None:
         winners_kernel[(launch.programs,)](
             *pool, threshold_J, place, sort_key, sample, num_samples, id_bits, launch.tiles,
-            WRITE=write, BLOCK=launch.block, num_warps=_num_warps(pool[0]),
+            WRITE=write, BLOCK=launch.block, num_warps=num_warps(THREADS, pool[0]),
         )  # fmt: skip
 
     pass_over_pool(count, write=False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, num_warps, tl, triton, uses_kernels
 from lead_kernels.row_loss import Columns, RowLoss, Rows
 from lead_kernels.row_pass_host import row_pass_by_tiles
 from lead_kernels.row_pass_kernel import row_pass_kernel
@@ -77,7 +77,7 @@ def _by_kernel(
             rows.target_C, rows.objective_weight_C, rows.nll_weight_C, rows.nll_C, rows.objective_C, rows.lse_C,
             rows.entropy_C, rows.predicted_C, vocabulary, width, ignore_index,
             SCALE=scale, FOLDED=folded, SOFTCAP=loss.softcap, SMOOTHING=loss.label_smoothing, Z_LOSS=loss.z_loss,
-            NARROWS=narrows, ACC=accumulator, BLOCK=block, num_warps=warps(threads, wave_size(z_CV.device)),
+            NARROWS=narrows, ACC=accumulator, BLOCK=block, num_warps=num_warps(threads, z_CV),
         )  # fmt: skip
 
 

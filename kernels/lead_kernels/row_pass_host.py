@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lead_kernels.backend import cdiv
+from lead_kernels.dtypes import wide
 from lead_kernels.row_loss import Columns, RowLoss, Rows
 
 CPU_TILE_BYTES = 4 * 2**20
@@ -145,12 +146,12 @@ def row_pass_by_tiles(
 ) -> None:
     """`row_pass.row_pass` in host memory."""
     count, vocabulary = z_CV.shape
-    wide = torch.promote_types(z_CV.dtype, torch.float32)
+    tile_dtype = wide(z_CV.dtype)
     tiles = split(count, max(1, CPU_TILE_BYTES // (4 * vocabulary)))
     # Scratch for one tile, which all of them share.
     most = max((tile.stop - tile.start for tile in tiles), default=0)
-    p = z_CV.new_empty(most, vocabulary, dtype=wide)
-    widened = None if z_CV.dtype == wide else torch.empty_like(p)
+    p = z_CV.new_empty(most, vocabulary, dtype=tile_dtype)
+    widened = None if z_CV.dtype == tile_dtype else torch.empty_like(p)
     for tile in tiles:
         size = tile.stop - tile.start
         z = z_CV[tile] if widened is None else widened[:size].copy_(z_CV[tile])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lead_kernels.counted_rows import CountedRows
+from lead_kernels.dtypes import HALVES, wide
 from lead_kernels.head_call import HeadCall
-from lead_kernels.products import HALVES, wide
 
 
 def mantissa(weight: Tensor) -> Tensor:

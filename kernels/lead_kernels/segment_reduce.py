@@ -14,8 +14,9 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
-from lead_kernels.backend import KernelBuild, cdiv, current_device, tl, triton, uses_kernels, warps, wave_size
+from lead_kernels.backend import KernelBuild, cdiv, current_device, num_warps, tl, triton, uses_kernels
 from lead_kernels.checks import check_device, check_shape
+from lead_kernels.dtypes import wide
 
 THREADS = 128
 
@@ -103,7 +104,7 @@ def sum_of_pieces(partials: Tensor, bounds: Tensor, cut: Tile) -> Tensor:
     width, segments = partials.shape[1], bounds.shape[0] - 1
     out = partials.new_empty(segments, width)
     sum_pieces[(segments, cdiv(width, cut.columns))](
-        partials, bounds, out, width, *cut, num_warps=warps(THREADS, wave_size(out.device))
+        partials, bounds, out, width, *cut, num_warps=num_warps(THREADS, out)
     )
     return out
 
@@ -111,24 +112,23 @@ def sum_of_pieces(partials: Tensor, bounds: Tensor, cut: Tile) -> Tensor:
 def _segment_sum_on_gpu(values: Tensor, bounds: Tensor) -> Tensor:
     """values [T, D], contiguous, any floating dtype."""
     (num_rows, width), segments = values.shape, bounds.shape[0] - 1
-    wide = torch.promote_types(values.dtype, torch.float32)
+    sums = wide(values.dtype)
     if 0 in (num_rows, width, segments):
-        return values.new_zeros(segments, width, dtype=wide)
+        return values.new_zeros(segments, width, dtype=sums)
     cut = tile(width)
-    partials = values.new_empty(num_pieces(num_rows, segments, cut.rows), width, dtype=wide)
+    partials = values.new_empty(num_pieces(num_rows, segments, cut.rows), width, dtype=sums)
     with current_device(values):
         sum_piece[(partials.shape[0], cdiv(width, cut.columns))](
-            values, bounds, partials, segments, width, *cut, num_warps=warps(THREADS, wave_size(values.device))
+            values, bounds, partials, segments, width, *cut, num_warps=num_warps(THREADS, values)
         )
         return sum_of_pieces(partials, bounds, cut)
 
 
 def _segment_sum_on_host(values: Tensor, bounds: Tensor) -> Tensor:
     """values [T, D]. Rows are added one after the other, hence in float64; unsafe=True skips checks of the bounds."""
-    wide = torch.promote_types(values.dtype, torch.float32)
     if values.shape[0] == 0:
-        return values.new_zeros(bounds.shape[0] - 1, values.shape[1], dtype=wide)
-    return torch.segment_reduce(values.double(), "sum", offsets=bounds, axis=0, unsafe=True).to(wide)
+        return values.new_zeros(bounds.shape[0] - 1, values.shape[1], dtype=wide(values.dtype))
+    return torch.segment_reduce(values.double(), "sum", offsets=bounds, axis=0, unsafe=True).to(wide(values.dtype))
 
 
 def segment_bounds(sample_ids_T: Tensor, num_samples: int) -> Tensor:
@@ -161,7 +161,7 @@ def _segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Ten
 
 @_segment_reduce.register_fake
 def _(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
-    return values.new_empty(num_samples, *values.shape[1:], dtype=torch.promote_types(values.dtype, torch.float32))
+    return values.new_empty(num_samples, *values.shape[1:], dtype=wide(values.dtype))
 
 
 def segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:

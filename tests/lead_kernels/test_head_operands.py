@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from inside_operators import InsideOperators
 from lead_kernels import Lora, linear_cross_entropy
-from lead_kernels.products import HALVES
+from lead_kernels.dtypes import HALVES
 
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "addmv_", "matmul", "linear")
 CREATED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
