@@ -11,5 +11,14 @@ cd "$LEAD_ENGINE_ROOT"
 # One thread a process: the tests' matrices are small, and the distributed ones bring processes of their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# A worker a core, each with whole files, whose fixtures (models, pools, forked ranks) are then made once.
-exec python -m pytest -q --durations=10 -n "${LEAD_ENGINE_TEST_WORKERS:-logical}" --dist loadfile "$@"
+arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --fast) arguments+=(-m "not slow") ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+# A worker a core, each with whole files, whose fixtures (models, pools, forked ranks) are then made once. In the order of
+# tests/conftest.py, slow files first: xdist by itself would begin with the files of most tests, and end with long ones.
+exec python -m pytest -q --durations=10 -n "${LEAD_ENGINE_TEST_WORKERS:-logical}" --dist loadfile \
+    --no-loadscope-reorder "${arguments[@]}"

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from head_counts import Shape
 
+pytestmark = pytest.mark.slow
+
 SHAPE = Shape(37, 12, 101)
 
 

@@ -15,6 +15,8 @@ import pytest
 import run_gpu
 import torch
 
+pytestmark = pytest.mark.slow
+
 ROOT = run_gpu.ROOT
 
 

@@ -18,6 +18,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lead_engine.pool.store import TokenStore
 
+pytestmark = pytest.mark.slow
+
 SETTING = training_data.Setting("tiny", 512, 2, 1, 2, 2)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ["make-pool", "pretrain", "prepare", "train", "eval", "compare", "report", "merge", "doctor"]
 TRAIN = ["train", "--pool", "pool", "--model", "model", "--out", "run"]
 

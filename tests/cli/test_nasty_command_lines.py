@@ -13,6 +13,8 @@ from lead_engine.config import TrainConfig
 from lead_engine.config.convert import field_hints
 from lead_engine.config.reads import leaves
 
+pytestmark = pytest.mark.slow
+
 REQUIRED = {
     "make-pool": "--out o",
     "pretrain": "--text t --out o",

@@ -20,7 +20,7 @@ import yaml
 
 from lead_engine.cli import main
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TINY = ["--batch.capacity", "256"]
 SAMPLES = 200

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from runs import fitting
 
+pytestmark = pytest.mark.slow
+
 BASE = [
     "--budget",
     "0.5",

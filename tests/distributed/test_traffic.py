@@ -33,6 +33,8 @@ from lead_engine.selection.selector import Selector
 from ranks import free_port
 from runs import selection_for
 
+pytestmark = pytest.mark.slow
+
 LENGTH, HIDDEN = 16, 32
 """Tokens of every sample: pools differ in nothing but the number of samples."""
 SIZES = (250, 500, 1_000, 10_000, 100_000)

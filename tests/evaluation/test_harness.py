@@ -18,6 +18,8 @@ from lead_engine.cli import main
 from lead_engine.config import HarnessConfig
 from lead_engine.evaluation.harness import _check_code, _leaves, _names, evaluate, load_tasks
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     {
         "question": f"What is {a} + {b}?",

@@ -19,6 +19,8 @@ from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 from lead_engine.integrations.loop import steps_in_epoch
 
+pytestmark = pytest.mark.slow
+
 OWN = {"lead_round", "lead_reward", "lead_tokens"}
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 EVENTS = ("train_begin", "epoch_begin", "step_begin", "step_end", "epoch_end", "log", "evaluate", "save", "train_end")

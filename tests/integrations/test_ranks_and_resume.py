@@ -17,6 +17,8 @@ from lead_engine.integrations.rounds import FILE
 from lead_engine.pool.state import PoolState
 from trainer_rank import train
 
+pytestmark = pytest.mark.slow
+
 
 def losses(trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]

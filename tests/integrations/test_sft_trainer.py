@@ -16,6 +16,8 @@ from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 
 

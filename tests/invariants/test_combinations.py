@@ -28,6 +28,8 @@ from lead_engine.training.combinations import AXES, check_combination, pairs, re
 from ranks import free_port
 from runs import selection_for
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SECTIONS = {"lora": LoraConfig, "optimizer": OptimizerConfig, "runtime": RuntimeConfig, "selection": SelectionConfig}
 SMALL = {

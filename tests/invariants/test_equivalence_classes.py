@@ -31,6 +31,8 @@ from lead_engine.training.session import build
 from runs import fitting
 from separate import reference
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {"loss": 1e-6, "grad_norm": 2e-6, "mean_change": 3e-5}
 LONGEST, SAMPLES_A_STEP = 40, 8
 COMMON = [

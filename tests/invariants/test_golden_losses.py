@@ -33,6 +33,8 @@ from lead_engine.pool.tokenizer import train_tokenizer
 from lead_engine.prepare.tokenise import write_answers
 from runs import fitting
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).with_name("golden_losses.json")
 WRITES = os.environ.get("LEAD_GOLDEN") == "write"
 TOLERANCE = 1e-5

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lead_kernels import grad_inner_product, gradient_signature, linear_cross_entropy, reference
 
+pytestmark = pytest.mark.slow
+
 signature_module = sys.modules[
     "lead_kernels.gradient_signature"
 ]  # the package's attributes of these names are the functions

@@ -14,6 +14,8 @@ from torch import Tensor
 from lead_kernels import Lora, backend, linear_cross_entropy, row_pass
 from lead_kernels.counted_rows import CountedRows
 
+pytestmark = pytest.mark.slow
+
 T, H, V, B, R = 41, 12, 150, 5, 3
 IDS = torch.repeat_interleave(torch.arange(B), torch.tensor([10, 0, 1, 25, 5]))
 CHUNK = 8 * V * 16

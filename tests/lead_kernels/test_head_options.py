@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lead_kernels import LinearCrossEntropy, Lora, backend, linear_cross_entropy, reference, row_pass
 
+pytestmark = pytest.mark.slow
+
 T, H, V, B = 24, 10, 37, 4
 IDS = torch.repeat_interleave(torch.arange(B), torch.tensor([7, 0, 12, 5]))
 RETURNED = {"return_lse": True, "return_entropy": True, "return_predicted": True}

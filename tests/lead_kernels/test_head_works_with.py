@@ -19,6 +19,8 @@ from lead_kernels import LinearCrossEntropy, linear_cross_entropy
 from lead_kernels.head_call import HeadCall, HeadOptions, HeadTensors
 from lead_kernels.head_op import head
 
+pytestmark = pytest.mark.slow
+
 T, H, V, B = 40, 16, 97, 4
 IDS = torch.arange(T) * B // T
 

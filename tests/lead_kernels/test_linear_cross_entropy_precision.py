@@ -15,6 +15,8 @@ from lead_kernels import chunk_size, gradient_signature, linear_cross_entropy
 from lead_kernels.chunk_size import chunk_rows
 from lead_kernels.row_pass_host import split
 
+pytestmark = pytest.mark.slow
+
 T, H, V, B, Q = 301, 48, 777, 6, 8
 EPSILON = 2e-6  # relative; below it, both are exact for every purpose
 LOW = [torch.bfloat16, torch.float16]

@@ -15,6 +15,8 @@ from torch import Tensor
 from lead_kernels import PackedPlan, pack_plan, reference
 from lead_kernels.pack_plan import LOOK_AHEAD, packing_waste
 
+pytestmark = pytest.mark.slow
+
 module = importlib.import_module("lead_kernels.pack_plan")  # the package's attribute of this name is the function
 PER_FORM = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

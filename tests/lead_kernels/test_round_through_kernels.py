@@ -11,6 +11,8 @@ import torch
 from kernel_round import CASES, TOLERANCE, assert_agree, step, world
 from lead_kernels import backend
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(
     not os.environ.get("TRITON_INTERPRET"), reason="kernels run on CPU tensors only in Triton's interpreter"

@@ -17,6 +17,8 @@ from torch import Tensor
 from lead_kernels import groups_present, radix_select, reference, select_topk, task_shares
 from lead_kernels.radix_kernels import NONE, ORDER_BITS, share_kernel
 
+pytestmark = pytest.mark.slow
+
 module = importlib.import_module("lead_kernels.select_topk")  # the package's attribute of this name is the function
 
 VALUES = st.sampled_from([0.0, -0.0, 1.5, -2.0, 1e-40, -1e-40, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 0.1, 0.2])

@@ -20,6 +20,8 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.model.save import save_model
 from lead_engine.pool.store import TokenStore
 
+pytestmark = pytest.mark.slow
+
 CPU, IDS = torch.device("cpu"), torch.tensor([0, 1, 2])
 HEAD = LoraConfig(rank=4, alpha=8.0, head=True)
 

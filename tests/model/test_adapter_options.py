@@ -29,6 +29,8 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.model.save import save_model
 from lead_engine.pool.store import TokenStore
 
+pytestmark = pytest.mark.slow
+
 CPU, IDS = torch.device("cpu"), torch.tensor([0, 1, 2])
 THEIRS: dict[str, dict[str, Any]] = {
     "names": {"target_modules": ["q_proj", "down_proj"]},

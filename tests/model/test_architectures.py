@@ -24,6 +24,8 @@ from lead_kernels import PackedBatch, gather_batch
 from model_kinds import KINDS
 from separate import reference, worst
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 IDS = [3, 17, 4, 29, 11]
 

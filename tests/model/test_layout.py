@@ -25,6 +25,8 @@ from lead_engine.model.shards import local_part
 from lead_engine.model.weights import SINGLE, base_tensors
 from model_kinds import KINDS, MIXTURE
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ODD = 323
 """A vocabulary that neither two nor three ranks divide."""

@@ -15,6 +15,8 @@ from lead_engine.model.attention import Packing, packed_attention, split_tail
 from lead_engine.model.load import build_model
 from lead_engine.pool.store import TokenStore
 
+pytestmark = pytest.mark.slow
+
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is here")
 
 

@@ -25,7 +25,7 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.training.distributed import process_group
 from needs import BITSANDBYTES, SHARDED_INTEGERS
 
-pytestmark = BITSANDBYTES
+pytestmark = [pytest.mark.slow, BITSANDBYTES]
 CPU = torch.device("cpu")
 # Rows that three ranks do not divide; more than one block of scales in a weight; biases.
 SHAPE = {

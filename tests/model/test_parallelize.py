@@ -29,6 +29,8 @@ from lead_engine.model.segment_attention import segment_attention, traceable_seg
 from lead_engine.training.distributed import data_mesh, process_group
 from lead_kernels import PackedBatch, gather_batch
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = torch.tensor([17, 40, 5, 23, 38, 11])
 CPU = torch.device("cpu")
 

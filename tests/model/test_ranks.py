@@ -22,6 +22,8 @@ from lead_engine.training import train
 from model_kinds import KINDS
 from separate import worst
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TRAINED = [
     "llama",

@@ -11,10 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lead_engine.pool.records import Message, read_records
+
+pytestmark = pytest.mark.slow
 
 
 def turns(*messages: tuple[str, str]) -> tuple[Message, ...]:

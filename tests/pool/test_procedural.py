@@ -199,6 +199,7 @@ def test_column_sum() -> None:
     assert column_sum(348, 275, 623) == "8 + 5 = 13, 4 + 7 + 1 = 12, 3 + 2 + 1 = 6. The sum is 623."
 
 
+@pytest.mark.slow
 def test_other_sizes(tmp_path: Path) -> None:
     make_pool(tmp_path / "small", samples=10, heldout=3, text_kib=1)
     assert len(read(tmp_path / "small" / "pool.jsonl")) == 10

@@ -16,6 +16,8 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.pool.template import encode
 from lead_engine.pool.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 54_028
 
 

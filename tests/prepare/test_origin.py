@@ -16,6 +16,8 @@ from lead_engine.config import BatchConfig, PrepareConfig, RuntimeConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.prepare import run as prepare
 
+pytestmark = pytest.mark.slow
+
 
 def write(path: Path, first: int, count: int = 40) -> str:
     records = [

@@ -21,6 +21,8 @@ from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.prepare import run as prepare_here
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = [
     "--max-length",
     "64",

@@ -19,6 +19,8 @@ from lead_engine.report.runs import Collection, read_collection, read_run
 from lead_engine.report.style import SETTINGS, Plot, variant_colours
 from lead_engine.report.write import plots_of
 
+pytestmark = pytest.mark.slow
+
 ONE_RUN = {"heldout", "loss", "optimizer", "bandit", "selected", "utility"}
 TOGETHER = {
     "compare-heldout",

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 
 from ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = ["multi_node.sh", "slurm.sbatch"]
 OPTIONS = [
     "--budget",

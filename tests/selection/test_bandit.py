@@ -11,6 +11,8 @@ import torch
 from lead_engine.config import SelectionConfig
 from lead_engine.selection.bandit import Bandit, RewardScale
 
+pytestmark = pytest.mark.slow
+
 YES = torch.tensor(True)
 
 

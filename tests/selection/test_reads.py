@@ -18,6 +18,8 @@ from lead_engine.config.reads import SELECTION, TRAIN, leaves, unread, why_unrea
 from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 PAPER = RECIPES["paper"]["selection"]
 BASES: list[tuple[str, dict[str, Any]]] = [
     ("lead", {}),

@@ -101,6 +101,7 @@ def follows_quotas(selector, ids, eligible, plan):
     return low <= high * (1 + 1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_promises_for_any_pool_and_layout(make_selector, make_state, finished_run, made_up_losses, data):

@@ -13,6 +13,8 @@ from lead_engine.selection import counter_rng
 from lead_engine.selection.methods.lead import DRAW, RANK, ROUND_OFF
 from lead_kernels.pack_plan import LOOK_AHEAD
 
+pytestmark = pytest.mark.slow
+
 
 class SlowLead:
     """Section by section what LEAD says, with loops, Python lists and EXP3's weights as they stand in its paper; and its variants.

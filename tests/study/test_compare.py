@@ -23,6 +23,8 @@ from lead_engine.study.runs import check_unchanged, config_text, eval_command, p
 from lead_engine.study.tables import group_rows, markdown
 from lead_engine.study.variants import read_study
 
+pytestmark = pytest.mark.slow
+
 CAPACITY = 256
 
 

@@ -25,6 +25,8 @@ from lead_engine.training.session import build
 from needs import SHARDED_INTEGERS
 from runs import OPTIONS, assert_same_run, kill_after_checkpoint
 
+pytestmark = pytest.mark.slow
+
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="not installed: no 8-bit AdamW")
 ROWS_OF_256 = [(64, 256), (40, 512), (5, 4, 256), (256,), (9, 40)]
 OTHER_ROWS = [(96, 200), (300, 16), (70, 70), (1, 5000), (3, 7, 300)]

@@ -23,6 +23,8 @@ from lead_engine.training.checkpoint import MARKER, Checkpoints, Progress
 from lead_engine.training.distributed import Ranks, process_group
 from runs import OPTIONS, assert_same_run, kill_after_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 class Part:
     """Something with a state."""

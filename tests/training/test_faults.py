@@ -16,6 +16,8 @@ from lead_engine.training.heartbeat import Phase
 from lead_engine.training.watchdog import EXIT_HANG, Watchdog
 from runs import OPTIONS, wait_for_steps
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def arguments(make_pool, make_model) -> list:

@@ -36,6 +36,8 @@ from lead_engine.training.session import build
 from lead_engine.training.train import run as train
 from runs import OPTIONS, assert_same_run, kill_after_checkpoint, lines
 
+pytestmark = pytest.mark.slow
+
 FP32 = RuntimeConfig(precision="fp32")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

@@ -12,6 +12,8 @@ import pytest
 
 from runs import OPTIONS, assert_same_run
 
+pytestmark = pytest.mark.slow
+
 KILLS, AT_THE_END = 50, 6
 SLOW_FORWARD = 0.02  # seconds: the longest random delay once an attempt trains
 

@@ -22,6 +22,8 @@ from lead_engine.training.loop import read_header
 from lead_engine.training.session import Session, build
 from runs import OPTIONS, fitting, lines
 
+pytestmark = pytest.mark.slow
+
 NAN_TOKEN, TINY_TOKEN = 310, 311  # in the model's vocabulary, in no sample of make_pool's
 
 

@@ -30,6 +30,8 @@ from lead_engine.prepare import run as prepare
 from lead_engine.training.pretrain import run as pretrain
 from lead_engine.training.train import run as train
 
+pytestmark = pytest.mark.slow
+
 BATCH, RUNTIME = BatchConfig(capacity=128), RuntimeConfig(precision="fp32")
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from runs import OPTIONS, assert_same_run, fitting, kill_after_checkpoint, lines
 
+pytestmark = pytest.mark.slow
+
 MIXTURE = ["--selection.draw", "mixture", "--selection.ranking", "soft", "--selection.unseen", "drift"]
 PAPER = ["--recipe", "paper"]
 LORA = [

@@ -17,6 +17,8 @@ from lead_engine.model.scoring import pack_by_length
 from lead_engine.pool.store import TokenStore
 from lead_engine.training.scorer import PoolScorer
 
+pytestmark = pytest.mark.slow
+
 BATCH = BatchConfig(capacity=96)
 SAMPLES = 45
 

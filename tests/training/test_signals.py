@@ -11,6 +11,8 @@ import pytest
 
 from runs import OPTIONS, assert_same_run, lines, wait_for_steps
 
+pytestmark = pytest.mark.slow
+
 Reach = Sequence[int] | None
 
 

@@ -18,6 +18,8 @@ from lead_engine.config import TrainConfig
 from lead_engine.training.run_folder import ROUND_SCALARS, STEP_SCALARS, RunFolder
 from lead_engine.training.trackers import Trackers
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--budget", "0.9", "--batch.capacity", "64", "--runtime.precision", "fp32", "--checkpoint-every", "3"]
 TRACKERS = ["--wandb", "proj", "--mlflow", "exp"]
 TASKS = ["plain", "100 % odd: (a/../b)"]
