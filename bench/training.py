@@ -21,8 +21,8 @@ Samples: made here, of lengths like instruction data's (log-normal, median 115 t
     Trainer, packed                padding-free: the same micro-batches as one row whose positions restart, sdpa (on a
                                    GPU flash-attention 2 where it is installed)
     Trainer, padded                the same micro-batches as padded rows, sdpa
-    Trainer, padded, by length     the same samples regrouped by length over 32 steps, as Trainer's own grouping does; as
-                                   many tokens a step
+    Trainer, padded, by length     the same samples regrouped by length over 32 steps, as Trainer's own grouping does;
+                                   as many tokens a step
     SFTTrainer, padded, by length  TRL's, with its fused head, the same batches
     SFTTrainer, packed             the same as Trainer's packed rows (on a GPU; on a CPU they share its slow attention)
     ... + Liger                    with Liger-Kernel (on a GPU, where it is installed)

@@ -15,10 +15,15 @@ from lead_kernels.checks import check_device, check_shape
 
 
 def exp3_probabilities(log_weights: Tensor, available: Tensor, gamma: float, explore: Tensor | None = None) -> Tensor:
-    """p = (1 - gamma) w / sum(w) + gamma / K over all K arms, then masked by `available` (bool [K]) and renormalised.
+    """p = (1 - gamma) w / sum(w) + gamma / K over all K arms, then masked by `available` and renormalised.
 
-    log_weights: floating [K]; explore: [K], probabilities by which arms are explored, instead of 1 / K each. Returns
-    [K] of the same dtype; all 0 where no arm is available.
+    Args:
+        log_weights: floating [K].
+        available: bool [K].
+        explore: [K], probabilities of exploring each arm, instead of 1 / K.
+
+    Returns:
+        [K] in the dtype of log_weights; all 0 where no arm is available.
     """
     check_shape("available", available, tuple(log_weights.shape), (torch.bool,))
     check_device(log_weights.device, available=available)
@@ -31,11 +36,17 @@ def exp3_probabilities(log_weights: Tensor, available: Tensor, gamma: float, exp
 def exp3_update(
     log_weights: Tensor, probabilities: Tensor, arm: Tensor, reward: Tensor, gamma: float, alpha: float = 0.0
 ) -> Tensor:
-    """The log-weights after `arm` (0-d int64), drawn with `probabilities` [K], has paid `reward` (0-d, in [-1, 1]).
+    """The log-weights after `arm`, drawn with `probabilities`, has paid `reward`.
 
-    alpha = 0 is EXP3: w_arm *= exp(gamma / K * reward / p_arm). alpha > 0 is EXP3.S for rewards that drift: to every
-    new weight, e * alpha / K * sum of the old weights is added. The largest log-weight returned is 0, since only ratios
-    matter and the sums would otherwise lose digits as they grow.
+    The largest log-weight returned is 0: only ratios matter, and the sums would otherwise lose digits as they grow.
+
+    Args:
+        log_weights, probabilities: floating [K].
+        arm: 0-d int64.
+        reward: 0-d, in [-1, 1].
+        gamma: w_arm *= exp(gamma / K * reward / p_arm), which is EXP3.
+        alpha: above 0, EXP3.S for rewards that drift: e * alpha / K * sum of the old weights is added to each new
+            weight.
     """
     check_shape("probabilities", probabilities, tuple(log_weights.shape))
     check_device(log_weights.device, probabilities=probabilities, arm=arm, reward=reward)

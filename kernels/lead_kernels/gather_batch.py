@@ -238,17 +238,21 @@ def gather_batch(
 ) -> PackedBatch:
     """Lay samples one after another in `capacity` token places and list the positions at which a loss is taken.
 
-    tokens: integer [total]; response: bool [total], True on tokens to be learnt (a sample's first token never counts,
-    as nothing predicts it); offsets: int64 [N+1], sample i being tokens[offsets[i]:offsets[i+1]]; sample_ids: int64
-    [B], N in empty slots, in any places. `num_rows` (R) must be at least the number of response rows, and the samples
-    must fit into `capacity`.
+    The result is on the device of `sample_ids`. On a GPU, the other three tensors may be there too or in pinned host
+    memory: the kernels then read only the samples over the bus, about 5 bytes a token, and nothing waits for the host.
 
-    The result lies beside `sample_ids`. On a GPU, each of the other three may lie there too or in pinned host memory:
-    the kernels then read just the samples over the bus, about 5 bytes a token, and nothing waits for the host. total
-    may pass 2^31.
+    Args:
+        tokens: integer [total]; total may pass 2^31.
+        response: bool [total], True for tokens to learn. A sample's first token never counts, as nothing predicts it.
+        offsets: int64 [N+1]; sample i is tokens[offsets[i]:offsets[i+1]].
+        sample_ids: int64 [B]; N marks an empty slot, anywhere.
+        capacity: T, which the samples must fit into.
+        num_rows: R, at least the number of response rows.
 
-    Raises ValueError on shapes, dtypes or places; RuntimeError (on a GPU a device-side assertion, as nothing is read
-    back) where an id is not in [0, N] or the samples or their rows do not fit.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+        RuntimeError: an id outside [0, N], or samples or rows that do not fit (on a GPU device-side assertions, as
+            nothing is read back).
     """
     check_shape("response", response, (tokens.shape[0],), (torch.bool,))
     check_shape("offsets", offsets, (offsets.shape[0],), (torch.int64,))

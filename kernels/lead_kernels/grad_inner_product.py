@@ -158,19 +158,25 @@ def _(
 def grad_inner_product(
     hidden: Tensor, hidden_grad: Tensor, mean_grad: Tensor, sample_ids: Tensor, num_samples: int, sample_weight: Tensor
 ) -> Tensor:
-    """s_i = <m_i, M> for the samples of a micro-batch, fp32 [B] (float64 for float64 hidden).
+    """s_i = <m_i, M> for a micro-batch's samples, fp32 [num_samples] (float64 for float64 hidden); 0 where w_i is 0.
 
     With h_t the hidden state and e_t the gradient of row t's loss there, m_i = (1/n_i) sum_t e_t h_t^T is the gradient
-    of sample i's mean loss with respect to a matrix A inserted as A h_t at A = I, and M = sum_i w_i m_i (H x H,
-    `mean_grad`) is the step's.
+    of sample i's mean loss at a matrix A that is inserted as A h_t, at A = I. M = sum_i w_i m_i is the step's. So s_i =
+    (1/n_i) sum_t e_t^T M h_t = (1/w_i) sum_t hidden_grad_t^T M h_t.
 
-    hidden: [T, H], bf16, fp16, fp32 (float64 for tests); hidden_grad: [T, H], same dtype, what autograd leaves at
-    `hidden` when the loss is sum_i w_i L_i, that is w_i / n_i * e_t; mean_grad: [H, H], sum of hidden_grad^T hidden
-    over the step, fp32 for preference; sample_ids: int64 or int32 [T], non-decreasing; sample_weight: [B], w_i.
-    s_i = (1/n_i) sum_t e_t^T M h_t = (1/w_i) sum_t hidden_grad_t^T M h_t; 0 where w_i is 0.
-    One T x H x H product; neither a [T, H] nor a [B, H, H] tensor. On a GPU M is rounded to the dtype of hidden and
-    sums are fp32; in host memory everything is fp32. Not differentiable. Two runs agree bit for bit.
-    Raises ValueError on shapes, dtypes or devices that differ and, in host memory, on ids that decrease.
+    One T x H x H product, and no [T, H] or [B, H, H] tensor. On a GPU M is rounded to hidden's dtype and sums are fp32;
+    in host memory everything is fp32. Two runs agree bit for bit. Not differentiable.
+
+    Args:
+        hidden: [T, H] in bf16, fp16 or fp32 (float64 for tests).
+        hidden_grad: [T, H] in the same dtype: w_i / n_i * e_t, what autograd leaves at `hidden` for the loss sum_i w_i
+            L_i.
+        mean_grad: M, [H, H], preferably fp32: the sum of hidden_grad^T hidden over the step.
+        sample_ids: int64 or int32 [T], non-decreasing.
+        sample_weight: w, [num_samples].
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match and, in host memory, ids that decrease.
     """
     rows, width = hidden.shape
     check_shape("hidden_grad", hidden_grad, (rows, width), (hidden.dtype,))

@@ -134,12 +134,17 @@ def gradient_signature(
 ) -> Tensor:
     """phi_i = (1/n_i) sum_t (P^T e_t) (Q^T h_t)^T over sample i's n_i rows: fp32 [num_samples, q, q], 0 for no rows.
 
-    hidden, hidden_grad: [T, H], h_t and e_t, one dtype (bf16, fp16, fp32; float64 for tests); left, right: [H, q], P
-    and Q, any dtype, rounded to that of hidden; sample_ids: int64 or int32 [T], non-decreasing. With entries of
-    variance 1/q in P and Q, <phi_i, phi_j> is an unbiased estimate of <m_i, m_j>, m_i = (1/n_i) sum_t e_t h_t^T. Every
-    row counts: to leave some out, use `linear_cross_entropy(signature=...)`, which does so for ignored targets. Not
-    differentiable. Two runs agree bit for bit. Raises ValueError on shapes, dtypes or devices that differ and, in host
-    memory, on ids that decrease.
+    With entries of variance 1/q in P and Q, <phi_i, phi_j> is an unbiased estimate of <m_i, m_j>, m_i = (1/n_i) sum_t
+    e_t h_t^T. Every row counts; `linear_cross_entropy(signature=...)` leaves out ignored targets. Two runs agree bit
+    for bit. Not differentiable.
+
+    Args:
+        hidden, hidden_grad: h_t and e_t, [T, H] in one dtype (bf16, fp16, fp32; float64 for tests).
+        left, right: P and Q, [H, q] in any dtype; rounded to hidden's.
+        sample_ids: int64 or int32 [T], non-decreasing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match and, in host memory, ids that decrease.
     """
     rows, width = hidden.shape
     check_shape("hidden_grad", hidden_grad, (rows, width), (hidden.dtype,))

@@ -46,10 +46,17 @@ def _(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def groups_present(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """bool [num_groups]: whether `mask` (bool [N]) holds for a sample of `group` (integer [N] < num_groups, unchecked).
+    """bool [num_groups]: whether `mask` holds for at least one sample of each group.
 
-    Which clusters still have eligible samples, without counting them: atomics of a whole pool on a few counters would
-    queue up. Reads each sample once. Raises ValueError on shapes, dtypes and devices.
+    Answers which clusters still have eligible samples without counting them: atomics of a whole pool on a few counters
+    would queue up. Reads each sample once.
+
+    Args:
+        mask: bool [N].
+        group: integer [N] in [0, num_groups), which is not checked.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
     """
     check_shape("group", group, (mask.shape[0],), GROUP_DTYPES)
     check_shape("mask", mask, (mask.shape[0],), (torch.bool,))

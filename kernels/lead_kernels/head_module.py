@@ -14,14 +14,16 @@ from lead_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
 class LinearCrossEntropy(nn.Linear):
     """`nn.Linear` without logits: forward(hidden, targets, ...) -> HeadLoss, see `linear_cross_entropy`.
 
-    As a module it is a unit that `fully_shard` can wrap: in its forward the parameters are whole, in the
-    mixed-precision policy's dtype. Taking `full_tensor()` of a sharded weight and calling the function instead gives a
-    wrong gradient under mixed precision.
+    A module of its own can be wrapped by `fully_shard`: in its forward the parameters are whole, in the dtype of the
+    mixed-precision policy. Taking `full_tensor()` of a sharded weight and calling the function instead gives a wrong
+    gradient under mixed precision.
 
-    lora_rank, lora_alpha: an adapter of that rank, scaled by lora_alpha / lora_rank; weight and bias are then frozen.
-    lora_a [R, H] starts as `nn.Linear`'s weights do, lora_b [V, R] with zeros, as in arXiv 2106.09685. Parameters:
-    weight, bias, lora_a, lora_b. loss_options: keyword arguments for every call (softcap, label_smoothing, chunk_bytes,
-    ...).
+    Parameters: weight [V, H], bias [V], and with lora_rank lora_a [R, H], which starts as `nn.Linear`'s weights do, and
+    lora_b [V, R], which starts with zeros, as in arXiv 2106.09685. Weight and bias are then frozen.
+
+    Args:
+        lora_rank, lora_alpha: an adapter of that rank, scaled by lora_alpha / lora_rank.
+        loss_options: keyword arguments of `linear_cross_entropy` for every call (softcap, label_smoothing, ...).
     """
 
     lora_a: nn.Parameter | None

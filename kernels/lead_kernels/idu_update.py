@@ -75,11 +75,18 @@ def idu_update(
 ) -> None:
     """In place: U_i <- (1 - b) (L_i + dL_i) + b U_i and one more visit, for the samples of one optimizer step.
 
-    utility: fp32 [N+1]; visits: int32 [N+1], both contiguous; sample_ids: int64 of any shape, each real id at most
-    once; loss, change: fp32 (or bf16, fp16) of the same shape; smoothing: b. The arithmetic is fp32. The dummy id N may
-    stand any number of times; nothing of it is read or written, so that the state stays deterministic.
+    Source: arXiv 2505.07437, the definition of IDU. The arithmetic is fp32.
 
-    Raises ValueError on shapes, dtypes, devices and strides. Source: arXiv 2505.07437, the definition of IDU.
+    Args:
+        utility: fp32 [N+1], contiguous; U. The last entry belongs to the dummy id N.
+        visits: int32 [N+1], contiguous.
+        sample_ids: int64 of any shape, each real id at most once. N may stand any number of times: nothing of it is
+            read or written, so that the state stays deterministic.
+        loss, change: L and dL, fp32, bf16 or fp16 in the shape of sample_ids.
+        smoothing: b.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not match.
     """
     check_shape("utility", utility, (utility.shape[0],), (torch.float32,))
     check_shape("visits", visits, tuple(utility.shape), (torch.int32,))

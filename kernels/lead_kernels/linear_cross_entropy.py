@@ -111,58 +111,70 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> HeadLoss:
-    """Cross-entropy of `softcap(logit_scale * (hidden @ weight.T + bias))`; `linear_cross_entropy(h, w, y).loss` is
-    the mean.
+    """Cross-entropy of an LM head, from hidden states and weight, without logits beyond one chunk of rows.
 
-    hidden: [..., H] and weight: [V, H], one dtype (bf16, fp16, fp32; float64 for tests); targets: integers [...];
-    bias: [V]. Inside `torch.autocast` they are taken in its dtype. lora: (a [R, H], b [V, R], scale), for a weight of
-    W + scale * b a, which is never built. shift: hidden and targets belong to the same positions, and each position
-    predicts the target after it (labels as in Hugging Face); the last of the last dimension, and of each sample,
-    predicts nothing.
+    `linear_cross_entropy(hidden, weight, targets).loss` is the mean over the targets that are not `ignore_index`. The
+    logits are z = softcap(logit_scale * (hidden @ weight.T + bias)), and
 
-    loss = sum_t token_weight_t * ((1 - s) NLL_t + s (lse_t - mean_j z_tj) + z_loss * lse_t^2), s the label_smoothing;
-    softcap: c, for c tanh(x / c). class_weight: floats [V], c_j: then (1 - s) c_y NLL_t + s/V sum_j c_j (lse_t -
-    z_tj), as in `torch.nn.functional.cross_entropy`. token_weight: float, 0-d or [...]; by default that of the
-    reduction: for "mean" 1 / counted rows (1 / the sum of their targets' class weights), for "sum" 1. With "none" the
-    loss is [...], every row's own product.
+        loss = sum_t token_weight_t * ((1 - s) NLL_t + s (lse_t - mean_j z_tj) + z_loss * lse_t^2),
 
-    sample_ids: int64 or int32 [...], in the rows' order non-decreasing, in [0, num_samples); or cu_seqlens: integers
-    [>= num_samples + 1], rows of each sample, by default all of them. Without either nothing is computed for samples.
-    return_...: results per row that cost no product and through which no gradient passes; see `HeadLoss`.
-    Differentiable, once and backwards, with respect to hidden, weight, bias and lora, each where it requires a
-    gradient.
+    where s is the label_smoothing and lse_t = log sum_j exp z_tj. Differentiable once, in reverse mode, with respect to
+    hidden, weight, bias and lora, each where it requires a gradient.
 
-    gradients: when they are computed.
-      "forward": those of `loss` with the loss, chunk by chunk, and scaled by the upstream scalar in the backward pass:
-      3 products of 2 T V H FLOPs, 2 where the weight is frozen. token_nll and sample_nll carry none. Not with
-      reduction "none".
-      "recompute": in the backward pass, from the logits computed anew (4 products), for any upstream gradients at loss,
-      token_nll and sample_nll.
-      "auto": as "forward" while a gradient arrives at loss alone, else as "recompute"; it holds on to hidden for that.
-      In a function compiled by torch.compile, results that it returns are taken to have upstream gradients: give
-      "forward" there, or detach them.
+    Args:
+        hidden: [..., H], in bf16, fp16 or fp32 (float64 for tests). Inside `torch.autocast`, hidden, weight, bias and
+            lora are cast to its dtype.
+        weight: [V, H], in hidden's dtype.
+        targets: integers [...], each `ignore_index` or in [0, V).
+        sample_ids: int64 or int32 [...], the sample of each row: non-decreasing, in [0, num_samples).
+        cu_seqlens: instead of sample_ids, the samples' first rows and then the end: integers [>= num_samples + 1].
+            Without either, nothing is computed per sample.
+        num_samples: number of samples; with cu_seqlens, by default all of them.
+        token_weight: a float, or floats 0-d or [...]. By default what `reduction` says.
+        class_weight: floats [V], c_j. A row's loss is then (1 - s) c_y NLL_t + s/V sum_j c_j (lse_t - z_tj), as in
+            `torch.nn.functional.cross_entropy`.
+        signature: (P, Q), each [H, q]: also compute phi_i = (1/n_i) sum_t (P^T e_t)(Q^T h_t)^T over the counted rows of
+            sample i, where e_t is the gradient of row t's plain NLL at its hidden state, whatever its weight. Costs two
+            thin products; where e_t differs from the loss's gradient (smoothing, z-loss, class weights), one more
+            V x H product and a second chunk of logits.
+        bias: [V].
+        lora: (a [R, H], b [V, R], scale): the weight is W + scale * b a, which is never built.
+        softcap: c, for c tanh(x / c).
+        logit_scale, label_smoothing, z_loss, ignore_index: see above.
+        reduction: the default token_weight. "mean": 1 / counted rows, or 1 / the sum of their targets' class weights.
+            "sum": 1. "none": 1, and `loss` is [...], a loss per row.
+        shift: targets are labels as in Hugging Face, of the same positions as hidden: each position predicts the next
+            target. The last position of the last dimension, and of each sample, predicts nothing.
+        return_lse, return_entropy, return_predicted: results per row without gradients, which need no further product;
+            see `HeadLoss`.
+        gradients: when gradients are computed.
+            "forward": those of `loss` together with it, chunk by chunk; the backward pass scales them. 3 products of
+            2 T V H FLOPs, 2 where the weight is frozen. token_nll and sample_nll have none. Not with reduction "none".
+            "recompute": in the backward pass, from logits computed again (4 products), for any upstream gradients at
+            loss, token_nll and sample_nll.
+            "auto": like "forward" as long as a gradient arrives at loss alone, else like "recompute"; keeps hidden for
+            that. In a function compiled by torch.compile, every result that it returns counts as having an upstream
+            gradient: use "forward" there, or detach the others.
+        max_rows: the most targets that can count. On a GPU their number is otherwise read from the device, since
+            ignored rows are left out of the products; with max_rows nothing waits, and that many rows are computed.
+        chunk_bytes: the most memory for a chunk of logits. By default 64 MiB on a CPU; on a GPU 1/32 of its memory
+            within 1 and 4 GiB, and at least 2048 rows.
+        logits_dtype: by default the inputs', as in unfused PyTorch. torch.float32 keeps the products' accumulator, at
+            twice the bytes.
 
-    signature: (P, Q), each [H, q]: phi_i = (1/n_i) sum_t (P^T e_t)(Q^T h_t)^T over sample i's counted rows, e_t the
-    gradient of the plain NLL of row t at its hidden state, whatever its weights. It costs two thin products; where e_t
-    differs from the loss's gradient (smoothing, z-loss, class weights), one more V x H product and a second block of
-    logits.
+    Memory beside inputs and gradients: one chunk of logits and, with several chunks or in fp16, the weight's gradient
+    in fp32. Numerics: gradients at the logits are formed in fp32, with weights of rows and one-hot applied before
+    rounding; the weight's gradient is added up in fp32. In bf16 and fp16 an upstream scalar that is not a power of two
+    rounds the gradients once more, so a divisor belongs in token_weight. All rows ignored: loss 0 and gradients 0. No
+    atomics: two runs agree bit for bit.
 
-    Memory beside inputs and gradients: one chunk of logits of at most `chunk_bytes` (by default 64 MiB on a CPU; on
-    a GPU 1/32 of its memory within 1 and 4 GiB, and at least 2048 rows), and, with several chunks or in fp16, the
-    weight's gradient in fp32. logits_dtype: by
-    default the inputs', as in unfused PyTorch; torch.float32 keeps the products' accumulator, at twice the bytes.
-
-    Ignored rows are left out of the products. On a GPU their number is read from the device, unless max_rows, the most
-    that can count, is given: then nothing waits for the device, and that many rows are computed. All rows ignored:
-    loss 0, gradients 0. Logits' gradients are formed in fp32, weights of rows and one-hot before rounding; the
-    weight's are added up in fp32. In bf16 and fp16 an upstream scalar that is no power of two rounds the gradients
-    once more: a divisor belongs in token_weight. No atomics: two runs agree bit for bit.
-
-    Raises ValueError on shapes, dtypes, devices, a DTensor, numbers that give no loss (softcap <= 0, smoothing outside
-    [0, 1), z_loss below 0, NaN); on values: a target that is neither `ignore_index` nor in [0, V), sample_ids or
-    cu_seqlens that decrease or leave their range, more counted targets than max_rows. On a GPU values are checked by
-    device-side assertions, after which the CUDA context is lost. NotImplementedError inside torch.func's grad, vjp,
-    jvp and under forward-mode differentiation; RuntimeError at create_graph=True.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; a DTensor; numbers that give no loss (softcap <= 0,
+            smoothing outside [0, 1), z_loss below 0, NaN); a target that is neither `ignore_index` nor in [0, V);
+            sample_ids or cu_seqlens that decrease or leave their range; more counted targets than max_rows. On a GPU
+            values are checked by device-side assertions, after which the CUDA context is lost.
+        NotImplementedError: inside torch.func's grad, vjp and jvp, and under forward-mode differentiation.
+        RuntimeError: create_graph=True in the backward pass.
     """
     lora = None if lora is None else Lora(lora[0], lora[1], float(lora[2]))  # any sequence of three will do
     hidden, weight, bias, lora = _autocast(hidden, weight, bias, lora)

@@ -176,26 +176,32 @@ def _(
 def pack_plan(
     order: Tensor, lengths: Tensor, *, num_bins: int, capacity: int, slots: int, max_tokens: int | Tensor | None = None
 ) -> PackedPlan:
-    """Fill `num_bins` bins, one after another, of `capacity` tokens and `slots` samples in the order of priority.
+    """Fill `num_bins` micro-batches (bins) of `capacity` tokens and `slots` samples, one after another.
 
-    order: int64 [k], distinct sample ids with dummies (N) only at the end; lengths: int64 [N], each at most `capacity`
-    (a RuntimeError, on a GPU a device-side assertion, otherwise). Samples that may be packed are the longest prefix of
-    `order` with at most `max_tokens` tokens together (an int, or a 0-d int64 tensor beside `order`): which samples a
-    budget buys depends on `order` alone.
+    A bin takes the leading samples of what remains, as long as they fit, and then, of the `LOOK_AHEAD` samples after
+    these, the longest that still fits (the first of equals), until none does. It considers only the first `slots` of
+    what remains. Samples that it passes over stay first in what remains. Hence:
+    - a bin depends only on what remains: with k = num_bins x slots or more, packing a sequence in parts gives the same
+      bins as packing it whole;
+    - every bin takes the first of what remains, so at most `LOOK_AHEAD` bins pass over a sample and none is lost;
+    - bins are empty only after everything has been packed;
+    - a bin ends with fewer free places than the shortest sample that it considered and left, or because of `slots`, or
+      as the last one.
 
-    A bin takes the leading samples of what remains, as far as they fit, and then, of the `LOOK_AHEAD` after these, the
-    longest that still fits (of equals the first), until none does. It considers only the first `slots` of what remains.
-    Samples passed over stay first in what remains. Hence:
-    - a bin is a function of what remains: with k = num_bins x slots or more, packing a sequence in parts gives the bins
-      of the whole;
-    - every bin takes the first of what remains, so that a sample is passed over by at most `LOOK_AHEAD` bins and none
-      is lost;
-    - bins are empty only after everything has been packed, the last ones;
-    - a bin ends with fewer free places than the shortest sample it considered and left, or because of `slots`, or as
-      the last.
+    Args:
+        order: int64 [k], distinct sample ids in the order of priority; dummies (N) only at the end.
+        lengths: int64 [N], tokens of each sample, at most `capacity`.
+        max_tokens: budget, an int or a 0-d int64 tensor on order's device. Packed is the longest prefix of `order` with
+            at most so many tokens: which samples a budget buys depends on `order` alone.
 
-    No host access on a GPU; one program there (about 0.15 ms for k = 8192, see `_pack_kernel`). `packing_waste` says
-    what is left empty.
+    Returns:
+        `PackedPlan`; `packing_waste` tells how much of it stays empty.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+        RuntimeError: a sample longer than `capacity` (on a GPU a device-side assertion).
+
+    The host reads nothing from a GPU. One program runs there, about 0.15 ms for k = 8192; see `_pack_kernel`.
     """
     check_shape("order", order, (order.shape[0],), (torch.int64,))
     check_shape("lengths", lengths, (lengths.shape[0],), (torch.int64,))

@@ -111,7 +111,8 @@ def select_on_gpu(
     share_kernel[(cdiv(room, launch.block),)](
         sort_key, by_task, sample, size_J if weight is None else weight, size_J if offset is None else offset,
         quota_J.cumsum(0) - quota_J, whole, share, sample_by_task, room,
-        WEIGHTED=weight is not None, OFFSET=offset is not None, BLOCK=launch.block, num_warps=num_warps(THREADS, utility),
+        WEIGHTED=weight is not None, OFFSET=offset is not None, BLOCK=launch.block,
+        num_warps=num_warps(THREADS, utility),
     )  # fmt: skip
     best = torch.sort(share, stable=True).indices if weight is None else sorted_by_parts(whole, share)
     return sample_by_task[best[:k]]

@@ -165,12 +165,16 @@ def _(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
 
 
 def segment_reduce(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
-    """Sum the rows of each sample.
+    """Sum the rows of each sample: [num_samples, ...], fp32 (float64 for float64 values); 0 for a sample without rows.
 
-    values: floating [T, ...]; sample_ids: int64 or int32 [T], non-decreasing, in [0, num_samples). Returns
-    [num_samples, ...], fp32 (float64 for float64 values); 0 for a sample without rows. The order of addition depends on
-    lengths alone: two runs agree bit for bit. Raises ValueError on integer values, on lengths or devices that differ
-    and, in host memory, on ids that decrease. Not differentiable.
+    The order of addition depends on lengths alone: two runs agree bit for bit. Not differentiable.
+
+    Args:
+        values: floating [T, ...].
+        sample_ids: int64 or int32 [T], non-decreasing, in [0, num_samples).
+
+    Raises:
+        ValueError: integer values, lengths or devices that do not match and, in host memory, ids that decrease.
     """
     if not values.is_floating_point():
         raise ValueError(f"values is {values.dtype}, expected a floating-point dtype")

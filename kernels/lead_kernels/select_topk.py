@@ -104,29 +104,34 @@ def select_topk(
     weight: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """The first `k` eligible samples: tasks interleaved by their eligible samples or `weight`, highest utility first.
+    """The first `k` eligible samples, tasks interleaved in proportion to their eligible samples, highest utility first.
 
-    utility: fp32 [N] (NaN ranks last, with -inf); eligible: bool [N]; task: integer [N] (int64 or smaller: a byte is
-    read fastest), in [0, num_tasks), which is not checked; weight: int64 [num_tasks], 0 to 2^28 each (values are not
-    checked: what is outside counts as the nearest of these). Returns int64 [k]; entries past the number of eligible
-    samples (of the tasks with a weight) are N.
+    Within a task, samples are ranked r = 0, 1, ... by utility descending, ties by id. A sample's key is (r + 0.5) /
+    (eligible samples of its task), and the order is by key ascending, ties by task, compared exactly. So any prefix
+    holds the tasks in proportion: of m samples, m n_j / n of task j to within 1/2 + J/2 n_j / n (J tasks, n_j eligible
+    samples of task j, n of all).
 
-    Within a task, samples are ranked r = 0, 1, ... by utility descending (ties by id); a sample's key is (r + 0.5) /
-    (eligible samples of the task), and the order is by key ascending (ties by task), compared exactly. The samples of
-    task j with key <= x number x n_j to within 1/2, so that with J tasks the share of task j in any prefix of m samples
-    is within 1/2 + J/2 n_j / n of m n_j / n (n = all eligible).
+    Args:
+        utility: fp32 [N]; NaN ranks last, with -inf.
+        eligible: bool [N].
+        task: integer [N] in [0, num_tasks), which is not checked. Any integer type; one byte is read fastest.
+        num_tasks, k: at least 1.
+        weight: int64 [num_tasks], 0 to 2^28 (not checked: what is outside counts as the nearest of these). The key is
+            then (r + 0.5) / weight[task]: tasks of equal weight get equally many places, whatever their sizes. A task
+            of weight 0 gives no sample. When a task runs out, the others fill the places in proportion to their
+            weights. Weights in proportion to the eligible samples give the same order as None.
+        offset: int64 [num_tasks], 0 to 4095, only with weights, which may then be at most 2^18. The key is then
+            (r + offset[task] / 4096) / weight[task]. With 1/2 for all, a task that is due less than half a sample in a
+            prefix gets none, and again in every short prefix; with offsets drawn uniformly it gets what it is due on
+            average.
 
-    With `weight`, a sample's key is (r + 0.5) / weight[task] instead, compared as exactly: tasks of equal weight get
-    equally many places whatever their sizes. A task of weight 0 gives no sample. One whose samples run out has no more
-    keys, and the others fill the places in proportion to their weights. Weights in proportion to the eligible samples
-    give the order that None gives.
+    Returns:
+        int64 [k] ids. Entries past the number of eligible samples (of the tasks with a weight) are N.
 
-    With `offset` (int64 [num_tasks], 0 to 4095; weights then at most 2^18), a sample's key is (r + offset[task] / 4096)
-    / weight[task]. With 1/2 for all, a task that is due less than half a sample in a prefix gets none, and in every
-    short prefix anew; with offsets drawn uniformly it gets as many as it is due on average.
+    Raises:
+        ValueError: shapes, dtypes, devices, k or num_tasks below 1, N above 2^30, or offset without weight.
 
-    Raises ValueError on shapes, dtypes, devices, k or num_tasks below 1, or N above 2^30. Time and memory: see
-    `_launch`; weights add sorts of [num_tasks] and one more of the candidates.
+    Time and memory: see `radix_select.launch_shape`; weights add a sort of [num_tasks] and one of the candidates.
     """
     num_samples = utility.shape[0]
     check_shape("utility", utility, (num_samples,), (torch.float32,))
