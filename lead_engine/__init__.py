@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lead_engine.pool.store import TokenStore
     from lead_engine.selection.loss_change import LossChange, make_loss_change
     from lead_engine.selection.plan import Layout, Plan, RoundStats
-from lead_engine.selection.selector import Selector
+    from lead_engine.selection.selector import Selector
 
 __all__ = [
     "BatchConfig",
