@@ -33,7 +33,9 @@ class CountedRows(NamedTuple):
         if not uses_kernels(targets_T):  # in host memory: reading waits for no device
             count = int(before[-1])
             if max_rows is not None and count > max_rows:
-                raise ValueError(f"max_rows is {max_rows}, but {count} targets count")
+                raise ValueError(
+                    f"max_rows is {max_rows}, but {count} targets are not ignored: raise it or leave it out"
+                )
             all_count = count == targets_T.shape[0]
             return CountedRows(None if all_count else valid_T.nonzero().squeeze(1), valid_T, before)
         if max_rows is None:

@@ -141,7 +141,9 @@ def _on_gpu(
 ) -> list[Tensor]:
     for name, tensor in (("tokens", tokens), ("response", response), ("offsets", offsets)):
         if tensor.device != sample_ids.device and not tensor.is_pinned():
-            raise ValueError(f"{name} is on {tensor.device}, where the GPU reads only pinned memory")
+            raise ValueError(
+                f"{name} is on {tensor.device} and not pinned: the GPU reads only pinned memory, see Tensor.pin_memory"
+            )
     num_samples, slots = offsets.shape[0] - 1, sample_ids.shape[0]
     launch = {"BLOCK": BLOCK, "num_warps": num_warps(THREADS, sample_ids)}
     outputs = _empty(sample_ids, capacity, num_rows)
@@ -261,7 +263,7 @@ def gather_batch(
         if tensor.device != sample_ids.device and tensor.device.type != "cpu":
             raise ValueError(f"{name} is on {tensor.device}, expected {sample_ids.device} or pinned host memory")
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous")
+            raise ValueError(f"{name} is not contiguous: pass {name}.contiguous()")
     inputs, positions, cu, rows, targets, row_slots = _gather_batch(
         tokens, response, offsets, sample_ids.contiguous(), capacity, num_rows
     )

@@ -69,7 +69,7 @@ def check_samples(
     check_device(targets.device, sample_ids=sample_ids, cu_seqlens=cu_seqlens)
     if sample_ids is None and cu_seqlens is None:
         if num_samples is not None:
-            raise ValueError("num_samples is given: give exactly one of sample_ids and cu_seqlens with it")
+            raise ValueError("num_samples is given without samples: give one of sample_ids and cu_seqlens with it")
         return 0
     if sample_ids is not None and cu_seqlens is not None:
         raise ValueError("give exactly one of sample_ids and cu_seqlens, or neither")
@@ -126,7 +126,7 @@ def check_signature(
     if signature is None:
         return None, None
     if not num_samples:
-        raise ValueError("signature is of samples: give sample_ids or cu_seqlens")
+        raise ValueError("signature needs samples: give sample_ids or cu_seqlens")
     left, right = signature
     for name, matrix in (("signature[0]", left), ("signature[1]", right)):
         check_shape(name, matrix, (hidden.shape[-1], left.shape[-1]))

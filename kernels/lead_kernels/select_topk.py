@@ -142,7 +142,7 @@ def select_topk(
     if offset is not None:
         check_shape("offset", offset, (num_tasks,), (torch.int64,))
         if weight is None:
-            raise ValueError("offset: needs weights")
+            raise ValueError("offset is given without weight: give both")
     check_device(utility.device, eligible=eligible, task=task, weight=weight, offset=offset)
     if not 1 <= num_samples <= MAX_SAMPLES or num_tasks < 1 or k < 1:
         found = f"{num_samples} samples, num_tasks {num_tasks}, k {k}"

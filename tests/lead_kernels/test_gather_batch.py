@@ -175,7 +175,7 @@ def test_refusals(form: str, small_blocks: None) -> None:
 def test_where_the_pool_may_lie() -> None:
     tokens, response, offsets = make_store([3, 4], 0)
     ids = torch.tensor([0, 1], device="meta")  # stands for a GPU
-    with pytest.raises(ValueError, match="tokens is on cpu, where the GPU reads only pinned memory"):
+    with pytest.raises(ValueError, match="tokens is on cpu and not pinned"):
         module._on_gpu(tokens, response, offsets, ids, 7, 7)
     with pytest.raises(ValueError, match="response is on meta, expected cpu"):
         gather_batch(tokens, response.to("meta"), offsets, torch.tensor([0, 1]), capacity=7, num_rows=7)

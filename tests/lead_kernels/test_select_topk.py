@@ -108,7 +108,7 @@ def test_with_drawn_offsets_a_small_task_gets_what_it_is_due(form: str) -> None:
         15,
         16,
     )  # of 64; the 8th place ends between 7.5 and 8 times 1 / 31
-    with pytest.raises(ValueError, match="needs weights"):
+    with pytest.raises(ValueError, match="given without weight"):
         select_topk(utility, every, task, 2, 8, None, torch.zeros(2, dtype=torch.int64))
 
 
