@@ -1,8 +1,8 @@
 """Everything that only a GPU can tell, in parts of at most nine minutes each. `bench/run_gpu.sh` starts it; see there.
 
-Only Python's standard library is needed to read this file and to say what is missing. Every step is a process of its own with a
-time limit of its own; one that fails costs the others nothing. Results are copied to --results after every step, and the logs of
-all steps, as one archive, at the end.
+Only Python's standard library is needed to read this file and to say what is missing. Every step is a process of its
+own with a time limit of its own; one that fails costs the others nothing. Results are copied to --results after every
+step, and the logs of all steps, as one archive, at the end.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def part_e(flags: argparse.Namespace, work: Path) -> list[Step]:
 
 
 def part_f(flags: argparse.Namespace, work: Path) -> list[Step]:
-    """The study with a base of 100M parameters. `compare` goes on where it was stopped: call this part until it is complete."""
+    """The study with a base of 100M parameters. `compare` resumes: call this part again until it is complete."""
     study = work / "study.yaml"
     heldout = (flags.pool.parent if flags.pool else work / "data") / "heldout.jsonl"
     text = (ROOT / "bench" / "study" / "gpu.yaml").read_text(encoding="utf-8")
@@ -274,7 +274,7 @@ def python(*arguments: object) -> list[str]:
 def run_part(
     name: str, flags: argparse.Namespace, work: Path, environment: dict[str, str], left_out: list[str]
 ) -> dict[str, str]:
-    """What became of each step. Results, a summary and the logs are in --results when this returns, whatever happened."""
+    """What became of each step. Results, a summary and the logs are then in --results, whatever happened."""
     deadline, outcome, logs = time.monotonic() + flags.seconds, {}, []
     note = {"part": name, "dry": flags.dry, "left_out": left_out, "steps": outcome}
     try:
@@ -359,7 +359,7 @@ def pack(logs: list[Path], archive: Path) -> None:
 
 
 def make_environment(work: Path) -> dict[str, str]:
-    """The processes' environment, with the wheels of LEAD_ENGINE_WHEELS unpacked beside it. Kernels are compiled, not interpreted."""
+    """The processes' environment, with the wheels of LEAD_ENGINE_WHEELS unpacked. Kernels are not interpreted."""
     paths = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "bench")]
     if folder := os.environ.get("LEAD_ENGINE_WHEELS"):
         target = work / "wheels"
