@@ -18,6 +18,9 @@ from trl import SFTConfig, SFTTrainer
 from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 from lead_engine.integrations.loop import steps_in_epoch
+from needs import TRAINERS
+
+pytestmark = TRAINERS
 
 pytestmark = pytest.mark.slow
 

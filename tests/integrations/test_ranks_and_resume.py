@@ -15,9 +15,10 @@ from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 from lead_engine.integrations.rounds import FILE
 from lead_engine.pool.state import PoolState
+from needs import TRAINERS
 from trainer_rank import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, TRAINERS]
 
 
 def losses(trainer) -> list[float]:

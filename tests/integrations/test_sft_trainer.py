@@ -15,6 +15,9 @@ from trl import SFTConfig, SFTTrainer
 from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
+from needs import TRAINERS
+
+pytestmark = TRAINERS
 
 pytestmark = pytest.mark.slow
 

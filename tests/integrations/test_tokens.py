@@ -13,6 +13,9 @@ from lead_engine.base.errors import UserError
 from lead_engine.integrations import lead
 from lead_engine.integrations.tokens import check_tokenizer
 from lead_engine.pool.tokenizer import train_tokenizer
+from needs import TRAINERS
+
+pytestmark = TRAINERS
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,9 @@ from transformers import Trainer
 from lead_engine.base.errors import UserError
 from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
+from needs import TRAINERS
+
+pytestmark = TRAINERS
 
 # Padded and packed batches add the same numbers in another order: fp32 losses near 5 agree to about 1e-6 at first, and steps carry that on.
 LOSS = {"rtol": 0, "atol": 5e-5}
