@@ -45,7 +45,7 @@ from machine import RESULTS, describe, product_tflops
 from training_contenders import Spec
 from training_data import SHAPES, Setting, make_data
 from training_report import plot, show
-from training_turns import in_turns, one_after_another
+from training_turns import fresh, in_turns, one_after_another
 
 ENGINE = "engine, SFT"
 
@@ -170,9 +170,15 @@ def compare(
     product = product_tflops(torch.bfloat16 if precision == "bf16" else torch.float32)
 
     def so_far(raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        engine = raw.get(ENGINE, {"seconds_per_step": []})
+        engine = raw.get(ENGINE, fresh())
         rows = {name: summary(found, engine, work, product) for name, found in raw.items()}
-        finished = {**asdict(setting), **work, "product_tflops": product, "contenders": rows}
+        finished = {
+            **asdict(setting),
+            "model": Path(setting.model).name,
+            **work,
+            "product_tflops": product,
+            "contenders": rows,
+        }
         save(finished)
         return finished
 
@@ -189,9 +195,9 @@ def summary(raw: dict[str, Any], engine: dict[str, Any], work: dict[str, Any], p
     failed = {"failed": raw["failed"]} if "failed" in raw else {}
     if not seconds:
         return failed
-    speeds = [work["tokens_per_step"] / s for s in seconds]
-    ratios = [own / other for own, other in zip(engine["seconds_per_step"], seconds, strict=False)]
-    rate = work["flops_per_step"] / statistics.median(seconds) / 1e12
+    speeds = speeds_of(raw)
+    ratios = [own / other for own, other in zip(speeds, speeds_of(engine), strict=False)]
+    rate = work["flops_per_step"] / work["tokens_per_step"] * statistics.median(speeds) / 1e12
     return {
         "tokens_per_second": statistics.median(speeds),
         "tokens_per_second_quartiles": quartiles(speeds),
@@ -203,9 +209,15 @@ def summary(raw: dict[str, Any], engine: dict[str, Any], work: dict[str, Any], p
         "peak_bytes_beyond_start": raw["peak"] - raw["before"] if "peak" in raw else None,
         "first_loss": raw.get("first_loss"),  # mean over the first `round_steps` steps
         "seconds_per_step": seconds,
+        "tokens_per_step": raw["tokens_per_step"],
         **{key: raw[key] for key in ("host_waits_in_two_rounds",) if key in raw},
         **failed,
     }
+
+
+def speeds_of(raw: dict[str, Any]) -> list[float]:
+    """Tokens a second, by turn: of the tokens that it trained, as batches of like length differ in theirs."""
+    return [tokens / s for tokens, s in zip(raw["tokens_per_step"], raw["seconds_per_step"], strict=True)]
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -108,7 +108,8 @@ def engine(spec: Spec, link: Link) -> None:
         running, state = session.engine, session.state
         meter = Meter.of(running.store, ModelFlops.of(running.model), Peak(None, ""), 1)
         names = [str(i) for i in range(running.store.num_samples)]
-        train_what_all_train(running, torch.load(Path(spec.data, "steps.pt")), spec)
+        trained: list[int] = []
+        train_what_all_train(running, torch.load(Path(spec.data, "steps.pt")), spec, trained)
         rounds = running.rounds(Progress(), 1 << 60)
         waiting, losses = [], []
 
@@ -127,15 +128,19 @@ def engine(spec: Spec, link: Link) -> None:
         while (order := link.order())[0] != "stop":
             if order[0] == "run":
                 count = max(1, int(order[1]) // spec.round_steps)
+                trained.clear()
                 took = seconds(rounds_of(count))
-                link.tell(seconds=took, steps=count * spec.round_steps, losses=losses)
+                link.tell(seconds=took, steps=count * spec.round_steps, tokens=sum(trained), losses=losses)
             else:
                 link.tell(synchronisations=profiled_rounds(running, one_round, Path(order[1])))
         link.tell(peak=peak_bytes())
 
 
-def train_what_all_train(running, steps, spec: Spec) -> None:
-    """The selector still plans every round by its method; what is trained are the steps that all contenders train."""
+def train_what_all_train(running, steps, spec: Spec, counted: list[int]) -> None:
+    """The selector still plans every round by its method; what is trained are the steps that all contenders train.
+
+    Every round's tokens are added to `counted`.
+    """
     plan_its_own, samples = running.selector.plan, running.selector.samples
     ids = steps["ids"].to(samples.device)  # [steps, micro-batches, slots]
     sizes = [steps[name].to(samples.device) for name in ("tokens", "rows")]
@@ -144,6 +149,7 @@ def train_what_all_train(running, steps, spec: Spec) -> None:
         own = plan_its_own(number, max_tokens)
         low = number * spec.round_steps % len(ids)
         trained, tokens, rows = (x[low : low + spec.round_steps] for x in (ids, *sizes))
+        counted.append(int(steps["tokens"][low : low + spec.round_steps].sum()))
         return own._replace(
             sample_ids=trained,
             tokens=tokens,
@@ -180,6 +186,7 @@ class Micro(torch.utils.data.Dataset):
         store, steps = TokenStore.open(Path(spec.data, "pool", "store")), torch.load(Path(spec.data, "steps.pt"))
         ids = steps["grouped" if spec.grouped else "ids"].flatten(0, 1)
         self.micro = [micro[micro < store.num_samples].tolist() for micro in ids]
+        self.tokens = [int(store.lengths[micro].sum()) for micro in self.micro]
         self.store = store
 
     def __len__(self) -> int:
@@ -226,7 +233,12 @@ def trainer(spec: Spec, link: Link) -> None:
     class Turns(TrainerCallback):
         """Trains as many steps as the driver asks for, then waits."""
 
-        left, started, count = 0, 0.0, 0
+        left, started, count, before_turn = 0, 0.0, 0, 0
+
+        def tokens(self, last_step: int) -> int:
+            """Of this turn's steps: the micro-batches come in order, and begin anew after the last."""
+            places = range(self.before_turn * spec.micro_batches, last_step * spec.micro_batches)
+            return sum(micro.tokens[i % len(micro)] for i in places)
 
         def wait(self, control: Any) -> None:
             order = link.order()
@@ -244,10 +256,13 @@ def trainer(spec: Spec, link: Link) -> None:
                 return
             if CUDA:
                 torch.cuda.synchronize()
-            link.tell(seconds=time.perf_counter() - self.started, steps=self.count, losses=[])
+            took = time.perf_counter() - self.started
+            link.tell(seconds=took, steps=self.count, tokens=self.tokens(state.global_step), losses=[])
+            self.before_turn = state.global_step
             self.wait(control)
 
     with tempfile.TemporaryDirectory() as out:
+        micro = Micro(spec)
         common: dict[str, Any] = {
             "output_dir": out,
             "per_device_train_batch_size": 1,
@@ -277,12 +292,12 @@ def trainer(spec: Spec, link: Link) -> None:
 
             settings = SFTConfig(**common, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            micro = Dataset.from_list(list(Micro(spec)))  # the only kind that it takes
+            rows = Dataset.from_list(list(micro))  # the only kind that it takes
             running = SFTTrainer(
-                model, settings, train_dataset=micro, data_collator=collator, processing_class=tokenizer
+                model, settings, train_dataset=rows, data_collator=collator, processing_class=tokenizer
             )
         else:
-            running = Trainer(model, TrainingArguments(**common), train_dataset=Micro(spec), data_collator=collator)
+            running = Trainer(model, TrainingArguments(**common), train_dataset=micro, data_collator=collator)
         running.add_callback(Turns())
         running._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(running.train_dataset)
         running.train()

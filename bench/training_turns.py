@@ -68,7 +68,7 @@ def in_turns(
     specs: list[Spec], setting: Setting, flags: argparse.Namespace, tell: Callable[[dict], Any]
 ) -> dict[str, dict[str, Any]]:
     """All processes stay, and one trains at a time: {name: {"seconds_per_step": [turns], "peak", "before", ...}}."""
-    raw: dict[str, dict[str, Any]] = {spec.name: {"seconds_per_step": []} for spec in specs}
+    raw: dict[str, dict[str, Any]] = {spec.name: fresh() for spec in specs}
     workers = [Worker(spec, flags.contender_seconds) for spec in specs]
     workers = [worker for worker in workers if attempt(worker, raw, lambda w: raw[w.spec.name].update(w.answer()))]
     for turn in range(-1, setting.turns):  # the first warms up
@@ -108,7 +108,7 @@ def one_after_another(
         own.update(worker.end())
 
     for spec in specs:
-        raw[spec.name] = {"seconds_per_step": []}
+        raw[spec.name] = fresh()
         attempt(Worker(spec, flags.contender_seconds), raw, run)
         tell(raw)
     return raw
@@ -127,8 +127,14 @@ def attempt(worker: Worker, raw: dict[str, dict[str, Any]], action: Callable[[Wo
     return True
 
 
+def fresh() -> dict[str, Any]:
+    """A contender's measurements before the first: means over the steps of a turn."""
+    return {"seconds_per_step": [], "tokens_per_step": []}
+
+
 def keep(raw: dict[str, Any], told: dict[str, Any], turn: int) -> None:
     if turn >= 0:
         raw["seconds_per_step"].append(told["seconds"] / told["steps"])
+        raw["tokens_per_step"].append(told["tokens"] / told["steps"])
     if told["losses"] and "first_loss" not in raw:
         raw["first_loss"] = statistics.mean(told["losses"])

@@ -66,9 +66,13 @@ def test_contenders_train_the_same(data: tuple[Path, dict]) -> None:
     assert "no such" in rows.pop("broken")["failed"]  # and costs the others nothing
     assert list(rows) == [training.ENGINE, "Trainer, packed", "SFTTrainer, padded, by length"]
     assert len(told) == SETTING.turns + 1
+    of_steps = torch.load(data[0] / "steps.pt")["tokens"].sum(-1)
     for name, row in rows.items():
+        count = 2 * SETTING.round_steps if name == training.ENGINE else max(1, SETTING.steps // 2)
+        measured = torch.arange(count, 2 * count) % len(of_steps)  # those of the first turn after the warm-up
+        assert row["tokens_per_step"][0] == pytest.approx(float(of_steps[measured].double().mean())), name
         assert row["first_loss"] == pytest.approx(rows[training.ENGINE]["first_loss"], abs=2e-4), name
-        assert row["tokens_per_second"] == pytest.approx(data[1]["tokens_per_step"] / row["seconds_per_step"][0])
+        assert row["tokens_per_second"] == pytest.approx(row["tokens_per_step"][0] / row["seconds_per_step"][0])
         assert (
             row["peak_bytes"] > row["peak_bytes_beyond_start"] >= 0
         )  # so small a model may fit into what importing took
@@ -76,18 +80,19 @@ def test_contenders_train_the_same(data: tuple[Path, dict]) -> None:
 
 
 def test_summary() -> None:
-    engine = {"seconds_per_step": [1.0, 2.0, 1.0], "peak": 30, "before": 10}
-    other = {"seconds_per_step": [2.0, 8.0, 2.0], "peak": 50, "before": 10}
+    engine = {"seconds_per_step": [1.0, 2.0, 1.0], "tokens_per_step": [100, 100, 100], "peak": 30, "before": 10}
+    # A batch that takes twice as long because it has twice the tokens is not slower.
+    other = {"seconds_per_step": [2.0, 8.0, 4.0], "tokens_per_step": [100, 100, 200], "peak": 50, "before": 10}
     row = training.summary(other, engine, {"tokens_per_step": 100, "flops_per_step": 4e12}, 4.0)
     assert row["tokens_per_second"] == 50
     assert row["speed_relative_to_engine"] == 0.5
     assert row["share_of_a_product"] == 0.5
     assert row["peak_bytes_beyond_start"] == 40
-    assert training.summary({"seconds_per_step": [], "failed": "x"}, engine, {}, 1.0) == {"failed": "x"}
+    assert training.summary(training_turns.fresh() | {"failed": "x"}, engine, {}, 1.0) == {"failed": "x"}
     # One that failed on the way keeps what it had measured; an engine that failed leaves the others their own figures.
     cut = training.summary(
-        {"seconds_per_step": [2.0], "before": 1, "failed": "x"},
-        {"seconds_per_step": []},
+        training_turns.fresh() | {"seconds_per_step": [2.0], "tokens_per_step": [100], "before": 1, "failed": "x"},
+        training_turns.fresh(),
         {"tokens_per_step": 100, "flops_per_step": 4e12},
         4.0,
     )
@@ -104,7 +109,7 @@ def test_summary() -> None:
 
 def test_a_contender_that_hangs_is_ended(data: tuple[Path, dict]) -> None:
     spec = training.contenders(SETTING, data[0], "fp32")[0]
-    raw = {spec.name: {"seconds_per_step": []}}
+    raw = {spec.name: training_turns.fresh()}
     worker = training_turns.Worker(spec, 0.01)
     assert not training_turns.attempt(worker, raw, lambda w: w.answer())
     assert "took too long" in raw[spec.name]["failed"]
