@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,9 +71,30 @@ def shard(model: PackedLM, mesh: DeviceMesh, dtype: torch.dtype, *, offload: boo
         fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not head, **wanted)
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            if mesh.size() == 1:  # nothing to sum; a factor, 1 too, costs a pass over the gradients, a buffer another
+                module.set_custom_reduce_scatter(_OneBuffer())
+                continue
             # Losses carry the global 1 / response tokens already: gradients are summed over ranks, never averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+class _OneBuffer:
+    """FSDP's buffers for a reduction on one rank: it asks for one to fill and one for the sum, which get the same memory.
+
+    Copying a tensor to itself does nothing, so the sum is there at once. The interface is
+    `torch.distributed.fsdp`'s `ReduceScatter`; its communication is never called with one rank.
+    """
+
+    def __init__(self) -> None:
+        self._filled: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if self._filled is None:
+            self._filled = torch.empty(*size, dtype=dtype, device=device)
+            return self._filled
+        summed, self._filled = self._filled, None
+        return summed
 
 
 def parameter_device(device: torch.device, mesh: DeviceMesh | None, runtime: RuntimeConfig) -> torch.device:
