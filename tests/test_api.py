@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from needs import TRAINERS
+
 pytestmark = pytest.mark.slow
 
 PAGE = Path(__file__).parents[1] / "docs" / "API.md"
@@ -143,6 +145,7 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
     assert not torch.allclose(own.utility[:-1], scope["state"].utility)
 
 
+@TRAINERS
 def test_three_lines_bring_it_into_trainers(make_model, make_pool, tmp_path, monkeypatch) -> None:
     import json
 

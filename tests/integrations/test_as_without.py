@@ -20,9 +20,7 @@ from lead_engine.integrations import lead
 from lead_engine.integrations.loop import steps_in_epoch
 from needs import TRAINERS
 
-pytestmark = TRAINERS
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, TRAINERS]
 
 OWN = {"lead_round", "lead_reward", "lead_tokens"}
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]

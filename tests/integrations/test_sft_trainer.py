@@ -17,9 +17,7 @@ from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 from needs import TRAINERS
 
-pytestmark = TRAINERS
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, TRAINERS]
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 

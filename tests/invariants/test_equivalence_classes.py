@@ -28,6 +28,7 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.training.checkpoint import Progress
 from lead_engine.training.distributed import process_group
 from lead_engine.training.session import build
+from needs import SHARDED_INTEGERS
 from runs import fitting
 from separate import reference
 
@@ -147,7 +148,13 @@ def trained(run_ranks, pool: Path, model: Path, tmp_path_factory) -> Callable[..
     return run
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=SHARDED_INTEGERS) if run.ranks > 1 and run.weights == QLORA else name
+        for name, run in CLASSES.items()
+    ],
+)
 @pytest.mark.timeout(200)
 def test_every_step_is_the_same(name: str, trained: Callable[..., Log]) -> None:
     what = CLASSES[name]
