@@ -118,18 +118,23 @@ def chunk_parts(
 ) -> list[Part]:
     """The parts of one chunk of `rows` rows; `only`: there is no other."""
     _, hidden, vocabulary = shape
-    reads = 1 if (machine or Machine()).holds_rows(vocabulary, logit_bytes) or products == 1 else 2
-    matmul, block, weight, states = (
-        2 * rows * hidden * vocabulary,
-        rows * vocabulary,
-        vocabulary * hidden,
-        rows * hidden,
-    )
+    # Elements of the chunk's logits, of the weight and of the chunk's hidden states.
+    block, weight, states = rows * vocabulary, vocabulary * hidden, rows * hidden
+    matmul = 2 * rows * hidden * vocabulary
+    # The second sweep finds the logits in the L2 cache, if the rows in flight fit there; the loss alone has none.
+    reads = 1 if products == 1 or (machine or Machine()).holds_rows(vocabulary, logit_bytes) else 2
+    gradient_bytes = 2 * block if products > 1 else 0
+    if only:
+        sum_bytes = 2  # written in bf16
+    elif first:
+        sum_bytes = 4  # written in fp32
+    else:
+        sum_bytes = 8  # read and written in fp32
     parts = [
         Part("logits", matmul, 2 * states + 2 * weight + logit_bytes * block),
-        Part("row pass", 0, reads * logit_bytes * block + (2 * block if products > 1 else 0)),
+        Part("row pass", 0, reads * logit_bytes * block + gradient_bytes),
         Part("dh", matmul, 2 * block + 2 * weight + 2 * states),
-        Part("dW", matmul, 2 * block + 2 * states + (2 if only else 4 if first else 8) * weight),
+        Part("dW", matmul, 2 * block + 2 * states + sum_bytes * weight),
     ]
     return parts[: 2 if products == 1 else products + 1]
 
@@ -154,7 +159,11 @@ def all_parts(
     parts = [list(same) for same in zip(*chunks, strict=True)]
     if products > 1:
         weight, states = shape.vocabulary * shape.hidden, shape.rows * shape.hidden
-        parts.append([Part("scaling", 0, 4 * states + ((4 if only else 6) * weight if products == 3 else 0))])
+        # dh in bf16, read and written; dW read in fp32, or of one chunk in bf16, and written in bf16.
+        moved = 4 * states
+        if products == 3:
+            moved += (4 if only else 6) * weight
+        parts.append([Part("scaling", 0, moved)])
     return [
         Sum(
             same[0].name,

@@ -309,13 +309,12 @@ def run_step(step: Step, limit: int, log: Path, environment: dict[str, str]) -> 
         finally:
             end_group(process)
     took = time.monotonic() - started
-    what = (
-        "done"
-        if status == 0
-        else f"stopped after {limit} s"
-        if status is None
-        else f"exit status {status} after {took:.0f} s"
-    )
+    if status == 0:
+        what = "done"
+    elif status is None:
+        what = f"stopped after {limit} s"
+    else:
+        what = f"exit status {status} after {took:.0f} s"
     print("".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-12:]), flush=True)
     print(f"== {step.name}: {what}, {took:.0f} s", flush=True)
     return what

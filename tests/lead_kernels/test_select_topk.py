@@ -390,7 +390,9 @@ def test_shares_that_doubles_cannot_tell_apart() -> None:
 def test_the_kernel_computes_the_same_shares(weighted: bool, drawn: bool) -> None:
     """Candidates of three large tasks: the kernel's ranks are places behind the start of the task."""
     g = torch.Generator().manual_seed(0)
-    weight = torch.tensor([2**18 if drawn else 2**28, 1, 5] if weighted else [2**29 - 1, 2**29 - 3, 5])
+    weight = torch.tensor([2**29 - 1, 2**29 - 3, 5])
+    if weighted:
+        weight = torch.tensor([2**18 if drawn else 2**28, 1, 5])
     offset = torch.tensor([4095, 0, 77])
     start = torch.tensor([0, -(2**30) + 20 if weighted else -(2**28), 12])
     group, position = torch.tensor([0] * 5 + [1] * 7 + [2] * 5), torch.arange(19)
