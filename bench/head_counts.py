@@ -192,8 +192,10 @@ def chunk_memory(shape: Shape, chunk_rows: int, logit_bytes: int) -> int:
 
 
 def our_memory(shape: Shape, chunk_rows: int, logit_bytes: int) -> int:
-    """Bytes beyond hidden and weight at the peak: dh, dW (fp32; of one chunk bf16) and the chunk; or, in the backward
-    pass, both gradients also scaled."""
+    """Bytes beyond hidden and weight at the peak.
+
+    That is dh, dW (fp32; of one chunk bf16) and the chunk; or, in the backward pass, both gradients and both scaled.
+    """
     weight, states = shape.vocabulary * shape.hidden, shape.rows * shape.hidden
     size = 2 if chunk_rows >= shape.rows else 4
     chunk = chunk_memory(shape, chunk_rows, logit_bytes)

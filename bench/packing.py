@@ -139,8 +139,10 @@ def waste(packed: Bins, lengths: list[int], capacity: int, slots: int, bins: int
 
 
 def strays(lengths: list[int], capacity: int, slots: int, bins: int) -> dict[str, float]:
-    """Of rounds of `bins` bins, each over an order of its own: the share of tokens in samples that taking strictly in
-    order would have left for a later round, and how far ahead the furthest of these lies."""
+    """(share of tokens that a strict order would have left for a later round, how far ahead the furthest of them lies).
+
+    Of rounds of `bins` bins, each over an order of its own.
+    """
     size, k = torch.tensor(lengths), bins * slots
     tokens = out_of_turn = furthest = 0
     for start in range(0, len(lengths) - k + 1, k):

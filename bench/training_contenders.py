@@ -46,8 +46,7 @@ class Spec:
 
 
 class Link:
-    """Orders come on standard input, answers go to the standard output that the process was started with; what
-    libraries print goes to standard error."""
+    """Orders come on standard input and answers go to standard output; what libraries print goes to standard error."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")

@@ -114,8 +114,11 @@ def make_pool(folder: Path, vocabulary: int, longest: int) -> None:
 
 
 def make_steps(store, setting: Setting) -> dict[str, torch.Tensor]:
-    """ids int64 [steps, micro-batches, slots] (N in empty slots), their tokens and response rows [steps,
-    micro-batches], and `grouped`: the same samples in micro-batches of like length."""
+    """The micro-batches of the steps.
+
+    ids: int64 [steps, micro-batches, slots], N in empty slots. tokens, rows: [steps, micro-batches], their tokens and
+    response rows. grouped: the same samples in micro-batches of like length.
+    """
     from lead_kernels import pack_plan
 
     slots, per_step = setting.capacity // 32, setting.micro_batches
@@ -142,8 +145,7 @@ def make_steps(store, setting: Setting) -> dict[str, torch.Tensor]:
 
 
 def group(by_length: torch.Tensor, lengths: torch.Tensor, shape: torch.Size, empty: int) -> torch.Tensor:
-    """The samples, sorted, cut into as many micro-batches of as many tokens each, give or take a sample; then in random
-    order."""
+    """Sorted samples, cut into micro-batches of as many tokens each, give or take a sample, in random order."""
     bins = shape[0] * shape[1]
     before = lengths[by_length].cumsum(0) - lengths[by_length]
     place = (before * bins // int(lengths[by_length].sum())).clamp(max=bins - 1)

@@ -88,8 +88,7 @@ def in_turns(
 def one_after_another(
     specs: list[Spec], setting: Setting, flags: argparse.Namespace, tell: Callable[[dict], Any]
 ) -> dict[str, dict[str, Any]]:
-    """On a GPU, whose memory they do not share: a process per contender, all of its turns at once; LEAD is profiled at
-    the end."""
+    """On a GPU, whose memory they do not share: a process per contender, all of its turns at once. Profiles LEAD."""
     raw: dict[str, dict[str, Any]] = {}
 
     def run(worker: Worker) -> None:
@@ -115,8 +114,7 @@ def one_after_another(
 
 
 def attempt(worker: Worker, raw: dict[str, dict[str, Any]], action: Callable[[Worker], object]) -> bool:
-    """Whether it went well. A contender that does not fit or does not run keeps its reason, and leaves the others
-    alone."""
+    """Whether `action` succeeded. A contender that fails keeps the reason in its row, and the others go on."""
     try:
         action(worker)
     except (RuntimeError, OSError) as error:  # OSError: a pipe that its process has closed
