@@ -26,8 +26,7 @@ class CountedRows(NamedTuple):
 
     @staticmethod
     def of(targets_T: Tensor, ignore_index: int, max_rows: int | None) -> CountedRows:
-        """On a GPU, `max_rows` places are given without a look at the data; with None, the number of counted rows is
-        read."""
+        """On a GPU `max_rows` places, without a look at the data; with None, the number of counted rows is read."""
         valid_T = targets_T != ignore_index
         before = torch.cat([valid_T.new_zeros(1, dtype=torch.int64), valid_T.cumsum(0)])
         if not uses_kernels(targets_T):  # in host memory: reading waits for no device
@@ -53,8 +52,10 @@ class CountedRows(NamedTuple):
         return CountedRows(index[:max_rows], valid_T, before)
 
     def take(self, values: Tensor, fill: float = 0) -> Tensor:
-        """The counted rows of `values` [T, ...]; `fill` in empty places and, where all rows are taken, in ignored
-        ones."""
+        """The counted rows of `values` [T, ...].
+
+        `fill` goes to empty places and, where all rows are taken, to ignored ones.
+        """
         if self.taken is None:
             # In host memory all rows are taken only where all of them count.
             return self._masked(values, self.valid_T, fill) if uses_kernels(values) else values
@@ -81,8 +82,11 @@ class CountedRows(NamedTuple):
 
 
 def sample_bounds(sample_ids: Tensor | None, cu_seqlens: Tensor | None, num_samples: int, rows: int) -> Tensor:
-    """Samples' first rows, int64 [B + 1]. ValueError (an assertion on the device) where cu_seqlens decreases or leaves
-    the rows, where sample_ids decrease or one is outside [0, num_samples)."""
+    """Samples' first rows, int64 [B + 1].
+
+    ValueError (on a GPU a device-side assertion) where cu_seqlens decreases or leaves the rows, where sample_ids
+    decrease or one is outside [0, num_samples).
+    """
     if sample_ids is not None:
         bounds = segment_bounds(sample_ids, num_samples)
         if rows:

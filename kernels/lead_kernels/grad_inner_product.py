@@ -79,9 +79,12 @@ GROUP = 16
 
 
 def tiles(dtype: torch.dtype) -> Tiles:
-    """Matrix units for bf16 and fp16 (96 KiB of shared memory: two programs on a Hopper SM, so that one's epilogue
-    overlaps the other's product); fp32 in full precision on the ordinary units; float64, which tl.dot does not know on
-    every GPU, multiplies and adds."""
+    """Tiles, threads and pipeline stages for a dtype.
+
+    bf16 and fp16 use matrix units, with 96 KiB of shared memory: two programs run on a Hopper SM, and one's epilogue
+    overlaps the other's product. fp32 stays in full precision on the ordinary units. float64, which tl.dot does not
+    know on every GPU, multiplies and adds.
+    """
     if dtype == torch.float64:
         return Tiles(rows=16, columns=16, depth=4, threads=128, stages=1)
     if dtype == torch.float32:
@@ -96,8 +99,10 @@ def _scaled_for_fp16(matrix_HH: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _aligned(matrix: Tensor, width: int) -> Tensor:
-    """Contiguous, rows of `width` elements with zeros at their end, on an address that 16 divides: without this the
-    kernel could neither load vectors nor copy asynchronously, and spills. What comes from a model is so already."""
+    """Contiguous, with rows of `width` elements, zeros at their end, and an address that 16 divides.
+
+    Without this the kernel can neither load vectors nor copy asynchronously, and spills. A model's tensors are so.
+    """
     if matrix.shape[1] != width:
         matrix = torch.nn.functional.pad(matrix, (0, width - matrix.shape[1]))
     matrix = matrix.contiguous()

@@ -1,5 +1,4 @@
-"""What `linear_cross_entropy` refuses before it computes: shapes, dtypes, devices, plain numbers; no tensor's
-values."""
+"""Argument checks of `linear_cross_entropy`: shapes, dtypes, devices, plain numbers; no values of tensors."""
 
 from __future__ import annotations
 

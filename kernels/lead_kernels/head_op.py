@@ -116,8 +116,7 @@ def _head_gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep what the backward pass scales and, only where gradients may arrive at single rows, what gives the logits
-    anew."""
+    """Save what the backward pass scales and, where gradients may arrive at single rows, what gives the logits anew."""
     ctx.set_materialize_grads(False)
     call, result = HeadCall.from_flat(inputs), HeadResult(*output)
     ctx.options = call.options

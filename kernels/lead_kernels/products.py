@@ -48,8 +48,10 @@ def thin_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, as far as the library lets it: on a CPU a bf16 product is rounded first; one in fp16 might be
-    infinite then, so that copies in fp32 are multiplied."""
+    """a @ b in fp32, as far as the library allows.
+
+    A CPU rounds a bf16 product first. One in fp16 might be infinite then, so copies in fp32 are multiplied.
+    """
     if a.dtype == torch.float16:
         return exact_product(a, b)
     if a.dtype in HALVES and a.device.type != "cpu":

@@ -68,9 +68,11 @@ def choose_kernel(
     histogram, prefix, need, threshold, closed, num_tasks, copies, shift, width,
     DIGITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One task: add up the copies of its histogram, leave them empty for the next pass, and take the digit that holds
-    the `need`-th key. A task is closed when that digit's samples are all needed: prefix -1, and the largest key with
-    its digits as threshold."""
+    """One task: choose the digit that holds its `need`-th key, from the copies of its histogram.
+
+    The copies are emptied for the next pass. A task is closed when all samples with that digit are needed: its prefix
+    becomes -1, and its threshold the largest key that starts with its digits.
+    """
     task = tl.program_id(0)
     known = tl.load(prefix + task)
     if known < 0:  # closed by an earlier digit

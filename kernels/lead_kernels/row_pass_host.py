@@ -19,8 +19,10 @@ are shared."""
 
 
 def split(rows: int, most: int, multiple: int = 1) -> list[slice]:
-    """Equal parts of at most `most` rows: a short last one would make a thin product. With a `multiple`, all but the
-    last are multiples of it where `most` is not below it."""
+    """Equal parts of at most `most` rows: a short last one would make a thin product.
+
+    With a `multiple`, all but the last are multiples of it where `most` is not below it.
+    """
     if rows == 0:
         return []
     count = cdiv(rows, most)

@@ -31,8 +31,7 @@ def left_for_later(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def largest_power(weights: Tensor) -> Tensor:
-    """The power of two in the largest weight, 1 where all are 0. Out of the products, it keeps small weights in fp16's
-    range."""
+    """The power of two in the largest weight, 1 where all are 0: outside of the products, it keeps fp16 in range."""
     # The zero gives a maximum to an empty tensor too.
     largest = torch.cat([weights.flatten(), weights.new_zeros(1)]).abs().amax()
     largest = largest / mantissa(largest)
