@@ -1,11 +1,11 @@
 """Compile every kernel for real GPUs, on a machine without one, and print the resources that each takes.
 
-    python -m lead_kernels.aot [--target sm_90 ...] [--jobs 2]
+    python -m lead_kernels.aot [--target sm_90 ...] [--jobs 2] [--sizes-of-one]
 
 Each module of the package that launches kernels lists its configurations in `builds()`. Every one is compiled twice, as
 Triton does at run time: with pointers and sizes that are multiples of 16, which allows vector loads and asynchronous
 copies, and with none that is, except where the type in the signature ends in ":16" (as for triton.tools.compile): what
-the launch makes sure of.
+the launch makes sure of. With --sizes-of-one they are compiled as Triton does where every size is 1.
 
 Fails (exit status 1, the lines repeated at the end) where a kernel does not compile, spills registers, needs more
 shared memory than the target gives one program, or has more instructions an element than it may. What counts as a
@@ -36,7 +36,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lead_kernels
@@ -117,6 +117,29 @@ def all_builds() -> list[KernelBuild]:
         if hasattr(imported, "builds"):
             builds += imported.builds()
     return builds
+
+
+def with_sizes_of_one(builds: Sequence[KernelBuild]) -> list[KernelBuild]:
+    """The builds as Triton compiles them where every size is 1: an integer argument of 1 becomes a constant of the compiler.
+
+    Such a constant is no tensor: `size.to(tl.int64)`, say, does not compile. Arguments that the kernel keeps from being
+    specialised stay as they are, as do those that the launch makes multiples of 16; builds without others are left out.
+    """
+    found = []
+    for build in builds:
+        fixed = {parameter.name for parameter in build.kernel.params if parameter.do_not_specialize}
+        ones = [name for name, kind in build.signature.items() if re.fullmatch(r"[iu]\d+", kind) and name not in fixed]
+        if ones:
+            kinds = {
+                name: f"{kind}{ALIGNED}" if kind[0] == "*" and ALIGNED not in kind else kind
+                for name, kind in build.signature.items()
+            }
+            signature = kinds | dict.fromkeys(ones, "constexpr")
+            constants = dict(build.constants) | dict.fromkeys(ones, 1)
+            found.append(
+                replace(build, name=f"{build.name}, sizes 1", signature=signature, constants=constants, columns=0)
+            )
+    return found
 
 
 def _usage_on_cuda(log: str) -> tuple[int, int, int]:
@@ -270,12 +293,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lead_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes (default: 2)")
+    parser.add_argument("--sizes-of-one", action="store_true", help="compile as for sizes of 1 instead")
     chosen = parser.parse_args(arguments)
     refusal = _refusal()
     if refusal is not None:
         print(refusal, file=sys.stderr)
         return 2
-    return report(all_builds(), chosen.target, chosen.jobs)
+    builds = with_sizes_of_one(all_builds()) if chosen.sizes_of_one else all_builds()
+    return report(builds, chosen.target, chosen.jobs)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ def looping(a_ptr, num_turns, SIDE: tl.constexpr):
         i = a_ptr + turn * SIDE + tl.arange(0, SIDE)
         tl.store(i, tl.exp(tl.load(i)))
 
+@triton.jit
+def sized(a_ptr, size):
+    tl.store(a_ptr + size.to(tl.int64), 0.0)
+
 def build(kernel, types, threads, stages=1, **constants):
     types = types | dict.fromkeys(constants, "constexpr")
     return KernelBuild(kernel.fn.__name__, kernel, types, constants, threads, stages)
@@ -67,6 +71,8 @@ build = {
     "wrong": build(wrong, {"a_ptr": "*fp32"}, 128),
     "looping": replace(loop, instructions=4.0),
     "few": replace(loop, instructions=40.0),
+    "sized": build(sized, {"a_ptr": "*fp32", "size": "i32"}, 128),
+    "size 1": aot.with_sizes_of_one([build(sized, {"a_ptr": "*fp32", "size": "i32"}, 128)])[0],
     "stacking": build(stacking, {"a_ptr": "*fp64:16"}, 128),
 }[case]
 sys.exit(aot.report([build], [target]))
@@ -180,6 +186,18 @@ def test_a_sweep_over_logits_has_one_exponential_an_element(tmp_path: Path) -> N
     sweeps = [tuple(map(float, line.split())) for line in found.stdout.splitlines()]
     assert len(sweeps) == 4  # two of each dtype
     assert all(exponentials - 2 <= elements <= exponentials for elements, exponentials in sweeps)
+
+
+def test_no_kernel_needs_sizes_above_one(tmp_path: Path) -> None:
+    """A vocabulary of 1 token, a pool of 1 sample: what Triton makes a constant of has no methods of a tensor."""
+    (tmp_path / "kernels_to_judge.py").write_text(KERNELS)
+    assert run("kernels_to_judge.py", "sized", "sm_90", cwd=tmp_path).returncode == 0
+    told = run("kernels_to_judge.py", "size 1", "sm_90", cwd=tmp_path)
+    assert told.returncode == 1
+    assert "DOES NOT COMPILE" in told.stdout
+    report = run("-m", "lead_kernels.aot", "--target", "sm_90", "--sizes-of-one", cwd=tmp_path)
+    assert report.returncode == 0, report.stdout[-2000:] + report.stderr
+    assert "grad_inner_product.row_products bf16, sizes 1" in report.stdout  # of 1 row; its width is padded to 16
 
 
 def test_a_stack_frame_is_no_spill(tmp_path: Path) -> None:
