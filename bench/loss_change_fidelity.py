@@ -60,7 +60,7 @@ def follow(engine: Engine, planner: Selector, lr: float, rounds: int, settle: in
     global_step = 0
     for number in range(rounds):
         plan = planner.plan(number, 1 << 40)
-        header = read_header(plan)
+        header = read_header(plan, engine.selector)
         for step in range(engine.layout.steps):
             trained = plan.sample_ids[step] < engine.selector.samples.num_samples
             before = losses(engine, plan, header, step)

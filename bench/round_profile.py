@@ -33,8 +33,8 @@ def mark_rounds(engine: Any) -> None:
 
     read, finish = loop.read_header, engine.selector.learn
 
-    def read_header(plan: Any) -> Any:
-        header = read(plan)
+    def read_header(*arguments: Any) -> Any:
+        header = read(*arguments)
         with record_function(MARKS[0]):
             return header
 

@@ -32,7 +32,7 @@ def one_round(engine: Engine, shared: Plan, number: int, step: int, lr: float) -
     started, used = time.perf_counter(), time.process_time()
     own = engine.selector.plan(number, 1 << 40)
     plan = shared._replace(cluster=own.cluster, probabilities=own.probabilities)
-    header = read_header(plan)
+    header = read_header(plan, engine.selector)
     for place in range(engine.layout.steps):
         engine.train_step(plan, header, place, step + place, lr)
     engine.selector.learn(plan)

@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,27 +34,50 @@ NAME = "lead_engine_packed"
 """The `attn_implementation` under which transformers finds `packed_attention`."""
 
 
+SEGMENT_QUANTUM = 32
+"""Segments that the kernels are launched for are a multiple of this, so that few shapes appear."""
+LENGTH_QUANTUM = 128
+"""The same of the longest segment's tokens; the kernels' blocks have 64 or 128 rows."""
+
+
+class Held(NamedTuple):
+    """What a micro-batch holds, known on the host. Its samples are in the first slots."""
+
+    samples: int
+    tokens: int
+    """Of all samples."""
+    longest: int
+    """Tokens of the longest sample; 0 without any."""
+
+
 @dataclass
 class Packing:
     """Segment bounds of one micro-batch, handed through the model to every attention layer.
 
     cu_seqlens: int32 [segments + 1], segment s is the token range [cu_seqlens[s], cu_seqlens[s + 1]); the last one is the
     dummy tail. max_length: no sample is longer. length: T, the token places; the flash and varlen kernels need it.
+    held: what is known of the micro-batch on the host; these kernels are then launched for little more.
     """
 
     cu_seqlens: Tensor
     max_length: int
     kind: str
     length: int | None = None
+    held: Held | None = None
     kernel_bounds: Tensor | None = field(default=None, init=False)
     """`cu_seqlens` for kernels that are told the longest segment: see `split_tail`. None for the other kinds."""
+    longest: int = field(default=0, init=False)
+    """Of the segments in `kernel_bounds`, none is longer."""
     _bounds: list[int] | None = field(default=None, init=False)
     _masks: dict[int | None, Tensor] = field(default_factory=dict, init=False)
     _blocks: dict[int | None, BlockMask] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.kind in ("flash", "varlen") and self.length is not None:
-            self.kernel_bounds = split_tail(self.cu_seqlens, self.length, self.max_length)
+            self.longest = self.max_length
+            if self.held is not None:  # as many rows as the kernels' blocks have anyway
+                self.longest = min(_rounded(self.held.longest, LENGTH_QUANTUM), self.length)
+            self.kernel_bounds = split_tail(self.cu_seqlens, self.length, self.longest, self.held)
 
     def bounds(self) -> list[int]:
         """Segment bounds as host integers; on the CPU only, where reading them waits for nothing."""
@@ -91,19 +115,29 @@ class Packing:
         return place, torch.searchsorted(self.cu_seqlens, place.to(self.cu_seqlens.dtype), right=True)
 
 
-def split_tail(cu_seqlens: Tensor, length: int, max_length: int) -> Tensor:
+def _rounded(count: int, quantum: int) -> int:
+    return max(1, -(-count // quantum)) * quantum
+
+
+def split_tail(cu_seqlens: Tensor, length: int, max_length: int, held: Held | None = None) -> Tensor:
     """`cu_seqlens` with the dummy tail cut into pieces of at most `max_length` tokens.
 
     The flash kernels start blocks for `max_length` tokens of every segment. Of a longer one they never write the rest: output and
-    gradients there are uninitialised memory, which reaches every weight through the projections. The number of pieces depends on the
-    shape alone, so it is the same for every micro-batch; those not needed are empty.
+    gradients there are uninitialised memory, which reaches every weight through the projections.
+
+    The kernels also start blocks for every empty segment. Without `held` their number depends on the shape alone: as many
+    as there are slots, and as many pieces as the whole length could need. With it, they are what the micro-batch has, its
+    slots beyond the last sample left out, rounded up to SEGMENT_QUANTUM.
 
     cu_seqlens: int32 [segments + 1], the last segment being the tail; length: its last value. Returns int32
-    [segments + ceil(length / max_length)].
+    [segments + ceil(length / max_length)], or [n * SEGMENT_QUANTUM + 1] with `held`.
     """
-    pieces = -(-length // max_length)
+    samples, pieces = cu_seqlens.shape[0] - 2, -(-length // max_length)
+    if held is not None:
+        samples, pieces = held.samples, -(-(length - held.tokens) // max_length)
+        pieces = _rounded(samples + pieces, SEGMENT_QUANTUM) - samples
     steps = torch.arange(1, pieces + 1, device=cu_seqlens.device, dtype=cu_seqlens.dtype) * max_length
-    return torch.cat([cu_seqlens[:-1], (cu_seqlens[-2] + steps).clamp_(max=length)])
+    return torch.cat([cu_seqlens[: samples + 1], (cu_seqlens[samples] + steps).clamp_(max=length)])
 
 
 def choose_attention(requested: Attention, device: torch.device, dtype: torch.dtype) -> str:
@@ -181,7 +215,7 @@ def _flash(
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    bounds = (packing.kernel_bounds, packing.kernel_bounds, packing.max_length, packing.max_length)
+    bounds = (packing.kernel_bounds, packing.kernel_bounds, packing.longest, packing.longest)
     size = (-1, -1) if window is None else (window - 1, 0)
     return flash_attn_varlen_func(
         q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0
@@ -198,7 +232,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | 
         else:  # torch 2.11 has no grouped heads here
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     size = (-1 if window is None else window - 1, 0)
-    cu, longest = packing.kernel_bounds, packing.max_length
+    cu, longest = packing.kernel_bounds, packing.longest
     return varlen_attn(
         q.contiguous(),
         k.contiguous(),

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lead_engine.base.errors import UserError
 from lead_engine.model import adapter
-from lead_engine.model.attention import Packing
+from lead_engine.model.attention import Held, Packing
 from lead_engine.model.stored import Layout
 from lead_kernels import HeadLoss, PackedBatch, linear_cross_entropy, segment_reduce
 
@@ -107,6 +107,7 @@ class PackedLM(nn.Module):
         # Ours -> theirs: a multimodal model's decoder is not `model`, and Phi's last norm is not `norm`.
         self._names = {"decoder": within[decoder], "head.norm": within[norm], "head.projection": within[projection]}
         self.attention, self.max_length = attention, max_length
+        self.compiled = False
         setattr(decoder, final_norm, nn.Identity())
         self.decoder = decoder
         text = model.config.get_text_config()
@@ -129,9 +130,13 @@ class PackedLM(nn.Module):
     def tied(self) -> bool:
         return self.head.projection.weight is self.decoder.embed_tokens.weight
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Last block's output, before the final norm: [T, H]."""
-        packing = Packing(batch.cu_seqlens, self.max_length, self.attention, batch.input_ids.shape[0])
+    def hidden(self, batch: PackedBatch, held: Held | None = None) -> Tensor:
+        """Last block's output, before the final norm: [T, H]. held: what the host knows of the batch, whose samples then
+        lie in its first slots; with it no attention kernel is launched for slots that are empty.
+        """
+        # Compiled blocks take the shapes that every micro-batch has: others would be compiled anew.
+        known = None if self.compiled else held
+        packing = Packing(batch.cu_seqlens, self.max_length, self.attention, batch.input_ids.shape[0], known)
         output = self.decoder(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -147,9 +152,12 @@ class PackedLM(nn.Module):
         *,
         token_weight: Tensor | float | None = None,
         signature: tuple[Tensor, Tensor] | None = None,
+        held: Held | None = None,
     ) -> HeadLoss:
-        """Loss of one micro-batch; see `lead_kernels.linear_cross_entropy` for the result (its T is the batch's R rows here)."""
-        return self.head(self.hidden(batch), batch, token_weight, signature)
+        """Loss of one micro-batch; see `lead_kernels.linear_cross_entropy` for the result (its T is the batch's R rows here), and
+        `hidden` for `held`.
+        """
+        return self.head(self.hidden(batch, held), batch, token_weight, signature)
 
     def checkpoint_names(self) -> dict[str, str]:
         """Name of a parameter or persistent buffer -> its name in transformers; adapters' own keep a name with `lora_` in it."""
@@ -173,9 +181,9 @@ class PackedLM(nn.Module):
 
 
 @torch.no_grad()
-def mean_hidden(model: PackedLM, batch: PackedBatch) -> Tensor:
-    """Mean last-block output over each sample's tokens: fp32 [B, H], 0 for empty slots."""
-    hidden_TH = model.hidden(batch)
+def mean_hidden(model: PackedLM, batch: PackedBatch, held: Held | None = None) -> Tensor:
+    """Mean last-block output over each sample's tokens: fp32 [B, H], 0 for empty slots. held: see `PackedLM.hidden`."""
+    hidden_TH = model.hidden(batch, held)
     slots = batch.sample_ids.shape[0]
     place = torch.arange(hidden_TH.shape[0], device=hidden_TH.device, dtype=batch.cu_seqlens.dtype)
     segment = torch.searchsorted(batch.cu_seqlens, place, right=True) - 1  # `slots` in the tail

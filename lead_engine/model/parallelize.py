@@ -20,6 +20,7 @@ def parallelize(
     model: PackedLM, runtime: RuntimeConfig, dtype: torch.dtype, mesh: DeviceMesh | None, *, trainable: bool = True
 ) -> None:
     """Wrap a model in place, from the inside out: blocks recomputed and compiled (where it is trained), sharded (with a mesh)."""
+    model.compiled = trainable and runtime.compile
     for block in model.decoder.layers if trainable else ():
         recompute(block, runtime.checkpointing)
         if runtime.compile:

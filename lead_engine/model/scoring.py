@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lead_engine.base.console import Bar, progress
 from lead_engine.config import BatchConfig
+from lead_engine.model.attention import Held
 from lead_engine.model.packed import PackedLM, mean_hidden
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.store import TokenStore
@@ -63,9 +64,9 @@ def score_together(
     groups += [np.empty(0, dtype=np.int64)] * (-len(groups) % world)
     mine, losses = groups[rank::world], []
     with forward_only(model, int(store.lengths[ids].max())):
-        for packed in _batches(store, ids, mine, batch, description):
+        for packed, held in _batches(store, ids, mine, batch, description):
             before_each()
-            losses.append(model(packed).sample_nll.float())
+            losses.append(model(packed, held=held).sample_nll.float())
     nll = _everyone(torch.stack(losses), world)
     found = torch.zeros(len(ids), device=nll.device)
     places = [np.stack([group, np.full(len(group), g), np.arange(len(group))]) for g, group in enumerate(groups)]
@@ -98,8 +99,9 @@ def embed_store(model: PackedLM, store: TokenStore, *, batch: BatchConfig, descr
     ids = torch.arange(store.num_samples)
     out, groups = torch.zeros(len(ids), model.hidden_size), _groups(store, ids, batch)
     with forward_only(model, int(store.lengths.max())):
-        for group, packed in zip(groups, _batches(store, ids, groups, batch, description), strict=True):
-            out[group] = mean_hidden(model, packed)[: len(group)].cpu()
+        batches = _batches(store, ids, groups, batch, description)
+        for group, (packed, held) in zip(groups, batches, strict=True):
+            out[group] = mean_hidden(model, packed, held)[: len(group)].cpu()
     return out
 
 
@@ -132,8 +134,8 @@ def forward_only(model: PackedLM, longest: int) -> Iterator[None]:
 
 def _batches(
     store: TokenStore, ids: Tensor, groups: list[np.ndarray], batch: BatchConfig, description: str | None
-) -> Iterator[PackedBatch]:
-    """A packed micro-batch of each group of places in `ids`."""
+) -> Iterator[tuple[PackedBatch, Held]]:
+    """A packed micro-batch of each group of places in `ids`, and what it holds."""
     lengths, rows = store.lengths.numpy()[ids.numpy()], store.response_rows.numpy()[ids.numpy()]
     slots = torch.full((len(groups), batch.num_slots), store.num_samples, dtype=torch.int64)
     for place, group in enumerate(groups):
@@ -143,8 +145,9 @@ def _batches(
     on_device = slots.to(store.device)
     with _bar(description, sum(int(lengths[group].sum()) for group in groups)) as bar:
         for place, group in enumerate(groups):
-            yield store.batch(on_device[place], capacity=batch.capacity, num_rows=num_rows(rows[group]))
-            bar.advance(int(lengths[group].sum()))
+            held = Held(len(group), int(lengths[group].sum()), int(lengths[group].max(initial=0)))
+            yield store.batch(on_device[place], capacity=batch.capacity, num_rows=num_rows(rows[group])), held
+            bar.advance(held.tokens)
 
 
 def _everyone(mine: Tensor, world: int) -> Tensor:

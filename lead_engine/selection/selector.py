@@ -83,6 +83,13 @@ class Selector:
         rows = samples.rows[ids].sum(-1)
         return Plan(drawn.cluster, drawn.probabilities, ids, tokens, rows, order.utility[ids], samples.visits[ids])
 
+    def sizes(self, plan: Plan) -> Tensor:
+        """int64 [4, S, M]: of each micro-batch its tokens, response tokens, samples, and tokens of its longest sample."""
+        pool, ids = self.samples, plan.sample_ids
+        real = ids < pool.num_samples
+        longest = torch.where(real, pool.lengths[pool.real(ids)], 0).amax(-1)
+        return torch.stack([plan.tokens, plan.rows, real.sum(-1), longest])
+
     def observe(self, sample_ids: Tensor, loss: Tensor, loss_change: Tensor) -> None:
         """Update U and visits by one optimizer step: ids, losses and their estimated changes of all ranks, [M, B] each."""
         ids, loss, loss_change = sample_ids.reshape(-1), loss.reshape(-1), loss_change.reshape(-1)

@@ -1,7 +1,7 @@
 """The training loop: rounds of selection, and the optimizer steps on what was selected.
 
     per round:  the method orders the samples, the selector plans S steps of packed micro-batches   (device)
-                the plan's header - token and row counts - is read                                  (the round's one host read)
+                the plan's header - its micro-batches' sizes - is read                                  (the round's one host read)
     per step:   micro-batches -> loss and backward; clip; AdamW
                 what the step did to its own samples is estimated from the loss op's by-products
                 all ranks' sample statistics are gathered; U and visits are updated                 (device)
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lead_engine.config import OptimizerConfig
+from lead_engine.model.attention import Held
 from lead_engine.model.dropout import draws_random_numbers, seed_dropout
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.store import TokenStore
@@ -50,6 +51,8 @@ class Header(NamedTuple):
     """Tokens of each step; 0 marks a step that the budget or the pool left empty."""
     rows: list[list[int]]
     """Rows (response tokens) of each step's micro-batches, rounded up."""
+    held: list[list[Held]]
+    """What each step's micro-batches hold."""
 
 
 class StepStats(NamedTuple):
@@ -123,7 +126,7 @@ class Engine:
             plan = self.selector.plan(progress.round, budget_tokens - progress.tokens)
             self.watch.stop()
             enter_phase("waiting for the device and the plan", progress.round)
-            header = read_header(plan)
+            header = read_header(plan, self.selector)
             if sum(header.tokens) == 0:
                 return
             if self.store.wants_prefetch:
@@ -170,7 +173,8 @@ class Engine:
             self._reduce_gradients(place == self.accumulation - 1)
             if self.draws:
                 seed_dropout(self.seed, global_step, self.rank * self.accumulation + place)
-            head = self.model(batch, token_weight=token_weight, signature=self.change.signature)
+            held = header.held[step][self.rank * self.accumulation + place]
+            head = self.model(batch, token_weight=token_weight, signature=self.change.signature, held=held)
             head.loss.backward(loss_gradient(head.sample_nll))
             rows = self.model.head
             self.change.collect(
@@ -237,9 +241,9 @@ class Engine:
         return gather_statistics(local, self.world)
 
 
-def read_header(plan: Plan) -> Header:
-    """The round's one wait for the device: S x M x 2 integers."""
-    tokens, rows = torch.stack([plan.tokens, plan.rows]).cpu().tolist()
-    return Header(
-        [sum(step) for step in tokens], [[-(-max(n, 1) // ROW_QUANTUM) * ROW_QUANTUM for n in step] for step in rows]
-    )
+def read_header(plan: Plan, selector: Selector) -> Header:
+    """The round's one wait for the device: S x M x 4 integers."""
+    tokens, rows, samples, longest = selector.sizes(plan).cpu().tolist()
+    held = [[Held(*sizes) for sizes in zip(*step, strict=True)] for step in zip(samples, tokens, longest, strict=True)]
+    rounded = [[-(-max(n, 1) // ROW_QUANTUM) * ROW_QUANTUM for n in step] for step in rows]
+    return Header([sum(step) for step in tokens], rounded, held)

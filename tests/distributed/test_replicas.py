@@ -84,7 +84,7 @@ def rounds(rank: int, world: int, method: str, options: dict) -> dict[str, list]
     mine = slice(rank * engine.accumulation, (rank + 1) * engine.accumulation)
     found: dict[str, list] = {"fingerprints": [], "tokens": []}
     spent = number = 0
-    while sum((header := read_header(plan := selector.plan(number, BUDGET - spent))).tokens):
+    while sum((header := read_header(plan := selector.plan(number, BUDGET - spent), selector)).tokens):
         for step, tokens in enumerate(header.tokens):
             if tokens:
                 ids = plan.sample_ids[step]

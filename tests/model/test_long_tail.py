@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
-from lead_engine.config import RuntimeConfig
-from lead_engine.model.attention import Packing, packed_attention, split_tail
+from lead_engine.config import BatchConfig, RuntimeConfig, TrainConfig
+from lead_engine.model import attention
+from lead_engine.model.attention import Held, Packing, packed_attention, split_tail
 from lead_engine.model.load import build_model
+from lead_engine.model.scoring import score_store
 from lead_engine.pool.store import TokenStore
+from lead_engine.training.distributed import process_group
+from lead_engine.training.loop import read_header
+from lead_engine.training.session import build
+from runs import selection_for
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +110,70 @@ def test_split_tail(samples: list[int], longest: int) -> None:
     assert split[-1] == 16
     assert len(split) == 5 + -(-16 // longest)
     assert 0 <= int(split.diff().min()) <= int(split.diff().max()) <= longest
+
+
+@pytest.mark.parametrize("quantum", [1, 4, 32])
+@pytest.mark.parametrize("samples", [[], [5], [5, 1, 7], [16], [7, 7, 2]])
+@pytest.mark.parametrize("longest", [7, 16, 40])
+def test_split_tail_of_what_is_held(samples: list[int], longest: int, quantum: int, monkeypatch) -> None:
+    """Slots after the last sample are left out; the number of segments is the least multiple of the quantum that holds all."""
+    monkeypatch.setattr(attention, "SEGMENT_QUANTUM", quantum)
+    samples = [min(size, longest) for size in samples]
+    used = sum(samples)
+    bounds = torch.tensor([0, *itertools.accumulate(samples), *[used] * (60 - len(samples)), 16], dtype=torch.int32)
+    split = split_tail(bounds, 16, longest, Held(len(samples), used, max(samples, default=0)))
+    assert split[: len(samples) + 1].tolist() == [0, *itertools.accumulate(samples)]
+    assert split[-1] == 16
+    wanted = len(samples) + -(-(16 - used) // longest)
+    assert len(split) - 1 == max(1, -(-wanted // quantum)) * quantum
+    assert 0 <= int(split.diff().min()) <= int(split.diff().max()) <= longest
+
+
+def test_kernels_are_launched_for_what_is_there(make_model, make_pool, flash_like, monkeypatch) -> None:
+    """In training and in scoring: segments and longest segment of every launch, with the losses of a sample at a time."""
+    launched = []
+    seen = varlen.varlen_attn
+
+    def counting(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+        launched.append((len(cu_q) - 1, max_q))
+        return seen(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counting)
+    folder, pool = make_model("llama"), make_pool(samples=90)
+    batch = BatchConfig(capacity=2048, micro_batches=2)
+    config = TrainConfig(
+        pool=pool,
+        model=str(folder),
+        out=Path("unused"),
+        method="lead",
+        batch=batch,
+        selection=selection_for("lead", sketch_dim=8, round_steps=2),
+        runtime=RuntimeConfig(precision="fp32"),
+    )
+    losses, scores = [], []
+    for kind in ("segment", "varlen"):
+        with process_group() as ranks:
+            engine = build(config, ranks).engine
+            engine.model.attention = kind
+            plan = engine.selector.plan(0, 3000)
+            header = read_header(plan, engine.selector)
+            losses.append([engine.train_step(plan, header, step, step, 1e-3).loss for step in range(2)])
+            ours = launched.copy()
+            scores.append(score_store(engine.model, engine.store, batch=batch)[0])
+    layers = engine.model.config.num_hidden_layers
+    wanted = [launch_of(held) for step in header.held for held in step for _ in range(layers)]
+    assert ours == wanted
+    assert header.held[1][1] == Held(0, 0, 0)
+    assert ours[-1] == (32, 128)  # of the plan's last micro-batch, which is empty
+    whole = 64 + -(-2048 // int(engine.store.lengths.max()))  # slots, and pieces of a tail that may be all there is
+    assert max(segments for segments, _ in launched) < whole
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-6)
+
+
+def launch_of(held: Held) -> tuple[int, int]:
+    longest = max(128, 128 * -(-held.longest // 128))
+    return 32 * max(1, -(-(held.samples + -(-(2048 - held.tokens) // longest)) // 32)), longest
 
 
 @CUDA

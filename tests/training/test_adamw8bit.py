@@ -231,7 +231,7 @@ def test_the_loop_skips_a_step_that_is_not_finite(make_model, make_pool, tmp_pat
             if 1 in steps:
                 sample = int(plan.sample_ids[1, 0, 0])
                 engine.store.tokens[(engine.store.offsets[sample] + engine.store.offsets[sample + 1]) // 2] = 310
-            stats = [engine.train_step(plan, read_header(plan), step, step, 1e-2) for step in steps]
+            stats = [engine.train_step(plan, read_header(plan, engine.selector), step, step, 1e-2) for step in steps]
             assert [bool(each.skipped) for each in stats] == [step == 1 for step in steps]
             state = engine.optimizer.state
             assert sum(s["exp_avg"].dtype == torch.uint8 for s in state.values()) > 10

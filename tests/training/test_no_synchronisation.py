@@ -50,7 +50,7 @@ def test_rounds_do_not_synchronise(selection: str, make_model, make_pool) -> Non
                 engine.watch.start()
                 plan = engine.selector.plan(number, 1 << 40)
                 engine.watch.stop()
-            header = read_header(plan)
+            header = read_header(plan, engine.selector)
             with silent(number > 0):
                 steps = [engine.train_step(plan, header, step, 3 * number + step, 1e-3) for step in range(3)]
                 engine.watch.start()

@@ -79,7 +79,7 @@ def play(session: Session, poisoned: int | None, token: int, steps: list[int]) -
     """Train some steps of the first round, one of whose samples got `token`; everything that may depend on them."""
     engine = session.engine
     plan = engine.selector.plan(0, 1 << 40)
-    header = read_header(plan)
+    header = read_header(plan, engine.selector)
     if poisoned is not None:
         sample = int(plan.sample_ids[poisoned, 0, 0])
         engine.store.tokens[(engine.store.offsets[sample] + engine.store.offsets[sample + 1]) // 2] = token
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_is_found_though_every_gradient_is_finite(sess
     bias[NAN_TOKEN + 2] = -torch.inf
     engine.model.head.projection.bias = torch.nn.Parameter(bias, requires_grad=False)
     before = [p.detach().clone() for p in engine.trained]
-    stats = engine.train_step(plan, read_header(plan), 0, 0, 1e-2)
+    stats = engine.train_step(plan, read_header(plan, engine.selector), 0, 0, 1e-2)
     assert bool(stats.skipped)
     assert engine.selector.samples.barred.nonzero().flatten().tolist() == [sample]
     for old, new in zip(before, engine.trained, strict=True):

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lead_engine.config import RECIPES, OptimizerConfig, SelectionConfig
-from lead_engine.model.attention import NAME
+from lead_engine.model.attention import NAME, Held
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.loss_change import make_loss_change
@@ -109,15 +109,16 @@ def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks:
     """Plan, batches, head, backward pass, optimizer, gathering, U and visits, reward and bandit, and what is copied for the logs."""
     folder = make_model("llama")
     options = SelectionConfig(sketch_dim=8, round_steps=LAYOUT.steps, calibrate_every=2, **CHANGES[change])
-    header = Header(
-        [100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps
-    )  # what read_header would have read
+    each = [Held(samples=4, tokens=4 * LENGTH, longest=LENGTH)] * LAYOUT.micro_batches
+    # What read_header would have read.
+    header = Header([100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps, [each] * LAYOUT.steps)
     mode = FakeTensorMode()
     parts = engine(folder, options, mode, two_ranks)
     with mode:
         for number in range(2):
             parts.watch.start()
             plan = parts.selector.plan(number, 10_000)
+            assert parts.selector.sizes(plan).shape == (4, LAYOUT.steps, LAYOUT.micro_batches)
             parts.watch.stop()
             steps = []
             for step in range(LAYOUT.steps):
