@@ -108,6 +108,8 @@ class PackedLM(nn.Module):
         self._names = {"decoder": within[decoder], "head.norm": within[norm], "head.projection": within[projection]}
         self.attention, self.max_length = attention, max_length
         self.compiled = False
+        self.keeps_gathered = False
+        """Whether sharded weights stay gathered from a step's first micro-batch to its last."""
         setattr(decoder, final_norm, nn.Identity())
         self.decoder = decoder
         text = model.config.get_text_config()

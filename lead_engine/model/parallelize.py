@@ -98,6 +98,34 @@ class _OneBuffer:
         return summed
 
 
+def keep_gathered(model: PackedLM) -> None:
+    """Let a sharded model gather its weights once an optimizer step instead of twice a micro-batch, in place.
+
+    Gathering casts the fp32 weights to the compute dtype, on one rank too. Units stay gathered from a step's first forward pass to its
+    last backward pass (`end_of_step`), before the optimizer changes the weights: the next step's copies are made anew.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(False)
+    model.keeps_gathered = True
+
+
+def end_of_step(model: PackedLM, last: bool) -> None:
+    """Tell a sharded model, before a micro-batch's backward pass, whether the step ends with it: then gradients are reduced, and units
+    that stay gathered are freed.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    if model.keeps_gathered:
+        model.set_reshard_after_backward(last)
+
+
+def gathered_bytes(model: PackedLM) -> int:
+    """What the gathered weights of all units take on one rank, in the compute dtype."""
+    dtype = model.compute_dtype or torch.float32
+    sizes = (p.numel() * (dtype.itemsize if p.is_floating_point() else p.element_size()) for p in model.parameters())
+    return sum(sizes)
+
+
 def parameter_device(device: torch.device, mesh: DeviceMesh | None, runtime: RuntimeConfig) -> torch.device:
     """Where parameters lie while they are not in use: the compute device, or the host if they are offloaded to it."""
     return torch.device("cpu") if runtime.offload and mesh is not None else device

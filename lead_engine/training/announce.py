@@ -13,11 +13,12 @@ from lead_engine.model.adapter import describe, lora_of
 from lead_engine.model.find import hub_name
 from lead_engine.model.load import count_parameters
 from lead_engine.model.packed import PackedLM
+from lead_engine.model.parallelize import gathered_bytes
 from lead_engine.model.precision import choose_precision
 from lead_engine.selection.methods import METHODS
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.heldout import BEST
-from lead_engine.training.memory import estimate
+from lead_engine.training.memory import estimate, size
 from lead_engine.training.records import Meter
 from lead_engine.training.session import Session
 
@@ -63,6 +64,7 @@ def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]
         ("memory savers", _savers(config)),
         ("optimizer", _optimizer(config)),
         ("memory", str(estimate(model, config.optimizer.kind))),
+        ("weights", _weights(model)),
         ("selection", _describe_selection(config)),
         ("checkpoints", _checkpoints(config)),
         ("held-out", _heldout(session)),
@@ -112,6 +114,13 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
 def _placement(placement: str) -> str:
     verb = "fits" if placement == "device" else "does not fit"
     return f"the pool {verb} in a quarter of the free memory"
+
+
+def _weights(model: PackedLM) -> str:
+    if not model.keeps_gathered:
+        return "gathered anew for every block's forward and backward pass"
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    return f"gathered in {dtype} once a step, {size(gathered_bytes(model))} a rank until its end: half of the memory stays free"
 
 
 def _savers(config: TrainConfig) -> str:

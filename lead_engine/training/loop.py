@@ -26,6 +26,7 @@ from lead_engine.config import OptimizerConfig
 from lead_engine.model.attention import Held
 from lead_engine.model.dropout import draws_random_numbers, seed_dropout
 from lead_engine.model.packed import PackedLM
+from lead_engine.model.parallelize import end_of_step
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.plan import Layout, Plan, RoundStats
@@ -229,7 +230,7 @@ class Engine:
 
     def _reduce_gradients(self, last: bool) -> None:
         if self.distributed:
-            self.model.set_requires_gradient_sync(last)
+            end_of_step(self.model, last)
 
     def _all_reduce(self, value: Tensor) -> Tensor:
         if self.world > 1:

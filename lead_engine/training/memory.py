@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from typing import NamedTuple
@@ -51,6 +52,18 @@ def estimate(model: nn.Module, kind: OptimizerKind) -> Estimate:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     return Estimate(sum(map(_bytes, parameters)), sum(map(_bytes, trained)), sum(_moments(p, kind) for p in trained))
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device, or a CPU's share for one of this machine's ranks."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fits_gathered(needed: Estimate, gathered: int, total: int) -> bool:
+    """Whether weights may stay gathered through a step: half of the memory is left for activations, whose size nobody knows yet."""
+    return 2 * (sum(needed) + gathered) <= total
 
 
 def size(count: float) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lead_engine.base.fingerprint import Parts
 from lead_engine.config import TrainConfig
 from lead_engine.model.load import build_model, load_config, weights_folder
+from lead_engine.model.parallelize import gathered_bytes, keep_gathered
 from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.heldout import HeldOutData
 from lead_engine.pool.state import PoolState
@@ -23,6 +24,7 @@ from lead_engine.training.combinations import check_combination
 from lead_engine.training.distributed import Ranks, data_mesh
 from lead_engine.training.heldout_data import open_heldout
 from lead_engine.training.loop import Engine
+from lead_engine.training.memory import estimate, fits_gathered, total_bytes
 from lead_engine.training.optimizer import check_available, make_optimizer
 from lead_engine.training.origin import base_folder, base_tokenizer, run_parts
 from lead_engine.training.scorer import PoolScorer
@@ -104,6 +106,12 @@ def build(config: TrainConfig, ranks: Ranks, inputs: Inputs | None = None, *, ev
     )
     change = make_loss_change(options, model.hidden_size, selector.method.num_arms, ranks.device, config.seed)
     model.head.keep_gradient = change.wants_hidden
+    needed, gathered = estimate(model, config.optimizer.kind), gathered_bytes(model)
+    # Units are gathered together: what rank 0 decides holds for all.
+    if not config.runtime.offload and ranks.first_says(
+        lambda: fits_gathered(needed, gathered, total_bytes(ranks.device))
+    ):
+        keep_gathered(model)
     optimizer = make_optimizer(model, config.optimizer)
     scorer = PoolScorer(model, store, lambda: _answers(config, base, ranks), config.batch, ranks.rank, ranks.size)
     engine = Engine(

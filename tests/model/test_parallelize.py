@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +26,7 @@ from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig, RuntimeConfig
 from lead_engine.model.load import build_model
 from lead_engine.model.packed import PackedLM
-from lead_engine.model.parallelize import compile_block, move_buffers
+from lead_engine.model.parallelize import compile_block, end_of_step, keep_gathered, move_buffers
 from lead_engine.model.recompute import keep_products, recompute
 from lead_engine.model.segment_attention import segment_attention, traceable_segment_attention
 from lead_engine.training.distributed import data_mesh, process_group
@@ -88,6 +91,40 @@ def test_recomputing_changes_no_bit_and_no_name(variant: str, make_model) -> Non
             assert model.checkpoint_names() == plain.checkpoint_names()
             for name, gradient in gradients(model).items():
                 assert torch.equal(gradient.full_tensor(), expected[name].full_tensor()), (mode, name)
+
+
+@pytest.mark.parametrize("variant", ["bf16", "LoRA", "tied"])
+@pytest.mark.parametrize("recomputed", ["none", "selective"])
+def test_weights_stay_gathered_through_a_step(variant: str, recomputed: str, make_model, monkeypatch) -> None:
+    """Cast once a step and unit instead of twice a micro-batch; the same bits after three steps, for weights are cast anew in each."""
+    folder = make_model("qwen3", tie_word_embeddings=True) if variant == "tied" else make_model("llama")
+    lora = LoraConfig(rank=4) if variant == "LoRA" else None
+    gathered: list[object] = []
+    seen = FSDPParam.init_unsharded_param
+    monkeypatch.setattr(FSDPParam, "init_unsharded_param", lambda self: (gathered.append(self), seen(self))[1])
+    found, counts = [], []
+    with process_group() as ranks:
+        for keeps in (False, True):
+            model = build(folder, mesh=ranks.mesh, precision="bf16", lora=lora, checkpointing=recomputed)
+            if keeps:
+                keep_gathered(model)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            gathered.clear()
+            for _ in range(3):
+                for place, each in enumerate(BATCHES):
+                    end_of_step(model, place == len(BATCHES) - 1)
+                    model(each, token_weight=1e-2).loss.backward()
+                assert all(
+                    isinstance(p, DTensor) and p.dtype == torch.float32 for p in optimizer.param_groups[0]["params"]
+                )
+                optimizer.step()
+                optimizer.zero_grad()
+            counts.append(Counter(map(id, gathered)))
+            found.append([p.to_local().clone() for p in model.parameters()])
+            assert len(counts[-1]) == len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert set(counts[1].values()) == {3}
+    assert max(counts[0].values()) == 3 * 2 * len(BATCHES)
 
 
 class Alive(TorchDispatchMode):
