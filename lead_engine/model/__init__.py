@@ -5,4 +5,5 @@ from transformers.utils import logging
 from lead_engine.model.bnb import quieten
 
 quieten()  # before peft, which imports bitsandbytes
-logging.disable_progress_bar()  # the engine shows its own; theirs write control codes into logs
+# The engine shows its own progress bars; transformers' write control codes into logs.
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]

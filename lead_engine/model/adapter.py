@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -52,7 +53,7 @@ def new_config(lora: LoraConfig) -> PeftLoraConfig:
     names = list(lora.target_modules)
     return PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft declares a whole number, and scales by any
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
@@ -66,26 +67,26 @@ def check_options(model: PreTrainedModel, folder: Path, lora: LoraConfig) -> Non
     """Raise UserError where options are given for a new adapter, other than those of the one in `folder`."""
     if not lora.rank:
         return
-    config = model.peft_config[NAME]
-    has = {
+    config: Any = model.peft_config[NAME]
+    has: dict[str, tuple[object, object]] = {
         "--lora.rank": (lora.rank, config.r),
         "--lora.alpha": (lora.alpha, config.lora_alpha),
-        "--lora.head": (lora.head, isinstance(model.get_output_embeddings(), LoraLayer)),
+        "--lora.head": (lora.head, isinstance(_lm_head(model), LoraLayer)),
         "--lora.dropout": (lora.dropout, config.lora_dropout),
         "--lora.rslora": (lora.rslora, config.use_rslora),
         "--lora.dora": (lora.dora, config.use_dora),
         "--lora.modules-to-save": (sorted(lora.modules_to_save), sorted(config.modules_to_save or [])),
     }
     if lora.target_modules != (ALL_LINEAR,):
-        there = config.target_modules
-        given = lora.target_modules[0] if lora.targets_by_pattern else set(lora.target_modules)
-        has["--lora.target-modules"] = (given, there if isinstance(there, str) else set(there))
+        targets = config.target_modules
+        wanted = lora.target_modules[0] if lora.targets_by_pattern else set(lora.target_modules)
+        has["--lora.target-modules"] = (wanted, targets if isinstance(targets, str) else set(targets))
     for flag, (given, there) in has.items():
         if given != there:
             raise UserError(
-                f"{flag} {_text(given)}: --model {folder} is an adapter already ({describe(config)}; here: {_text(there)}), "
-                "and it is trained on as it is. Give the same options or leave all of --lora out; to train a new adapter on "
-                "top of it, merge it first (lead-engine merge)"
+                f"{flag} {_text(given)}: --model {folder} is an adapter already ({describe(config)}; here: "
+                f"{_text(there)}), and it is trained on as it is. Give the same options or leave all of --lora out; to "
+                "train a new adapter on top of it, merge it first (lead-engine merge)"
             )
 
 
@@ -102,14 +103,15 @@ def inject(model: PreTrainedModel, config: PeftLoraConfig, file: Path | None = N
     too, where the config's target is all linear layers (peft means the blocks' by that), or beside its other targets.
     Raises UserError for targets that are not there or no linear layers, or where the model's LM head cannot follow.
     """
-    last = model.get_output_embeddings()
+    last = _lm_head(model)
     last_name = next(name for name, module in model.named_modules() if module is last)
     ends = tuple(config.modules_to_save or ())
     saved = {name for name, _ in model.named_modules() if name and name.endswith(ends)}  # as peft does
     check_saved(model, config, saved, file)
     if config.target_modules == ALL_LINEAR:
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in saved}
-        config.target_modules = {name.rsplit(".", 1)[-1] for name in linear if name != last_name}
+        names = {name.rsplit(".", 1)[-1] for name in linear if name != last_name}
+        config.target_modules = names  # type: ignore[assignment]  # peft keeps a set, but declares a list
     if head:
         if last_name in saved:
             raise UserError(f"--lora.head: --lora.modules-to-save {last_name} trains the head whole already; give one")
@@ -117,7 +119,8 @@ def inject(model: PreTrainedModel, config: PeftLoraConfig, file: Path | None = N
             raise UserError(
                 "--lora.head: beside a pattern of targets, let the pattern name the head too, and leave this off"
             )
-        config.target_modules = set(config.target_modules) | {last_name}
+        names = set(config.target_modules or ()) | {last_name}
+        config.target_modules = names  # type: ignore[assignment]
     config.inference_mode = False  # as it is saved; peft would freeze the adapters, too
     try:
         with warnings.catch_warnings():
@@ -137,9 +140,14 @@ def inject(model: PreTrainedModel, config: PeftLoraConfig, file: Path | None = N
         if isinstance(wrapper, ModulesToSaveWrapper):
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, wrapper.original_module.requires_grad_(True))
-    model.peft_config = {NAME: config}
-    if isinstance(model.get_output_embeddings(), LoraLayer):
+    model.peft_config = {NAME: config}  # type: ignore[dict-item]  # transformers declares less than peft's class has
+    if isinstance(_lm_head(model), LoraLayer):
         check_head(model, config, file)
+
+
+def _lm_head(model: PreTrainedModel) -> nn.Module:
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -151,12 +159,14 @@ def lora_of(module: nn.Module) -> Lora | None:
     """A linear layer's adapter as `linear_cross_entropy` takes it; None where it has none."""
     if not isinstance(module, LoraLayer):
         return None
-    return Lora(module.lora_A[NAME].weight, module.lora_B[NAME].weight, module.scaling[NAME])
+    layer: Any = module  # peft declares few of its layers' attributes
+    return Lora(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME])
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, *, skip: bool) -> None:
-    """New adapters: A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685), magnitudes the base's: starts at the base model.
+    """New adapters: A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685), magnitudes the base's: starts at the base
+    model.
 
     Every rank draws the whole A from a generator of its own and keeps its shard: the same on any number of ranks.
     skip: the adapter's weights were loaded; draw nothing.
@@ -185,8 +195,8 @@ def load(model: nn.Module, names: dict[str, str], folder: Path) -> None:
     """
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise UserError(
-            f"{folder / 'adapter_model.bin'}: only {WEIGHTS} is read, which runs no code; load the adapter with peft and "
-            "save it again"
+            f"{folder / 'adapter_model.bin'}: only {WEIGHTS} is read, which runs no code; load the adapter with peft "
+            "and save it again"
         )
     file, checkpoint = folder / WEIGHTS, Checkpoint(folder, WEIGHTS)
     parameters = dict(model.named_parameters())
@@ -197,8 +207,8 @@ def load(model: nn.Module, names: dict[str, str], folder: Path) -> None:
         what = f"no tensor {missing[0]}" if missing else f"{strange[0]} has no place in the model"
         more = len(missing or strange) - 1
         raise UserError(
-            f"{file}: {what}{f' (and {more} more)' if more else ''}; the file does not fit the base model and {CONFIG}: is "
-            "it the base that the adapter was trained on?"
+            f"{file}: {what}{f' (and {more} more)' if more else ''}; the file does not fit the base model and "
+            f"{CONFIG}: is it the base that the adapter was trained on?"
         )
     for stored, ours in sorted(wanted.items()):
         parameter = parameters[ours]
@@ -218,12 +228,15 @@ def as_stored(model: nn.Module, name: str, value: Tensor) -> Tensor:
 
 
 def _base_of(model: nn.Module, magnitude: str) -> Tensor:
-    return model.get_submodule(magnitude.rpartition(".")[0]).base
+    owner: Any = model.get_submodule(magnitude.rpartition(".")[0])
+    base: Tensor = owner.base
+    return base
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Read the adapter in `folder` into a plain model, in place, and leave plain layers with adapted weights; returns it.
+    """Read the adapter in `folder` into a plain model, in place, and leave plain layers with adapted weights; returns
+    it.
 
     Raises UserError for everything that is wrong with the adapter.
     """
@@ -235,9 +248,8 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     dora.measure(model)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     load(model, {name: name.replace(".base_layer.", ".") for name in trained}, folder)
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers: list[tuple[str, Any]] = [pair for pair in model.named_modules() if isinstance(pair[1], LoraLayer)]
+    for name, layer in layers:
         base = layer.get_base_layer()
         weight = base.weight.float() + layer.get_delta_weight(NAME)
         if NAME in layer.lora_magnitude_vector:

@@ -27,13 +27,14 @@ def check_saved(model: PreTrainedModel, config: PeftLoraConfig, saved: set[str],
             raise UserError(f"{where}: this {kind} model has no module whose name ends with {target}")
     if not is_tied(model):
         return
-    both = {model.get_output_embeddings(), model.get_input_embeddings()}
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers has no annotations here
+    both = {head, model.get_input_embeddings()}
     for name in saved:
         if both & set(model.get_submodule(name).modules()):
             raise UserError(
                 f"{at(file, 'modules_to_save')} {name}: this model's LM head and embedding are one matrix "
-                "(tie_word_embeddings). A copy of one alone would part them, and no model of this kind could hold the result; "
-                "train all weights, or leave it out"
+                "(tie_word_embeddings). A copy of one alone would part them, and no model of this kind could hold the "
+                "result; train all weights, or leave it out"
             )
 
 
@@ -45,13 +46,13 @@ def check_layers(model: PreTrainedModel, file: Path | None) -> None:
         if type(layer) is not LoraLinear or not isinstance(layer.get_base_layer(), nn.Linear):
             kind = type(layer.get_base_layer()).__name__
             raise UserError(
-                f"{at(file, 'target_modules')}: {name} is a {kind}: adapters on linear layers alone are computed here; leave "
-                "it out of the targets (--lora.modules-to-save trains it whole)"
+                f"{at(file, 'target_modules')}: {name} is a {kind}: adapters on linear layers alone are computed here; "
+                "leave it out of the targets (--lora.modules-to-save trains it whole)"
             )
         if layer.lora_bias[dora.NAME] and layer.get_base_layer().bias is None:
             raise UserError(
-                f"{at(file, 'lora_bias')} on {name}, which has no bias: such an adapter could never be merged; train it "
-                "without"
+                f"{at(file, 'lora_bias')} on {name}, which has no bias: such an adapter could never be merged; train "
+                "it without"
             )
 
 

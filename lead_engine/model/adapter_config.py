@@ -1,6 +1,7 @@
 """adapter_config.json, of the engine or of peft: which adapters are read, and why others are not.
 
-An option that is not known to be computed here is refused by name, whatever it is: what peft adds later is never ignored.
+An option that is not known to be computed here is refused by name, whatever it is: what peft adds later is never
+ignored.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ READ = {
 """Options that are computed here, or that change nothing once an adapter is trained."""
 WHY = {
     "bias": "it trains biases of the base in place, which no adapter could leave again",
-    "target_parameters": "adapters on parameters that are no linear layer's (a mixture's experts) are not computed here",
+    "target_parameters": "adapters on parameters that are no linear layer's (a mixture's experts) are not computed",
     "trainable_token_indices": "single rows of an embedding are not trained here; modules_to_save trains all of them",
     "layer_replication": "the base would have other layers than its config.json says",
     "ensure_weight_tying": "adapters on an embedding that is the LM head as well are not computed here",
@@ -81,8 +82,8 @@ def read_config(folder: Path) -> PeftLoraConfig:
     init = values.get("init_lora_weights", True)
     if init not in SAFE_INITS and init is not None:
         raise UserError(
-            f"{file}: init_lora_weights is {json.dumps(init)}, which changes the base's weights when the adapter is loaded; convert "
-            f"it to plain LoRA (peft: path_initial_model_for_weight_conversion), or {INSTEAD}"
+            f"{file}: init_lora_weights is {json.dumps(init)}, which changes the base's weights when the adapter is "
+            f"loaded; convert it to plain LoRA (peft: path_initial_model_for_weight_conversion), or {INSTEAD}"
         )
     _check_numbers(file, values)
     drawn = {"init_lora_weights": True, "eva_config": None}  # the weights are loaded, not drawn
@@ -122,13 +123,15 @@ def find_base(folder: Path) -> Path:
 
 
 def name_base(config: PeftLoraConfig, base: Path) -> None:
-    """Write into a config where the base is: name and commit of a model from the hub, else the folder's absolute path."""
+    """Write into a config where the base is: name and commit of a model from the hub, else the
+    folder's absolute path.
+    """
     named = hub_name(base)
     name, commit = named.split("@") if named else (str(base.resolve()), None)
     config.base_model_name_or_path, config.revision = name, commit
 
 
-def _same(value: Any, field: dataclasses.Field | None) -> bool:
+def _same(value: Any, field: dataclasses.Field[Any] | None) -> bool:
     """Whether a value is as good as not given."""
     default = None if field is None or field.default is dataclasses.MISSING else field.default
     return value == default or not (value or default)

@@ -1,8 +1,8 @@
 """Which transformers architectures are trained, and why others are not.
 
-A packed forward pass that skips something (a scale after the last norm, a state carried along the row) is wrong without any error. So only
-architectures are taken whose packed losses and gradients tests/model/test_architectures.py compares with transformers' own; docs/MODELS.md
-has the table.
+A packed forward pass that skips something (a scale after the last norm, a state carried along the row) is wrong without
+any error. So only architectures are taken whose packed losses and gradients tests/model/test_architectures.py compares
+with transformers' own; docs/MODELS.md has the table.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ NOISE = ("dropout", "pdrop", "jitter_noise")
 
 
 def check(config: PreTrainedConfig, folder: Path) -> None:
-    """Raises UserError, with the reason, for a model that would be trained wrongly or is not known to be trained rightly."""
+    """Raises UserError, with the reason, for a model that would be trained wrongly or is not known to be trained
+    rightly.
+    """
     if reason := why_not(config):
         raise UserError(f"--model {folder}: a model of type {config.model_type} cannot be trained here: {reason}")
 
@@ -69,7 +71,8 @@ def why_not(config: PreTrainedConfig) -> str | None:
     if getattr(text, "use_bidirectional_attention", None):
         return "its attention is bidirectional (use_bidirectional_attention)"
     if text is not config and config.model_type not in WITH_IMAGES:
-        return f"it is multimodal, and of those only {', '.join(WITH_IMAGES)} is known to be right; give its text model alone"
+        known = f"of those only {', '.join(WITH_IMAGES)} is known to be right"
+        return f"it is multimodal, and {known}; give its text model alone"
     if config.model_type not in SUPPORTED:
         return f"its packed losses were never compared with transformers' own (those of {', '.join(SUPPORTED)} were)"
     return None
@@ -84,8 +87,8 @@ def noise_of(config: PreTrainedConfig) -> dict[str, float]:
 def as_trained(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy with dropout and router noise at 0, and without router logits, which only the auxiliary loss would want.
 
-    Losses would otherwise depend on a random state that no checkpoint keeps, and packed attention has no dropout. Almost every published
-    model has them at 0 (phi-2: 0.1).
+    Losses would otherwise depend on a random state that no checkpoint keeps, and packed attention has no dropout.
+    Almost every published model has them at 0 (phi-2: 0.1).
     """
     copied = copy.deepcopy(config)
     text = copied.get_text_config()
@@ -99,7 +102,8 @@ def as_trained(config: PreTrainedConfig) -> PreTrainedConfig:
 def experts_option(config: PreTrainedConfig) -> dict[str, str]:
     """How a mixture computes its experts: one grouped product, whatever the routing.
 
-    transformers' plain loop asks the device which experts were hit (`nonzero`), once a layer; `batched_mm` copies an expert's weights for
-    every token. The grouped product reads nothing, and gives every expert a gradient, so that ranks always reduce the same parameters.
+    transformers' plain loop asks the device which experts were hit (`nonzero`), once a layer; `batched_mm` copies an
+    expert's weights for every token. The grouped product reads nothing, and gives every expert a gradient, so that
+    ranks always reduce the same parameters.
     """
     return {"experts_implementation": "grouped_mm"} if config.model_type in MIXTURES else {}

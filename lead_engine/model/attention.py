@@ -1,7 +1,7 @@
 """Attention over packed samples, as one function that transformers calls for every layer.
 
-A micro-batch is one row of T tokens that holds many samples end to end (`cu_seqlens`); attention must be causal within a sample and
-blind across samples. Four ways, one contract:
+A micro-batch is one row of T tokens that holds many samples end to end (`cu_seqlens`); attention must be causal within
+a sample and blind across samples. Four ways, one contract:
 
 - `flash`    flash-attn's varlen kernel (CUDA or ROCm, half precision, package installed);
 - `varlen`   `torch.nn.attention.varlen` (CUDA, half precision);
@@ -17,7 +17,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +54,8 @@ class Held(NamedTuple):
 class Packing:
     """Segment bounds of one micro-batch, handed through the model to every attention layer.
 
-    cu_seqlens: int32 [segments + 1], segment s is the token range [cu_seqlens[s], cu_seqlens[s + 1]); the last one is the
-    dummy tail. max_length: no sample is longer. length: T, the token places; the flash and varlen kernels need it.
+    cu_seqlens: int32 [segments + 1], segment s is the token range [cu_seqlens[s], cu_seqlens[s + 1]); the last one is
+    the dummy tail. max_length: no sample is longer. length: T, the token places; the flash and varlen kernels need it.
     held: what is known of the micro-batch on the host; these kernels are then launched for little more.
     """
 
@@ -89,9 +89,8 @@ class Packing:
     def mask(self, length: int, window: int | None) -> Tensor:
         """Bool [length, length], True where query i may see key j: same segment, j <= i, i - j < window."""
         if torch.compiler.is_compiling():
-            return self._make_mask(
-                length, window
-            )  # in every compiled layer: one kept would be an output of that layer's graph
+            # In every compiled layer: one kept would be an output of that layer's graph.
+            return self._make_mask(length, window)
         if window not in self._masks:
             self._masks[window] = self._make_mask(length, window)
         return self._masks[window]
@@ -122,12 +121,12 @@ def _rounded(count: int, quantum: int) -> int:
 def split_tail(cu_seqlens: Tensor, length: int, max_length: int, held: Held | None = None) -> Tensor:
     """`cu_seqlens` with the dummy tail cut into pieces of at most `max_length` tokens.
 
-    The flash kernels start blocks for `max_length` tokens of every segment. Of a longer one they never write the rest: output and
-    gradients there are uninitialised memory, which reaches every weight through the projections.
+    The flash kernels start blocks for `max_length` tokens of every segment. Of a longer one they never write the rest:
+    output and gradients there are uninitialised memory, which reaches every weight through the projections.
 
-    The kernels also start blocks for every empty segment. Without `held` their number depends on the shape alone: as many
-    as there are slots, and as many pieces as the whole length could need. With it, they are what the micro-batch has, its
-    slots beyond the last sample left out, rounded up to SEGMENT_QUANTUM.
+    The kernels also start blocks for every empty segment. Without `held` their number depends on the shape alone: as
+    many as there are slots, and as many pieces as the whole length could need. With it, they are what the micro-batch
+    has, its slots beyond the last sample left out, rounded up to SEGMENT_QUANTUM.
 
     cu_seqlens: int32 [segments + 1], the last segment being the tail; length: its last value. Returns int32
     [segments + ceil(length / max_length)], or [n * SEGMENT_QUANTUM + 1] with `held`.
@@ -184,9 +183,8 @@ def packed_attention(
             f"--model: {type(module).__name__} has attention sinks, which packed attention does not compute"
         )
     kind, tracing = packing.kind, torch.compiler.is_compiling()
-    if kind == "segment" and not (
-        tracing and softcap is not None
-    ):  # soft-capped and traced: the mask's form below is the same
+    # Soft-capped and traced: the mask's form below is the same.
+    if kind == "segment" and not (tracing and softcap is not None):
         if tracing:
             return traceable_segment_attention(query, key, value, packing.cu_seqlens, scaling, sliding_window), None
         return segment_attention(query, key, value, packing.bounds(), scaling, sliding_window, softcap), None
@@ -201,10 +199,10 @@ def packed_attention(
             query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
         )
         return out.transpose(1, 2), None
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if kind == "flash":
-        return _flash(*rows, packing, scaling, sliding_window, softcap)[None], None
-    return _varlen(*rows, packing, scaling, sliding_window)[None], None
+        return _flash(q, k, v, packing, scaling, sliding_window, softcap)[None], None
+    return _varlen(q, k, v, packing, scaling, sliding_window)[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -217,9 +215,10 @@ def _flash(
 
     bounds = (packing.kernel_bounds, packing.kernel_bounds, packing.longest, packing.longest)
     size = (-1, -1) if window is None else (window - 1, 0)
-    return flash_attn_varlen_func(
+    found: Tensor = flash_attn_varlen_func(
         q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0
     )
+    return found
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None) -> Tensor:
@@ -233,7 +232,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | 
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     size = (-1 if window is None else window - 1, 0)
     cu, longest = packing.kernel_bounds, packing.longest
-    return varlen_attn(
+    attend: Callable[..., Any] = varlen_attn
+    # Without an auxiliary request it returns the output alone.
+    found: Tensor = attend(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -245,8 +246,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | 
         window_size=size,
         **extra,
     )
+    return found
 
 
-def _varlen_extras(varlen_attn: Callable) -> dict[str, bool]:
+def _varlen_extras(varlen_attn: Callable[..., Any]) -> dict[str, bool]:
     """{"enable_gqa": False} where this torch's varlen_attn takes it (2.12 and later), else {}."""
     return {"enable_gqa": False} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

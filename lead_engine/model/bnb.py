@@ -10,7 +10,9 @@ from lead_engine.base.errors import UserError
 
 
 def bitsandbytes_functional(flag: str) -> ModuleType:
-    """`bitsandbytes.functional`; importing it registers `torch.ops.bitsandbytes`. Raises UserError naming `flag` where it is missing."""
+    """`bitsandbytes.functional`; importing it registers `torch.ops.bitsandbytes`. Raises UserError naming `flag` where
+    it is missing.
+    """
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:
@@ -20,9 +22,11 @@ def bitsandbytes_functional(flag: str) -> ModuleType:
 
 
 def quieten() -> None:
-    """Drop the line that bitsandbytes logs when peft imports it on a CPU with bf16 instructions and it finds no package `kernels`.
+    """Drop the line that bitsandbytes logs when peft imports it on a CPU with bf16 instructions and it finds no package
+    `kernels`.
 
-    It speaks of a kernel for inference on 4-bit weights, which nothing here calls; without it bitsandbytes takes its own.
+    It speaks of a kernel for inference on 4-bit weights, which nothing here calls; without it bitsandbytes takes its
+    own.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "gemm_4bit_forward" not in str(record.msg)

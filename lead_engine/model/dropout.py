@@ -1,8 +1,9 @@
-"""Dropout of adapters' inputs: drawn anew for every micro-batch, as a function of (seed, step, micro-batch) and nothing else.
+"""Dropout of adapters' inputs: drawn anew for every micro-batch, as a function of (seed, step, micro-batch) and nothing
+else.
 
-The generator of torch that layers draw from is seeded before each micro-batch. So a step does not depend on how many ranks share
-it, on what was drawn before it, or on whether the run was resumed; what is recomputed in the backward pass is given the same
-numbers (recompute.py). It does depend on how samples are packed, and on the kind of device.
+The generator of torch that layers draw from is seeded before each micro-batch. So a step does not depend on how many
+ranks share it, on what was drawn before it, or on whether the run was resumed; what is recomputed in the backward pass
+is given the same numbers (recompute.py). It does depend on how samples are packed, and on the kind of device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""From the name of a model to its folder, and back from a folder of the hub's cache to the name that holds on any machine."""
+"""From the name of a model to its folder, and back from a folder of the hub's cache to the name that holds on any
+machine.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def find_model(model: str, flag: str = "--model") -> Path:
-    """The Hugging Face folder behind a folder, a run folder (its `model/`), or a hub name (ORG/NAME, ORG/NAME@REVISION).
+    """The Hugging Face folder behind a folder, a run folder (its `model/`), or a hub name (ORG/NAME,
+    ORG/NAME@REVISION).
 
-    A folder of another machine's hub cache stands for the hub name that it is of. Raises UserError if there is no such model.
+    A folder of another machine's hub cache stands for the hub name that it is of. Raises UserError if there is no such
+    model.
     """
     path = Path(model)
     for folder in (path / "model", path):
@@ -21,7 +25,8 @@ def find_model(model: str, flag: str = "--model") -> Path:
     name = model if path.exists() else hub_name(path) or model
     if path.exists() or name.startswith((".", "/", "~", "@")) or name.count("/") > 1 or not name:
         raise UserError(
-            f"{flag} {model}: holds no config.json, nor does its model/; give a model folder, a finished run or a hub name"
+            f"{flag} {model}: holds no config.json, nor does its model/; give a model folder, a finished run or a hub "
+            "name"
         )
     from huggingface_hub import constants, snapshot_download
 

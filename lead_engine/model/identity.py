@@ -28,7 +28,7 @@ VOLATILE = {
 """Keys of config files that say where something lies or who wrote it."""
 SETTLED = 2.0
 """Seconds that a file must have been left alone before its times can be trusted to change with its contents."""
-_known: dict[tuple, Parts] = {}
+_known: dict[tuple[Any, ...], Parts] = {}
 """Within this process: the weights of files, by their names, sizes, times and places on the disk."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -55,9 +56,9 @@ def build_model(
 ) -> PackedLM:
     """A PackedLM with the weights of a Hugging Face folder (an adapter folder: base and adapter).
 
-    With a mesh it is sharded (FSDP2) and every rank reads only its slices; without one it is whole. Parameters are fp32 where they are
-    trained, else in the compute dtype. max_length: longest sample in tokens. seed: of new adapter weights.
-    Raises UserError for models whose layout is not supported and for files that cannot be read.
+    With a mesh it is sharded (FSDP2) and every rank reads only its slices; without one it is whole. Parameters are fp32
+    where they are trained, else in the compute dtype. max_length: longest sample in tokens. seed: of new adapter
+    weights. Raises UserError for models whose layout is not supported and for files that cannot be read.
     """
     adapter_folder = folder if (folder / adapter.CONFIG).exists() else None
     base = weights_folder(folder)
@@ -67,11 +68,14 @@ def build_model(
     architectures.check(config, base)
     if trainable and (noise := architectures.noise_of(config)):
         say(
-            f"{base}: trained without the {', '.join(f'{name} {value:g}' for name, value in noise.items())} of its config.json"
+            f"{base}: trained without the {', '.join(f'{name} {value:g}' for name, value in noise.items())} of its "
+            "config.json"
         )
     options = {"attn_implementation": NAME, "dtype": torch.float32, **architectures.experts_option(config)}
     with init_empty_weights(include_buffers=False):  # parameters on the meta device, rotary tables real
-        hf = AutoModelForCausalLM.from_config(architectures.as_trained(config), **options)
+        hf: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            architectures.as_trained(config), **options
+        )
         if adapter_folder:
             adapter.inject(hf, read_config(adapter_folder), adapter_folder / adapter.CONFIG)
             adapter.check_options(hf, adapter_folder, lora or LoraConfig())
@@ -110,14 +114,20 @@ def load_hf(folder: Path) -> PreTrainedModel:
     device = default_device()
     dtype = choose_precision("auto", device) if device.type == "cuda" else torch.float32
     if not (folder / adapter.CONFIG).exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        return _on_device(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), device)
     base = AutoModelForCausalLM.from_pretrained(find_base(folder), dtype=dtype)
     if nf4.was_trained_on(folder):
         nf4.round_blocks(base)
-    return adapter.merge(base, folder).to(device).eval()
+    return _on_device(adapter.merge(base, folder), device)
 
 
-def load_config(folder: Path):
+def _on_device(model: Any, device: torch.device) -> PreTrainedModel:
+    """The model, for inference. transformers' annotations of `to` do not take a device."""
+    moved: PreTrainedModel = model.to(device).eval()
+    return moved
+
+
+def load_config(folder: Path) -> Any:
     """The transformers config of a folder. Raises UserError naming the file if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(folder)
@@ -135,7 +145,9 @@ def default_device() -> torch.device:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trained) parameters, a shared one counted once; global sizes where they are sharded. In 4 bits a weight counts as one, too."""
+    """(all, trained) parameters, a shared one counted once; global sizes where they are sharded. In 4 bits a weight
+    counts as one, too.
+    """
     parameters = list(model.parameters())
     extra = sum(
         layer.in_features * layer.out_features - layer.weight.numel() - layer.scale_codes.numel()

@@ -20,8 +20,8 @@ from lead_engine.pool.end_of_turn import write_stop_tokens
 def run(config: MergeConfig) -> None:
     """Write OUT as a plain Hugging Face model. Raises UserError if RUN holds no adapter or OUT exists.
 
-    An adapter that was trained on a base in 4 bits is merged into that base, dequantised, and not into the checkpoint it came from: the
-    adapter was fitted to the rounded weights, and OUT has the losses that training and `eval` showed.
+    An adapter that was trained on a base in 4 bits is merged into that base, dequantised, and not into the checkpoint
+    it came from: the adapter was fitted to the rounded weights, and OUT has the losses that training and `eval` showed.
     """
     folder = find_model(str(config.run), "RUN")
     if not (folder / adapter.CONFIG).exists():

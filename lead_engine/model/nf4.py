@@ -1,9 +1,10 @@
 """Frozen linear layers in 4 bits (NF4 with double quantisation, QLoRA, arXiv 2305.14314), sharded by FSDP2.
 
-bitsandbytes keeps what it takes to read its 4-bit weights in attributes of a tensor subclass, which unsharding loses. Here all of it is
-plain tensors of the module. Blocks of 64 weights lie within a row and FSDP shards rows, so every rank quantises its own rows of the
-checkpoint; the second quantisation, of the blocks' scales, spans the whole weight: they are gathered for it, a 64th of the weight. So the
-result does not depend on the number of ranks, and is what `bitsandbytes.nn.Linear4bit(compress_statistics=True, quant_type="nf4")` holds.
+bitsandbytes keeps what it takes to read its 4-bit weights in attributes of a tensor subclass, which unsharding loses.
+Here all of it is plain tensors of the module. Blocks of 64 weights lie within a row and FSDP shards rows, so every rank
+quantises its own rows of the checkpoint; the second quantisation, of the blocks' scales, spans the whole weight: they
+are gathered for it, a 64th of the weight. So the result does not depend on the number of ranks, and is what
+`bitsandbytes.nn.Linear4bit(compress_statistics=True, quant_type="nf4")` holds.
 
 Memory: 4 bits a weight, 8 / 64 of its block's scale, 32 / (64 x 256) of the scale's scale: 4.127 bits.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lead_engine.base.errors import UserError
 from lead_engine.model.bnb import bitsandbytes_functional
-from lead_engine.model.shards import local_part, whole
+from lead_engine.model.shards import local_part, shards_integers, whole
 
 FLAG = "--lora.quantize nf4"
 CONFIG = "quantization_config.json"
-"""Beside an adapter that was trained on a 4-bit base: the arguments of `transformers.BitsAndBytesConfig` that load that base."""
+"""Beside an adapter that was trained on a 4-bit base: the arguments of `transformers.BitsAndBytesConfig` that load that
+base.
+"""
 _BLOCK, _NESTED_BLOCK = 64, 256
 
 Rows = Callable[[Tensor, tuple[slice, slice]], None]
@@ -35,8 +39,9 @@ Rows = Callable[[Tensor, tuple[slice, slice]], None]
 class NF4Linear(nn.Linear):
     """y = x W^T + bias with W [out, in] in 4 bits, both frozen: gradients reach x alone. Computes in x's dtype.
 
-    `weight` and `scale_codes` are parameters, so that FSDP shards and gathers them (as they are: mixed precision casts floats only). The
-    buffers are the same on all ranks; they are worked out again from the checkpoint whenever the model is built.
+    `weight` and `scale_codes` are parameters, so that FSDP shards and gathers them (as they are: mixed precision casts
+    floats only). The buffers are the same on all ranks; they are worked out again from the checkpoint whenever the
+    model is built.
     """
 
     scale_scales: Tensor
@@ -54,16 +59,18 @@ class NF4Linear(nn.Linear):
         """uint8 [out, in / 2]: two weights' codes a byte."""
         self.scale_codes = nn.Parameter(scales, requires_grad=False)
         """uint8 [out, in / 64]: of the blocks' largest magnitudes."""
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]  # nn.Linear declares it as never None
         nested = -(-scales.numel() // _NESTED_BLOCK)
         self.register_buffer("scale_scales", torch.zeros(nested), persistent=False)
         self.register_buffer("scale_offset", torch.zeros(()), persistent=False)
         self.register_buffer("levels", _levels(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(
+        # torch does not annotate Function.apply.
+        product: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             x, self.bias, self.weight, self.scale_codes, self.scale_scales, self.scale_offset, self.levels
         )
+        return product
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,7 +102,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         bias: Tensor | None,
         codes: Tensor,
@@ -110,8 +117,12 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(x, dequantize(*weight, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inward = gradient @ dequantize(*ctx.saved_tensors, gradient.dtype) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inward = None
+        if ctx.needs_input_grad[0]:
+            codes, scale_codes, scale_scales, scale_offset, levels = ctx.saved_tensors
+            weight = dequantize(codes, scale_codes, scale_scales, scale_offset, levels, gradient.dtype)
+            inward = gradient @ weight
         return inward, None, None, None, None, None, None
 
 
@@ -123,7 +134,11 @@ def dequantize(
     scales = torch.ops.bitsandbytes.dequantize_blockwise(
         scale_codes.reshape(-1), scale_scales, levels, _NESTED_BLOCK, torch.float32
     )
-    return torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), scales + scale_offset, _BLOCK, "nf4", shape, dtype)
+    whole_scales = scales + scale_offset
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        codes.view(-1, 1), whole_scales, _BLOCK, "nf4", shape, dtype
+    )
+    return weight
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,16 +170,18 @@ def _whole(local: Tensor, like: Tensor) -> Tensor:
 
 def _levels() -> Tensor:
     """The 256 numbers that codes of scales stand for."""
-    return bitsandbytes_functional(FLAG).create_dynamic_map(signed=True)
+    levels: Tensor = bitsandbytes_functional(FLAG).create_dynamic_map(signed=True)
+    return levels
 
 
 def quantize_blocks(model: PreTrainedModel, *, sharded: bool) -> None:
-    """Put an NF4Linear, not yet filled, in the place of every frozen linear layer of the decoder's blocks; what is trained stays as it is.
+    """Put an NF4Linear, not yet filled, in the place of every frozen linear layer of the decoder's blocks; what is
+    trained stays as it is.
 
-    Raises UserError where bitsandbytes is missing, where torch's FSDP cannot shard integers, and for blocks whose weights cannot all be
-    quantised.
+    Raises UserError where bitsandbytes is missing, where torch's FSDP cannot shard integers, and for blocks whose
+    weights cannot all be quantised.
     """
-    if sharded and torch.__version__ < (2, 12):
+    if sharded and not shards_integers():
         raise UserError(
             f"{FLAG}: FSDP shards and offloads integers from torch 2.12 on, and this is {torch.__version__}; "
             "train on one rank without --runtime.offload, or pip install 'torch>=2.12'"
@@ -176,7 +193,9 @@ def quantize_blocks(model: PreTrainedModel, *, sharded: bool) -> None:
 
 @torch.no_grad()
 def round_blocks(model: PreTrainedModel) -> None:
-    """Replace the weights that `quantize_blocks` would quantise by what they are in 4 bits, in their own dtype, in place."""
+    """Replace the weights that `quantize_blocks` would quantise by what they are in 4 bits, in their own dtype, in
+    place.
+    """
     levels = _levels()
     for _, layer in _linear_layers(model):
         codes, scales = _quantize(layer.weight.float())
@@ -189,14 +208,14 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 
     Raises UserError for those that NF4 cannot hold.
     """
-    blocks = model.get_decoder().layers
+    blocks = model.get_decoder().layers  # type: ignore[no-untyped-call]  # transformers has no annotations here
     prefix = next(name for name, module in model.named_modules() if module is blocks)
     names = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
     for name, parameter in blocks.named_parameters():
         if parameter.ndim >= 2 and "lora_" not in name and name.rpartition(".")[0] not in names:
             raise UserError(
-                f"{FLAG}: {prefix}.{name} is a weight {list(parameter.shape)} of no linear layer (a mixture's experts?), "
-                "which bitsandbytes cannot quantise; train this model with --lora.quantize none"
+                f"{FLAG}: {prefix}.{name} is a weight {list(parameter.shape)} of no linear layer (a mixture's "
+                "experts?), which bitsandbytes cannot quantise; train this model with --lora.quantize none"
             )
     for name in names:
         layer = blocks.get_submodule(name)
@@ -204,8 +223,8 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
             continue
         if layer.in_features % _BLOCK:
             raise UserError(
-                f"{FLAG}: {prefix}.{name.removesuffix('.base_layer')} has {layer.in_features} inputs, no multiple of {_BLOCK}, the weights "
-                "that share a scale; train this model with --lora.quantize none"
+                f"{FLAG}: {prefix}.{name.removesuffix('.base_layer')} has {layer.in_features} inputs, no multiple of "
+                f"{_BLOCK}, the weights that share a scale; train this model with --lora.quantize none"
             )
         yield f"{prefix}.{name}", layer
 
@@ -222,7 +241,7 @@ def was_trained_on(folder: Path | None) -> bool:
 
 def write_config(folder: Path, dtype: torch.dtype) -> None:
     """Say beside an adapter that its base is in 4 bits."""
-    config = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")

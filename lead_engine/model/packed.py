@@ -1,11 +1,15 @@
-"""A Hugging Face causal language model whose forward takes a packed micro-batch and returns the loss, a sample at a time.
+"""A Hugging Face causal language model whose forward takes a packed micro-batch and returns the loss, a sample at a
+time.
 
-The final norm and the LM head become one module whose forward *is* the loss, applied to the rows that predict a response token
-and to no others. Under FSDP it is a unit of its own, so the head's weight is an ordinary unsharded tensor while the loss op reads
-it (taking `full_tensor()` of a sharded weight instead gives a wrong gradient under mixed precision).
+The final norm and the LM head become one module whose forward *is* the loss, applied to the rows that predict a
+response token and to no others. Under FSDP it is a unit of its own, so the head's weight is an ordinary unsharded
+tensor while the loss op reads it (taking `full_tensor()` of a sharded weight instead gives a wrong gradient under mixed
+precision).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +29,8 @@ FINAL_NORMS = ("norm", "final_layernorm")
 class LossHead(nn.Module):
     """Final norm, LM head (and its adapter, if it has one) and cross-entropy.
 
-    keep_gradient: keep the normed rows and, after the backward pass, the loss gradient there (for the exact inner product).
+    keep_gradient: keep the normed rows and, after the backward pass, the loss gradient there (for the exact inner
+    product).
     """
 
     def __init__(
@@ -38,7 +43,9 @@ class LossHead(nn.Module):
         chunk_bytes: int | None,
     ):
         super().__init__()
-        self.norm, self.projection = norm, projection
+        self.norm = norm
+        self.projection: Any = projection
+        """nn.Linear, or peft's layer around one."""
         self.softcap, self.logit_scale, self.chunk_bytes = softcap, logit_scale, chunk_bytes
         self.keep_gradient = False
         self.hidden_RH: Tensor | None = None
@@ -79,18 +86,21 @@ class LossHead(nn.Module):
 class PackedLM(nn.Module):
     """decoder (embedding and blocks of a transformers model) followed by a LossHead.
 
-    Parameter names are `decoder.*`, `head.norm.*` and `head.projection.*`; `checkpoint_names` maps them to Hugging Face's.
-    `stored` says where they lie in the checkpoint that they were loaded from.
+    Parameter names are `decoder.*`, `head.norm.*` and `head.projection.*`; `checkpoint_names` maps them to Hugging
+    Face's. `stored` says where they lie in the checkpoint that they were loaded from.
     """
 
     def __init__(self, model: PreTrainedModel, *, attention: str, max_length: int, chunk_bytes: int | None):
         super().__init__()
-        decoder, projection = model.get_decoder(), model.get_output_embeddings()
+        # Attributes of transformers' decoders vary with the architecture, so mypy cannot know them.
+        decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+        projection: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         final_norm = next((name for name in FINAL_NORMS if hasattr(decoder, name)), FINAL_NORMS[0])
         for name in (final_norm, "layers", "embed_tokens"):
             if not hasattr(decoder, name):
                 raise UserError(
-                    f"--model: a {model.config.model_type} model has no decoder.{name}; Llama-like decoders are supported"
+                    f"--model: a {model.config.model_type} model has no decoder.{name}; Llama-like decoders are "
+                    "supported"
                 )
         if not isinstance(adapter.base_layer(projection), nn.Linear):
             kind = type(projection).__name__
@@ -99,8 +109,9 @@ class PackedLM(nn.Module):
             )
         self.config, self.generation_config = model.config, model.generation_config
         self.peft_config = getattr(model, "peft_config", {}).get("default")
-        self.stored: Layout | None = None
-        self.compute_dtype: torch.dtype | None = None
+        self.stored: Layout
+        """Set by `weights.load`."""
+        self.compute_dtype = torch.float32
         self.transforms, self.base_prefix = get_model_conversion_mapping(model), model.base_model_prefix
         within = {module: name for name, module in model.named_modules()}
         norm = getattr(decoder, final_norm)
@@ -111,7 +122,7 @@ class PackedLM(nn.Module):
         self.keeps_gathered = False
         """Whether sharded weights stay gathered from a step's first micro-batch to its last."""
         setattr(decoder, final_norm, nn.Identity())
-        self.decoder = decoder
+        self.decoder: Any = decoder
         text = model.config.get_text_config()
         self.head = LossHead(
             norm,
@@ -126,15 +137,15 @@ class PackedLM(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        return self.config.get_text_config().hidden_size
+        return int(self.config.get_text_config().hidden_size)
 
     @property
     def tied(self) -> bool:
         return self.head.projection.weight is self.decoder.embed_tokens.weight
 
     def hidden(self, batch: PackedBatch, held: Held | None = None) -> Tensor:
-        """Last block's output, before the final norm: [T, H]. held: what the host knows of the batch, whose samples then
-        lie in its first slots; with it no attention kernel is launched for slots that are empty.
+        """Last block's output, before the final norm: [T, H]. held: what the host knows of the batch, whose samples
+        then lie in its first slots; with it no attention kernel is launched for slots that are empty.
         """
         # Compiled blocks take the shapes that every micro-batch has: others would be compiled anew.
         known = None if self.compiled else held
@@ -146,7 +157,8 @@ class PackedLM(nn.Module):
             return_dict=True,
             packing=packing,
         )
-        return output.last_hidden_state[0]
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
 
     def forward(
         self,
@@ -156,13 +168,16 @@ class PackedLM(nn.Module):
         signature: tuple[Tensor, Tensor] | None = None,
         held: Held | None = None,
     ) -> HeadLoss:
-        """Loss of one micro-batch; see `lead_kernels.linear_cross_entropy` for the result (its T is the batch's R rows here), and
-        `hidden` for `held`.
+        """Loss of one micro-batch; see `lead_kernels.linear_cross_entropy` for the result (its T is the batch's R rows
+        here), and `hidden` for `held`.
         """
-        return self.head(self.hidden(batch, held), batch, token_weight, signature)
+        head_loss: HeadLoss = self.head(self.hidden(batch, held), batch, token_weight, signature)
+        return head_loss
 
     def checkpoint_names(self) -> dict[str, str]:
-        """Name of a parameter or persistent buffer -> its name in transformers; adapters' own keep a name with `lora_` in it."""
+        """Name of a parameter or persistent buffer -> its name in transformers; adapters' own keep a name with `lora_`
+        in it.
+        """
         parameters = [name for name, _ in self.named_parameters(remove_duplicate=False)]
         return {name: self._checkpoint_name(name) for name in (*parameters, *self.persistent_buffers())}
 
@@ -178,7 +193,7 @@ class PackedLM(nn.Module):
     def _checkpoint_name(self, name: str) -> str:
         for ours, theirs in self._names.items():
             if name.startswith(f"{ours}."):
-                return theirs + name.removeprefix(ours).replace(".base_layer.", ".")
+                return str(theirs) + name.removeprefix(ours).replace(".base_layer.", ".")
         raise AssertionError(name)
 
 

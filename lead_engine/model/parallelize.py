@@ -14,12 +14,15 @@ from lead_engine.base.errors import UserError
 from lead_engine.config import RuntimeConfig
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.recompute import recompute
+from lead_engine.model.shards import shards_integers
 
 
 def parallelize(
     model: PackedLM, runtime: RuntimeConfig, dtype: torch.dtype, mesh: DeviceMesh | None, *, trainable: bool = True
 ) -> None:
-    """Wrap a model in place, from the inside out: blocks recomputed and compiled (where it is trained), sharded (with a mesh)."""
+    """Wrap a model in place, from the inside out: blocks recomputed and compiled (where it is trained), sharded (with a
+    mesh).
+    """
     model.compiled = trainable and runtime.compile
     for block in model.decoder.layers if trainable else ():
         recompute(block, runtime.checkpointing)
@@ -32,9 +35,9 @@ def parallelize(
 def compile_block(block: nn.Module) -> None:
     """Compile a block's forward pass, in place: the hooks that FSDP puts around the call stay outside.
 
-    The whole forward is one graph, recomputation included, or the run stops with the compiler's reason; blocks of one shape share one
-    compilation, and a micro-batch's shapes never change. What varies with it, the head's rows, is outside the blocks.
-    The first forward pass raises UserError if the block cannot be compiled.
+    The whole forward is one graph, recomputation included, or the run stops with the compiler's reason; blocks of one
+    shape share one compilation, and a micro-batch's shapes never change. What varies with it, the head's rows, is
+    outside the blocks. The first forward pass raises UserError if the block cannot be compiled.
     """
     from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
@@ -53,23 +56,32 @@ def compile_block(block: nn.Module) -> None:
 
 
 def shard(model: PackedLM, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
-    """FSDP2 over `mesh`, in place: fp32 master weights, `dtype` compute, fp32 gradient reduction. Two dimensions: (replicas, shards).
+    """FSDP2 over `mesh`, in place: fp32 master weights, `dtype` compute, fp32 gradient reduction. Two dimensions:
+    (replicas, shards).
 
-    The order is the order of wrapping: blocks first, then the head (with the embedding where they share a weight: a shared
-    parameter must belong to one unit), then the root, which takes what is left.
-    offload: parameters, gradients and with them the optimizer's state stay in host memory, pinned where there is a GPU to copy to.
+    The order is the order of wrapping: blocks first, then the head (with the embedding where they share a weight: a
+    shared parameter must belong to one unit), then the root, which takes what is left. offload: parameters, gradients
+    and with them the optimizer's state stay in host memory, pinned where there is a GPU to copy to.
     """
     # Inputs are not cast: the batch is integers, and the token weight and the sketch must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     head = [model.decoder.embed_tokens, model.head] if model.tied else model.head
     units = [*model.decoder.layers, head, model]
-    # Before torch 2.12 FSDP takes no integers. On one rank there is nothing to shard, so 4-bit weights can stay out of it.
-    integers = {p for p in model.parameters() if not p.is_floating_point()} if torch.__version__ < (2, 12) else None
+    # Where FSDP takes no integers, 4-bit weights stay out of it: on one rank there is nothing to shard.
+    integers = None
+    if not shards_integers():
+        integers = {p for p in model.parameters() if not p.is_floating_point()}
     for unit in units:
         # The head's backward follows its forward at once, so freeing its weight in between would only gather it again.
-        wanted = {"mp_policy": policy, "offload_policy": place, "ignored_params": integers}
-        fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not head, **wanted)
+        fully_shard(
+            unit,
+            mesh=mesh,
+            reshard_after_forward=unit is not head,
+            mp_policy=policy,
+            offload_policy=place,
+            ignored_params=integers,
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if mesh.size() == 1:  # nothing to sum; a factor, 1 too, costs a pass over the gradients, a buffer another
@@ -101,17 +113,18 @@ class _OneBuffer:
 def keep_gathered(model: PackedLM) -> None:
     """Let a sharded model gather its weights once an optimizer step instead of twice a micro-batch, in place.
 
-    Gathering casts the fp32 weights to the compute dtype, on one rank too. Units stay gathered from a step's first forward pass to its
-    last backward pass (`end_of_step`), before the optimizer changes the weights: the next step's copies are made anew.
+    Gathering casts the fp32 weights to the compute dtype, on one rank too. Units stay gathered from a step's first
+    forward pass to its last backward pass (`end_of_step`), before the optimizer changes the weights: the next step's
+    copies are made anew.
     """
-    assert isinstance(model, FSDPModule)
+    assert isinstance(model, FSDPModule)  # `fully_shard` changes a module's class in place
     model.set_reshard_after_forward(False)
     model.keeps_gathered = True
 
 
 def end_of_step(model: PackedLM, last: bool) -> None:
-    """Tell a sharded model, before a micro-batch's backward pass, whether the step ends with it: then gradients are reduced, and units
-    that stay gathered are freed.
+    """Tell a sharded model, before a micro-batch's backward pass, whether the step ends with it: then gradients are
+    reduced, and units that stay gathered are freed.
     """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
@@ -121,7 +134,7 @@ def end_of_step(model: PackedLM, last: bool) -> None:
 
 def gathered_bytes(model: PackedLM) -> int:
     """What the gathered weights of all units take on one rank, in the compute dtype."""
-    dtype = model.compute_dtype or torch.float32
+    dtype = model.compute_dtype
     sizes = (p.numel() * (dtype.itemsize if p.is_floating_point() else p.element_size()) for p in model.parameters())
     return sum(sizes)
 

@@ -1,11 +1,12 @@
-"""Activation checkpointing: which of a block's activations are kept for the backward pass, and which are computed again.
+"""Activation checkpointing: which of a block's activations are kept for the backward pass, and which are computed
+again.
 
-`full` keeps a block's input and nothing else. `selective` also keeps what costs most to compute, the outputs of matrix products and of
-attention kernels, and computes norms, rotary embeddings and elementwise work again. Gradients are those of `none`, bit for bit in eager
-mode: the same operations see the same numbers twice.
+`full` keeps a block's input and nothing else. `selective` also keeps what costs most to compute, the outputs of matrix
+products and of attention kernels, and computes norms, rotary embeddings and elementwise work again. Gradients are those
+of `none`, bit for bit in eager mode: the same operations see the same numbers twice.
 
-`block.forward` is replaced, not the block: parameter names stay, and the hooks that FSDP puts around the call stay outside of what runs
-twice (they would gather the block's parameters twice).
+`block.forward` is replaced, not the block: parameter names stay, and the hooks that FSDP puts around the call stay
+outside of what runs twice (they would gather the block's parameters twice).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._flash_attention_forward.default,
 }
-"""Operators whose outputs `selective` keeps. Not bmm and baddbmm: those make attention scores, of which there are L x L."""
+"""Operators whose outputs `selective` keeps. Not bmm and baddbmm: those make attention scores, of which there are L x
+L.
+"""
 KEPT_BY_NAME = (
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
@@ -43,10 +46,13 @@ KEPT_BY_NAME = (
 
 
 def recompute(block: nn.Module, mode: Checkpointing) -> None:
-    """Make `block` recompute in its backward pass, in place; `none` leaves it alone. Forward passes without gradients run as they are."""
+    """Make `block` recompute in its backward pass, in place; `none` leaves it alone. Forward passes without gradients
+    run as they are.
+    """
     if mode == "none":
         return
-    # The second forward pass must be given the first one's random numbers, if there are any: it costs a copy of the generator's state.
+    # The second forward pass must be given the first one's random numbers, if there are any: it costs a copy of the
+    # generator's state.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(block)}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)

@@ -1,11 +1,13 @@
 """Rotary embeddings whose frequencies depend on the length of the sequence, for rows that hold many sequences.
 
-transformers looks at the largest position in the whole call, so a long sample would change the frequencies of its short neighbours.
+transformers looks at the largest position in the whole call, so a long sample would change the frequencies of its short
+neighbours.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from lead_engine.base.errors import UserError
 
 
 def settle_rope(decoder: nn.Module, max_length: int) -> None:
-    """Make every rotary embedding of a decoder the one that each sample would get alone, in place. max_length: longest sample in tokens.
+    """Make every rotary embedding of a decoder the one that each sample would get alone, in place. max_length: longest
+    sample in tokens.
 
     Raises UserError where that cannot be had.
     """
@@ -28,8 +31,9 @@ def settle_rope(decoder: nn.Module, max_length: int) -> None:
         if kinds == "dynamic":
             if max_length > module.original_max_seq_len:
                 raise UserError(
-                    f"--model: its dynamic rotary embeddings change with samples longer than {module.original_max_seq_len} tokens, and the "
-                    f"pool has one of {max_length}: prepare it with --max-length {module.original_max_seq_len}"
+                    "--model: its dynamic rotary embeddings change with samples longer than "
+                    f"{module.original_max_seq_len} tokens, and the pool has one of {max_length}: prepare it with "
+                    f"--max-length {module.original_max_seq_len}"
                 )
             module.rope_type = "default"  # within that length they are constant
         elif kinds == "longrope":
@@ -42,9 +46,11 @@ def settle_rope(decoder: nn.Module, max_length: int) -> None:
 
 
 class LongRope(nn.Module):
-    """Longrope (Phi-3) a sample at a time: one set of frequencies for samples of up to `limit` tokens, another for longer ones."""
+    """Longrope (Phi-3) a sample at a time: one set of frequencies for samples of up to `limit` tokens, another for
+    longer ones.
+    """
 
-    def __init__(self, rotary: nn.Module, limit: int):
+    def __init__(self, rotary: Any, limit: int):
         super().__init__()
         rotary.rope_type, self.limit = "default", limit
         self.short, self.long = rotary, copy.deepcopy(rotary)
@@ -56,7 +62,6 @@ class LongRope(nn.Module):
         sample = (position_ids == 0).long().cumsum(-1)
         last = position_ids.new_zeros(1, position_ids.shape[1] + 1).scatter_reduce(1, sample, position_ids, "amax")
         is_long = (last.gather(1, sample) >= self.limit)[..., None]
-        return tuple(
-            torch.where(is_long, *both)
-            for both in zip(self.long(x, position_ids), self.short(x, position_ids), strict=True)
-        )
+        long_cos, long_sin = self.long(x, position_ids)
+        short_cos, short_sin = self.short(x, position_ids)
+        return torch.where(is_long, long_cos, short_cos), torch.where(is_long, long_sin, short_sin)

@@ -20,7 +20,8 @@ from lead_engine.base.fingerprint import Parts
 from lead_engine.model import adapter, nf4, weights
 from lead_engine.model.adapter_config import name_base
 from lead_engine.model.packed import PackedLM
-from lead_engine.model.stored import Checkpoint, Layout
+from lead_engine.model.shards import whole
+from lead_engine.model.stored import Checkpoint, Layout, Piece
 from lead_engine.pool.end_of_turn import write_stop_tokens
 
 BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -38,12 +39,11 @@ def save_model(
 ) -> None:
     """Write `folder` (model or adapter, config, tokenizer); a collective over all ranks, files by rank 0.
 
-    The folder appears whole: it is written beside its place and renamed. A whole model has the files, names and dtypes of the checkpoint
-    that it was loaded from; tensors there that the model does not use (a vision tower, say) are copied. generation_config.json stops at
-    the end of turn that the tokenizer's chat template writes, too; in an adapter's folder it is for those who read it: transformers and
-    peft take the base's.
-    parts: what the model was loaded from (`identity.model_parts`), noted beside an adapter: without its base it is
-    worth nothing.
+    The folder appears whole: it is written beside its place and renamed. A whole model has the files, names and dtypes
+    of the checkpoint that it was loaded from; tensors there that the model does not use (a vision tower, say) are
+    copied. generation_config.json stops at the end of turn that the tokenizer's chat template writes, too; in an
+    adapter's folder it is for those who read it: transformers and peft take the base's. parts: what the model was
+    loaded from (`identity.model_parts`), noted beside an adapter: without its base it is worth nothing.
     """
     building = folder.with_name(folder.name + ".writing")
     if model.peft_config is not None:
@@ -70,6 +70,7 @@ def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> Non
         _begin(building)
         save_file(tensors, building / adapter.WEIGHTS, {"format": "pt"})
         config = model.peft_config
+        assert config is not None
         name_base(config, model.stored.folder)
         config.inference_mode = True
         config.save_pretrained(building)
@@ -78,10 +79,12 @@ def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> Non
 
 
 def _save_whole(model: PackedLM, building: Path, rank: int) -> None:
-    """One parameter is whole at a time, on the device, and on rank 0's host only the files that are begun and not finished."""
+    """One parameter is whole at a time, on the device, and on rank 0's host only the files that are begun and not
+    finished.
+    """
     aliases, files = weights.aliases_of(model), _Files(building, model.stored) if rank == 0 else None
     for name, tensor in weights.base_tensors(model):
-        value = weights.whole(tensor)
+        value = whole(tensor)
         if files is not None:
             files.add([piece for alias in aliases[name] for piece in model.stored.pieces.get(alias, [])], value)
     if files is not None:
@@ -108,7 +111,7 @@ class _Files:
         self.failure: Exception | None = None
         self._try(_begin, folder)
 
-    def add(self, pieces: list, value: Tensor) -> None:
+    def add(self, pieces: list[Piece], value: Tensor) -> None:
         for piece in pieces if self.failure is None else ():
             file = self.stored.file_of[piece.name]
             part = value[piece.index].to("cpu", self.stored.dtype_of[piece.name], copy=True).contiguous()
@@ -125,7 +128,9 @@ class _Files:
             self.begun.clear()
 
     def finish(self) -> None:
-        """Files of which nothing was trained, and the index. Raises OSError, SafetensorError or UserError for what could not be written."""
+        """Files of which nothing was trained, and the index. Raises OSError, SafetensorError or UserError for what
+        could not be written.
+        """
         if self.failure is not None:
             raise self.failure
         files = dict.fromkeys(self.stored.file_of.values())

@@ -1,6 +1,8 @@
-"""Losses of a store's samples under a model: forward passes only, over packed micro-batches, on one rank or dealt to many.
+"""Losses of a store's samples under a model: forward passes only, over packed micro-batches, on one rank or dealt to
+many.
 
-`prepare`, `eval`, the methods that score the pool again, and the held-out losses of a run in training all go through here.
+`prepare`, `eval`, the methods that score the pool again, and the held-out losses of a run in training all go through
+here.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ ROW_QUANTUM = 128
 def score_store(
     model: PackedLM, store: TokenStore, ids: Tensor | None = None, *, batch: BatchConfig, description: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(mean NLL per response token fp32 [n], response tokens int64 [n]) of the samples `ids` (int64 [n]; default: all), on the CPU.
+    """(mean NLL per response token fp32 [n], response tokens int64 [n]) of the samples `ids` (int64 [n]; default: all),
+    on the CPU.
 
     For a model that this process has whole; `score_together` is for one that ranks share.
     description: text of a progress bar over tokens; None shows none.
@@ -51,11 +54,12 @@ def score_together(
     description: str | None = None,
     before_each: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Mean NLL per response token of the samples `ids` (int64 [n], on the host): fp32 [n] on the store's device, alike on all ranks.
+    """Mean NLL per response token of the samples `ids` (int64 [n], on the host): fp32 [n] on the store's device, alike
+    on all ranks.
 
-    Micro-batches are dealt to the ranks in turn. Under FSDP a forward pass gathers parameters, so all ranks do equally many; the last may
-    be empty. Every micro-batch is the same whatever the number of ranks, and so are the results but for rounding.
-    before_each: called before every micro-batch.
+    Micro-batches are dealt to the ranks in turn. Under FSDP a forward pass gathers parameters, so all ranks do equally
+    many; the last may be empty. Every micro-batch is the same whatever the number of ranks, and so are the results but
+    for rounding. before_each: called before every micro-batch.
     """
     _check_vocabulary(model, store)
     groups = _groups(store, ids, batch)
@@ -114,8 +118,9 @@ def _check_vocabulary(model: PackedLM, store: TokenStore) -> None:
 def forward_only(model: PackedLM, longest: int) -> Iterator[None]:
     """Forward passes that leave nothing behind: no gradients, no dropout; samples may have `longest` tokens.
 
-    Afterwards every module is in the mode it was in, and FSDP's units are sharded again: one that keeps its parameters gathered until a
-    backward pass (the head) would otherwise show the gathered copy, in the compute dtype, to whoever looks at the model next.
+    Afterwards every module is in the mode it was in, and FSDP's units are sharded again: one that keeps its parameters
+    gathered until a backward pass (the head) would otherwise show the gathered copy, in the compute dtype, to whoever
+    looks at the model next.
     """
     training, bound = [module for module in model.modules() if module.training], model.max_length
     model.eval()
@@ -164,7 +169,9 @@ def _groups(store: TokenStore, ids: Tensor, batch: BatchConfig) -> list[np.ndarr
 
 
 def num_rows(rows: np.ndarray) -> int:
-    """Rows of a micro-batch whose samples have `rows` response tokens, rounded up so that the head sees few different shapes."""
+    """Rows of a micro-batch whose samples have `rows` response tokens, rounded up so that the head sees few different
+    shapes.
+    """
     return -(-max(1, int(rows.sum())) // ROW_QUANTUM) * ROW_QUANTUM
 
 

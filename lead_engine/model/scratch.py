@@ -31,7 +31,8 @@ def is_scratch(model: str) -> bool:
 def make_scratch(
     model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_length: int = 4096
 ) -> None:
-    """Write a randomly initialised model and its tokenizer to `folder` in Hugging Face format; the folder appears whole.
+    """Write a randomly initialised model and its tokenizer to `folder` in Hugging Face format; the folder appears
+    whole.
 
     Raises UserError for an unknown name.
     """
@@ -55,9 +56,9 @@ def make_scratch(
     building = folder.with_name(folder.name + ".writing")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        built = LlamaForCausalLM(config)
     ends = [tokenizer.eos_token_id, tokenizer.get_vocab().get(TEXT_END)]  # of a turn, of a document of `pretrain`
-    model.generation_config.eos_token_id = sorted({end for end in ends if end is not None}) or None
-    model.save_pretrained(building)
+    built.generation_config.eos_token_id = sorted({end for end in ends if end is not None}) or None
+    built.save_pretrained(building)
     tokenizer.save_pretrained(building)
     publish(building, folder)

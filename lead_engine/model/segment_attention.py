@@ -1,8 +1,11 @@
-"""Attention over packed samples one sample at a time, for the CPU: reading the segments' bounds waits for nothing there."""
+"""Attention over packed samples one sample at a time, for the CPU: reading the segments' bounds waits for nothing
+there.
+"""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +28,14 @@ def segment_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    # split (whose backward is one cat) instead of slices (each of whose backwards would fill a whole [T] gradient with zeros)
-    parts = list(zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True))
+    # split (whose backward is one cat) instead of slices (each of whose backwards would fill a whole [T] gradient with
+    # zeros)
+    parts = list(zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True))
     tail = parts.pop()
     outputs = [_causal(q, k, v, scaling, window, softcap) for q, k, v in parts if q.shape[2]]
     if tail[0].shape[2]:
-        # The dummy segment: nobody reads it, but it must hang on all three. In an empty micro-batch their projections would otherwise
-        # get no gradient at all, and FSDP's ranks would reduce tensors of different sizes.
+        # The dummy segment: nobody reads it, but it must hang on all three. In an empty micro-batch their projections
+        # would otherwise get no gradient at all, and FSDP's ranks would reduce tensors of different sizes.
         outputs.append(sum(tail).mul(0.0))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -49,8 +53,8 @@ def _causal(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=scaling)
     if q.dtype == torch.float32 or length > 512:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    # The CPU's bf16 flash kernel spends most of its backward pass on a fixed cost: at 128 tokens, forward and backward take 1.6 ms
-    # there and 0.4 ms as plain matrix products (fp32: 0.6 and 0.6). At 512 the two meet.
+    # The CPU's bf16 flash kernel spends most of its backward pass on a fixed cost: at 128 tokens, forward and backward
+    # take 1.6 ms there and 0.4 ms as plain matrix products (fp32: 0.6 and 0.6). At 512 the two meet.
     hidden = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
     scores = torch.baddbmm(
         hidden, q[0], k[0].transpose(1, 2), alpha=q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -62,7 +66,9 @@ def _causal(
 def traceable_segment_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    """The same as one operator, which torch.compile takes into its graph unopened: a loop over bounds cannot be traced."""
+    """The same as one operator, which torch.compile takes into its graph unopened: a loop over
+    bounds cannot be traced.
+    """
     return segment_attention(query, key, value, cu_seqlens.tolist(), scaling, window).contiguous()
 
 
@@ -105,10 +111,10 @@ def _backward(
         of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * scale
         parts = (of_scores @ k, of_scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ upstream)
         for whole, part in zip(found, parts, strict=True):
-            whole[0, :, start:end] = part.view(whole.shape[1], -1, *part.shape[1:]).sum(
-                1
-            )  # grouped heads share their keys and values
-    return tuple(whole.to(query.dtype) for whole in found)
+            # Grouped heads share their keys and values.
+            whole[0, :, start:end] = part.view(whole.shape[1], -1, *part.shape[1:]).sum(1)
+    of_query, of_key, of_value = (whole.to(query.dtype) for whole in found)
+    return of_query, of_key, of_value
 
 
 @_backward.register_fake
@@ -121,15 +127,15 @@ def _(
     scaling: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, key, value, cu_seqlens, ctx.scaling, ctx.window = inputs
     ctx.save_for_backward(query, key, value, cu_seqlens)
 
 
-def _differentiate(ctx, gradient: Tensor) -> tuple:
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window), None, None, None
 
 

@@ -1,8 +1,9 @@
-"""Soft-capped attention (Gemma 2): softmax over `cap * tanh(score / cap)`, which neither SDPA nor torch's varlen kernel computes.
+"""Soft-capped attention (Gemma 2): softmax over `cap * tanh(score / cap)`, which neither SDPA nor torch's varlen kernel
+computes.
 
-On a CPU, and under a mask, the products are written out. On a GPU that would cost heads x T x T scores a layer, several times over for the
-backward pass (T = 8192, 8 heads, fp32: 2 GiB each); FlexAttention fuses cap, window and segments into one kernel of O(T) memory that skips
-blocks between samples.
+On a CPU, and under a mask, the products are written out. On a GPU that would cost heads x T x T scores a layer, several
+times over for the backward pass (T = 8192, 8 heads, fp32: 2 GiB each); FlexAttention fuses cap, window and segments
+into one kernel of O(T) memory that skips blocks between samples.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float | None, softcap: float) -> Tensor:
-    """Under a bool mask [L, L], softmax in fp32: q [1, heads, L, D], k and v [1, kv_heads, L, D] -> [1, heads, L, D]."""
+    """Under a bool mask [L, L], softmax in fp32: q [1, heads, L, D], k and v [1, kv_heads, L,
+    D] -> [1, heads, L, D].
+    """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -35,12 +38,16 @@ def flex_capped_attention(
         return softcap * torch.tanh(score / softcap)
 
     # Not compiled it would hold all scores; inside a block that is being compiled it becomes part of that.
-    kernel = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    kernel: Callable[..., Tensor] = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        kernel = _compiled_flex()
     return kernel(q, k, v, score_mod=cap, block_mask=blocks, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
 
 
 def packed_blocks(segment: Tensor, window: int | None) -> BlockMask:
-    """FlexAttention's mask: causal within a segment and a window. segment: int [T], the segment of each token; nothing is read from it."""
+    """FlexAttention's mask: causal within a segment and a window. segment: int [T], the segment of each token; nothing
+    is read from it.
+    """
 
     def visible(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = (segment[i] == segment[j]) & (i >= j)

@@ -1,9 +1,9 @@
 """Where a model's tensors lie in its checkpoint: transformers renames some, and holds some fused that are stored apart.
 
-A mixture's experts, for one, are a parameter [experts, 2 I, H] in the module and 2 x experts matrices [I, H] in the file. What transformers
-says of that (its conversion mapping) is worked out here on names and shapes alone: every parameter becomes a list of places, each filled by
-one stored tensor. Reading and writing both follow that list, so a rank reads only what its slices need, and what is saved has the
-names, shapes and dtypes of what was loaded.
+A mixture's experts, for one, are a parameter [experts, 2 I, H] in the module and 2 x experts matrices [I, H] in the
+file. What transformers says of that (its conversion mapping) is worked out here on names and shapes alone: every
+parameter becomes a list of places, each filled by one stored tensor. Reading and writing both follow that list, so a
+rank reads only what its slices need, and what is saved has the names, shapes and dtypes of what was loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from lead_engine.base.errors import UserError
 
 Index = tuple[int | slice, ...]
+Shapes = dict[str, tuple[int, ...]]
+"""Of parameters and persistent buffers, by transformers' names."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -37,7 +40,8 @@ class Checkpoint:
     """The safetensors files of one folder: one file, or shards with an index. Opening reads headers only."""
 
     def __init__(self, folder: Path, single: str):
-        self.folder, self._open = folder, {}
+        self.folder = folder
+        self._open: dict[str, Any] = {}
         index = folder / f"{single}.index.json"
         if index.exists():
             self.file_of: dict[str, str] = _weight_map(index)
@@ -51,7 +55,7 @@ class Checkpoint:
     def path(self, name: str) -> Path:
         return self.folder / self.file_of[name]
 
-    def tensor(self, name: str):
+    def tensor(self, name: str) -> Any:
         """A tensor to be sliced; nothing of it is read yet."""
         try:
             return self._file(self.file_of[name]).get_slice(name)
@@ -72,7 +76,7 @@ class Checkpoint:
             )
         return DTYPES[stored]
 
-    def _file(self, name: str):
+    def _file(self, name: str) -> Any:
         if name not in self._open:
             try:
                 self._open[name] = safe_open(self.folder / name, framework="pt", device="cpu")
@@ -103,12 +107,13 @@ class Layout:
     folder: Path
 
 
-def find_layout(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], transforms: list, prefix: str) -> Layout:
+def find_layout(checkpoint: Checkpoint, shapes: Shapes, transforms: list[Any], prefix: str) -> Layout:
     """Match stored tensors with the model's.
 
-    shapes: of parameters and persistent buffers, by transformers' names. transforms: transformers' conversion mapping of the model.
-    prefix: that a checkpoint of the bare decoder lacks. Names that the checkpoint lacks are missing in the result.
-    Raises UserError for a tensor whose stored shape is not the model's, or whose conversion is of a kind not known here.
+    transforms: transformers' conversion mapping
+    of the model. prefix: that a checkpoint of the bare decoder lacks. Names that the checkpoint lacks are missing in
+    the result. Raises UserError for a tensor whose stored shape is not the model's, or whose conversion is of a kind
+    not known here.
     """
     found: dict[str, _Array] = {}
     parts: dict[str, tuple[WeightConverter, dict[str, list[_Array]]]] = {}
@@ -117,7 +122,7 @@ def find_layout(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], tran
         if name is None:
             continue
         array = _Array(checkpoint.shape(stored), [Piece(stored, tuple(slice(0, n) for n in checkpoint.shape(stored)))])
-        if converter is None:
+        if converter is None or pattern is None:
             found[name] = array
         else:
             parts.setdefault(name, (converter, defaultdict(list)))[1][pattern].append(array)
@@ -146,7 +151,9 @@ def read(checkpoint: Checkpoint, pieces: list[Piece], local: Tensor, place: tupl
 
 
 def _overlap(index: Index, place: tuple[slice, ...]) -> tuple[Index, tuple[slice, ...]] | None:
-    """What a stored tensor at `index` of a whole has in common with the part `place`: (where in the part, where in the stored tensor)."""
+    """What a stored tensor at `index` of a whole has in common with the part `place`: (where in the part, where in the
+    stored tensor).
+    """
     here, there = [], []
     for entry, span in zip(index, place, strict=True):
         if isinstance(entry, int):
@@ -171,9 +178,11 @@ class _Array:
 
 
 def _rename(
-    stored: str, shapes: dict, transforms: list, prefix: str
+    stored: str, shapes: Shapes, transforms: list[Any], prefix: str
 ) -> tuple[str | None, WeightConverter | None, str | None]:
-    """(transformers' name for a stored tensor, the converter it goes through, the pattern it matched); (None, ...) if there is none."""
+    """(transformers' name for a stored tensor, the converter it goes through, the pattern it matched); (None, ...) if
+    there is none.
+    """
     name = stored
     for transform in transforms:
         if not isinstance(transform, WeightConverter):
@@ -186,7 +195,7 @@ def _rename(
     return _known(name, shapes, prefix) or _known(stored, shapes, prefix), None, None
 
 
-def _known(name: str, shapes: dict, prefix: str) -> str | None:
+def _known(name: str, shapes: Shapes, prefix: str) -> str | None:
     return next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in shapes), None)
 
 
@@ -205,7 +214,8 @@ def _convert(converter: WeightConverter, arrays: dict[str, list[_Array]], name: 
                 }
             else:
                 raise UserError(
-                    f"{checkpoint.folder}: {name} is stored in a form ({operation!r}) that is not read a slice at a time"
+                    f"{checkpoint.folder}: {name} is stored in a form ({operation!r}) that is not read a slice at a "
+                    "time"
                 )
     except ValueError:
         names = ", ".join(converter.source_patterns)

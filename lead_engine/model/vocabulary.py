@@ -9,17 +9,15 @@ from lead_engine.base.errors import UserError
 
 def rows_of(config: Any) -> int:
     """Embeddings of a model, by its transformers config."""
-    return config.get_text_config().vocab_size
+    return int(config.get_text_config().vocab_size)
 
 
 def check_vocabulary(largest: int, rows: int, *, model: str, source: str, tokens: int | None = None) -> None:
     """UserError if `source` holds a token that the model has no embedding for: on a GPU it would end the process.
 
-    largest: the largest token id in the source. rows: embeddings that the model has. tokens: those of the model's
-    own tokenizer, where
-    it is known. model, source: what the message calls them, with their flag. Rows without a token are padding, and
-    fine; so is a token
-    without a row as long as it never occurs.
+    largest: the largest token id in the source. rows: embeddings that the model has. tokens: those of the model's own
+    tokenizer, where it is known. model, source: what the message calls them, with their flag. Rows without a token are
+    padding, and fine; so is a token without a row as long as it never occurs.
     """
     if largest < rows:
         return

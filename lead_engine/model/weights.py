@@ -23,15 +23,21 @@ SINGLE = "model.safetensors"
 
 
 def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype, frozen: torch.dtype | None = None) -> None:
-    """Give meta parameters storage on `device` in `dtype`; buffers (rotary tables) and integers keep their values and dtype.
+    """Give meta parameters storage on `device` in `dtype`; buffers (rotary tables) and integers keep their values and
+    dtype.
 
-    frozen: dtype of those that are not trained. Where FSDP casts parameters for computing anyway, they may as well be stored in that dtype.
+    frozen: dtype of those that are not trained. Where FSDP casts parameters for computing anyway, they may as well be
+    stored in that dtype.
     """
     buffers, tied = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.tied
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    model._apply(
-        lambda t: t.to(dtype if frozen is None or id(t) in trained else frozen) if t.is_floating_point() else t
-    )
+
+    def cast(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(dtype if frozen is None or id(tensor) in trained else frozen)
+
+    model._apply(cast)  # type: ignore[no-untyped-call]  # torch has no annotations here
     model.to_empty(device=device)
     for name, value in buffers.items():
         owner, _, attribute = name.rpartition(".")
@@ -41,7 +47,8 @@ def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype, froze
 
 
 def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
-    """Fill parameters and persistent buffers from a Hugging Face folder, and the adapter's from its folder. Sets `model.stored`.
+    """Fill parameters and persistent buffers from a Hugging Face folder, and the adapter's from its folder. Sets
+    `model.stored`.
 
     Raises UserError naming the file for a file that cannot be read, a tensor that is missing or has another shape.
     """
@@ -62,7 +69,9 @@ def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
 
 
 def _name_strangers(model: PackedLM) -> None:
-    """Warn of stored tensors that the model has no place for, unless that is as it should be: biases that config.json forgot, say."""
+    """Warn of stored tensors that the model has no place for, unless that is as it should be: biases that config.json
+    forgot, say.
+    """
     stored, text = model.stored, model.config.get_text_config()
     strangers = [
         name for name in stored.file_of if name not in stored.dtype_of and not name.endswith("rotary_emb.inv_freq")
@@ -70,12 +79,15 @@ def _name_strangers(model: PackedLM) -> None:
     if strangers and text is model.config:  # the rest of a multimodal model is known to be there
         what = f"{len(strangers)} of its tensors are" if len(strangers) > 1 else "one of its tensors is"
         warn(
-            f"{stored.folder}: {what} not in the model that config.json describes, and kept as stored: {', '.join(strangers[:3])}"
+            f"{stored.folder}: {what} not in the model that config.json describes, and kept as stored: "
+            f"{', '.join(strangers[:3])}"
         )
 
 
 def base_tensors(model: PackedLM) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (a shared one once) and persistent buffers that are the base model's, not an adapter's. A weight in 4 bits: its codes."""
+    """Parameters (a shared one once) and persistent buffers that are the base model's, not an adapter's. A weight in 4
+    bits: its codes.
+    """
     scales = {f"{name}.scale_codes" for name, _ in nf4.layers(model)}
     for name, parameter in model.named_parameters():
         if not adapter.is_adapter(name) and name not in scales:
@@ -84,7 +96,9 @@ def base_tensors(model: PackedLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def aliases_of(model: PackedLM) -> dict[str, list[str]]:
-    """Name of each base tensor -> its names in transformers: one, or for a weight that embedding and head share both."""
+    """Name of each base tensor -> its names in transformers: one, or for a weight that
+    embedding and head share both.
+    """
     names, by_identity = model.checkpoint_names(), defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_identity[id(parameter)].append(names[name])
@@ -116,7 +130,9 @@ def _fill(tensor: Tensor | nf4.NF4Linear, checkpoint: Checkpoint, aliases: list[
 
 
 def gather_adapter(model: PackedLM, rank: int) -> dict[str, Tensor]:
-    """Whole adapter tensors by their names in peft's file, on the CPU, on rank 0 ({} elsewhere); a collective over all ranks."""
+    """Whole adapter tensors by their names in peft's file, on the CPU, on rank 0 ({} elsewhere); a collective over all
+    ranks.
+    """
     names, tensors = model.checkpoint_names(), {}
     for name, parameter in model.named_parameters():
         if name in model.adapter_parameters:
