@@ -21,9 +21,10 @@ from scipy.stats import spearmanr
 
 from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.selection.selector import Selector
+from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
-from lead_engine.training.loop import Engine, read_header
-from lead_engine.training.session import build
+from lead_engine.training.rounds import read_header
+from lead_engine.training.trainer import Trainer
 
 RUNS = {
     "sketch q = 64, full": ({}, {}, "lead"),
@@ -38,37 +39,38 @@ RUNS = {
 
 
 @torch.no_grad()
-def losses(engine: Engine, plan, header, step: int) -> torch.Tensor:
-    return torch.stack(
-        [engine.model(engine._batch(plan, header, step, m)).sample_nll for m in range(engine.accumulation)]
-    )
+def losses(trainer: Trainer, plan, header, step: int) -> torch.Tensor:
+    capacity, found = trainer.selector.layout.capacity, []
+    for ids, rows in zip(plan.sample_ids[step], header.rows[step], strict=True):
+        found.append(trainer.model(trainer.store.batch(ids, capacity=capacity, num_rows=rows)).sample_nll)
+    return torch.stack(found)
 
 
-def follow(engine: Engine, planner: Selector, lr: float, rounds: int, settle: int) -> dict[str, float]:
+def follow(trainer: Trainer, planner: Selector, lr: float, rounds: int, settle: int) -> dict[str, float]:
     """Train the plans of `planner` (the engine's own selector, or another); compare each step's dL with what it did."""
     given: list[torch.Tensor] = []
-    observe = engine.selector.observe
+    observe = trainer.selector.observe
 
     def keep(ids: torch.Tensor, loss: torch.Tensor, change: torch.Tensor) -> None:
         given.append(change.clone())
         observe(ids, loss, change)
-        if planner is not engine.selector:
+        if planner is not trainer.selector:
             planner.observe(ids, loss, change)
 
-    engine.selector.observe = keep
+    trainer.selector.observe = keep
     predicted, seen, rank_correlation, linear = [], [], [], []
     global_step = 0
     for number in range(rounds):
         plan = planner.plan(number, 1 << 40)
-        header = read_header(plan, engine.selector)
-        for step in range(engine.layout.steps):
-            trained = plan.sample_ids[step] < engine.selector.samples.num_samples
-            before = losses(engine, plan, header, step)
-            engine.train_step(plan, header, step, global_step, lr)
+        header = read_header(plan, trainer.selector)
+        for step in range(trainer.selector.layout.steps):
+            trained = plan.sample_ids[step] < trainer.selector.samples.num_samples
+            before = losses(trainer, plan, header, step)
+            trainer.train_step(plan, header, step, global_step, lr)
             global_step += 1
             if number < settle:  # the optimizer's moments
                 continue
-            change = (losses(engine, plan, header, step) - before)[trained].numpy()
+            change = (losses(trainer, plan, header, step) - before)[trained].numpy()
             guess = given[-1][trained].numpy()
             predicted.append(guess)
             seen.append(change)
@@ -76,7 +78,7 @@ def follow(engine: Engine, planner: Selector, lr: float, rounds: int, settle: in
                 rank_correlation.append(spearmanr(guess, change)[0])
                 linear.append(np.corrcoef(guess, change)[0, 1])
         planner.learn(plan)
-        engine.change.finish_round(plan.cluster)
+        trainer.loss_change.finish_round(plan.cluster)
     p, a = np.concatenate(predicted), np.concatenate(seen)
     return {
         "spearman_within_step": float(np.mean(rank_correlation)) if rank_correlation else None,
@@ -110,12 +112,12 @@ def main() -> None:
                 lora=LoraConfig(**lora),
                 runtime=RuntimeConfig(precision=flags.precision),
             )
-            engine = build(config, ranks).engine
+            trainer = build(config, ranks).trainer
             other = build(
                 replace(config, method="random", selection=SelectionConfig(round_steps=4)), ranks
-            ).engine.selector
-            planner = engine.selector if chosen == "lead" else other
-            result[name] = follow(engine, planner, config.optimizer.lr, flags.rounds, settle=2)
+            ).trainer.selector
+            planner = trainer.selector if chosen == "lead" else other
+            result[name] = follow(trainer, planner, config.optimizer.lr, flags.rounds, settle=2)
             print(name, result[name], flush=True)
     write(
         "loss_change_fidelity",

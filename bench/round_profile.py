@@ -27,11 +27,11 @@ WAITS = (
 )
 
 
-def mark_rounds(engine: Any) -> None:
-    """Let an engine's rounds leave the marks in whatever profiler runs."""
-    from lead_engine.training import loop
+def mark_rounds(trainer: Any) -> None:
+    """Let a trainer's rounds leave the marks in whatever profiler runs."""
+    from lead_engine.training import trainer as loop
 
-    read, finish = loop.read_header, engine.selector.learn
+    read, finish = loop.read_header, trainer.selector.learn
 
     def read_header(*arguments: Any) -> Any:
         header = read(*arguments)
@@ -43,7 +43,7 @@ def mark_rounds(engine: Any) -> None:
         with record_function(MARKS[1]):
             return stats
 
-    loop.read_header, engine.selector.learn = read_header, learn
+    loop.read_header, trainer.selector.learn = read_header, learn
 
 
 def synchronisations(events: list[dict[str, Any]]) -> list[str]:

@@ -20,23 +20,24 @@ from machine import arguments, write
 
 from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.selection.plan import Plan
+from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
-from lead_engine.training.loop import Engine, read_header
-from lead_engine.training.session import build
+from lead_engine.training.rounds import read_header
+from lead_engine.training.trainer import Trainer
 
 VARIANTS = {"random": ("random", "none"), "lead, no loss change": ("lead", "none"), "lead": ("lead", "inner")}
 
 
-def one_round(engine: Engine, shared: Plan, number: int, step: int, lr: float) -> tuple[float, float]:
+def one_round(trainer: Trainer, shared: Plan, number: int, step: int, lr: float) -> tuple[float, float]:
     """Seconds of the clock and of the processor for a round that plans for itself but trains `shared`."""
     started, used = time.perf_counter(), time.process_time()
-    own = engine.selector.plan(number, 1 << 40)
+    own = trainer.selector.plan(number, 1 << 40)
     plan = shared._replace(cluster=own.cluster, probabilities=own.probabilities)
-    header = read_header(plan, engine.selector)
-    for place in range(engine.layout.steps):
-        engine.train_step(plan, header, place, step + place, lr)
-    engine.selector.learn(plan)
-    engine.change.finish_round(plan.cluster)
+    header = read_header(plan, trainer.selector)
+    for place in range(trainer.selector.layout.steps):
+        trainer.train_step(plan, header, place, step + place, lr)
+    trainer.selector.learn(plan)
+    trainer.loss_change.finish_round(plan.cluster)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started, time.process_time() - used
@@ -76,7 +77,7 @@ def main() -> None:
                 optimizer=OptimizerConfig(lr=flags.lr),
                 runtime=RuntimeConfig(precision=flags.precision),
             )
-            running[name] = build(config, ranks).engine
+            running[name] = build(config, ranks).trainer
         clock: dict[str, list[float]] = {name: [] for name in VARIANTS}
         processor: dict[str, list[float]] = {name: [] for name in VARIANTS}
         names, step = list(VARIANTS), 0

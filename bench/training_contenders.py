@@ -83,11 +83,11 @@ def seconds(train: Callable[[], None]) -> float:
 
 def engine(spec: Spec, link: Link) -> None:
     from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
-    from lead_engine.training.checkpoint import Progress
+    from lead_engine.training.build import build
     from lead_engine.training.distributed import process_group
     from lead_engine.training.flops import ModelFlops, Peak
     from lead_engine.training.records import Meter, round_line, step_lines
-    from lead_engine.training.session import build
+    from lead_engine.training.rounds import Progress
 
     before = peak_bytes()
     config = TrainConfig(
@@ -104,12 +104,13 @@ def engine(spec: Spec, link: Link) -> None:
     )
     with process_group() as ranks:
         session = build(config, ranks)
-        running, state = session.engine, session.state
+        running, state = session.trainer, session.state
         meter = Meter.of(running.store, ModelFlops.of(running.model), Peak(None, ""), 1)
         names = [str(i) for i in range(running.store.num_samples)]
         trained: list[int] = []
         train_what_all_train(running, torch.load(Path(spec.data, "steps.pt")), spec, trained)
-        rounds = running.rounds(Progress(), 1 << 60)
+        running.budget = 1 << 60
+        rounds = running.rounds(Progress())
         waiting, losses = [], []
 
         def rounds_of(count: int) -> Callable[[], None]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lead_engine.pool.state import PoolState
     from lead_engine.pool.store import TokenStore
     from lead_engine.selection.selector import Selector
-    from lead_engine.training.loop import Round
-    from lead_engine.training.session import Session as Parts
+    from lead_engine.training.build import TrainingSetup
+    from lead_engine.training.rounds import Round
 
 
 def prepare_pool(config: PrepareConfig) -> None:
@@ -85,39 +85,39 @@ class Session:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = as_config(TrainConfig, config, "Session(config)")
-        self._parts: Parts | None = None
+        self._setup: TrainingSetup | None = None
 
     def __enter__(self) -> Session:
-        from lead_engine.training.checkpoint import Progress
+        from lead_engine.training.build import build
         from lead_engine.training.distributed import process_group
-        from lead_engine.training.session import build
+        from lead_engine.training.rounds import Progress
 
         with ExitStack() as stack:
             self._ranks = stack.enter_context(process_group(self.config.runtime.timeout))
-            self._parts = build(self.config, self._ranks)
+            self._setup = build(self.config, self._ranks)
             self._progress = Progress()
             self._heldout: dict[tuple[tuple[str, ...], bool], HeldOutData] = {}
             self._stack = stack.pop_all()  # only now: a build that fails leaves the group at once
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._parts = None
+        self._setup = None
         self._stack.__exit__(*error)
 
     @property
     def model(self) -> PackedLM:
         """The model in training: an nn.Module, sharded under torchrun."""
-        return self._built.engine.model
+        return self._built.trainer.model
 
     @property
     def selector(self) -> Selector:
         """Plans rounds; `selector.samples` has every sample's utility and visits."""
-        return self._built.engine.selector
+        return self._built.trainer.selector
 
     @property
     def store(self) -> TokenStore:
         """The pool's tokens."""
-        return self._built.engine.store
+        return self._built.trainer.store
 
     @property
     def state(self) -> PoolState:
@@ -127,14 +127,14 @@ class Session:
     @property
     def budget(self) -> int:
         """Tokens to train."""
-        return self._built.budget
+        return self._built.trainer.budget
 
     def rounds(self) -> Iterator[RoundReport]:
         """Train, a round at a time, until the budget is spent or no sample is left; called again, go on where it was left.
 
         A report is read from the device, which waits for its round's last step.
         """
-        for finished in self._built.engine.rounds(self._progress, self.budget):
+        for finished in self._built.trainer.rounds(self._progress):
             self._progress = finished.after
             yield _report(finished)
 
@@ -149,34 +149,29 @@ class Session:
         from lead_engine.training.heldout import loss_of
         from lead_engine.training.heldout_data import open_temporary
 
-        parts, ranks = self._built, self._ranks
+        setup, ranks = self._built, self._ranks
         names = tuple(map(str, [data] if isinstance(data, (str, Path)) else data))
         if (names, skip_bad) not in self._heldout:
-            opened = open_temporary(self.config, names, parts.tokenizer, ranks, skip_bad=skip_bad)
+            opened = open_temporary(self.config, names, setup.tokenizer, ranks, skip_bad=skip_bad)
             self._heldout[names, skip_bad] = self._stack.enter_context(opened)
-        return loss_of(self._heldout[names, skip_bad], parts, ranks)
+        return loss_of(self._heldout[names, skip_bad], setup, ranks)
 
     def save(self, folder: str | Path) -> None:
         """Write the model as it is: Hugging Face format, or a peft adapter. On all ranks; the folder appears whole."""
-        from lead_engine.model.save import save_model
-
-        parts = self._built
         folder = argument(Path, folder, "Session.save(folder)")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made_from = parts.parts["model"]
-        save_model(parts.engine.model, parts.tokenizer, folder, base=parts.base, parts=made_from, rank=self._ranks.rank)
+        self._built.save_model(folder, self._ranks.rank)
 
     @property
-    def _built(self) -> Parts:
-        if self._parts is None:
+    def _built(self) -> TrainingSetup:
+        if self._setup is None:
             raise UserError("Session: not open; use it in a `with Session(config) as session:` block")
-        return self._parts
+        return self._setup
 
 
 def _report(finished: Round) -> RoundReport:
     values = finished.values.read()
-    trained = [step for step, tokens in enumerate(finished.header.tokens) if tokens]
-    ids = [values.plan.sample_ids[step].flatten() for step in trained]
+    ids = [values.plan.sample_ids[step].flatten() for step in finished.header.steps]
     cluster = int(values.plan.cluster)
     return RoundReport(
         finished.before.round,

@@ -107,9 +107,9 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
 
     import lead_engine
     from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
-    from lead_engine.training.checkpoint import Progress
+    from lead_engine.training.build import build
     from lead_engine.training.distributed import process_group
-    from lead_engine.training.session import build
+    from lead_engine.training.rounds import Progress
 
     monkeypatch.chdir(tmp_path)
     pool, model = make_pool(samples=1500), make_model()
@@ -135,9 +135,10 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
         assert sum(map(len, losses)) == scope["step"]
         assert torch.equal(session.selector.samples.visits, scope["selector"].samples.visits)
     with process_group() as ranks:
-        engine = build(config, ranks).engine
-        *_, last = engine.rounds(Progress(), scope["store"].num_tokens // 10)
-    own, theirs = scope["selector"].samples, engine.selector.samples
+        trainer = build(config, ranks).trainer
+        trainer.budget = scope["store"].num_tokens // 10
+        *_, last = trainer.rounds(Progress())
+    own, theirs = scope["selector"].samples, trainer.selector.samples
     assert last.after.step == scope["step"]
     assert torch.equal(own.visits, theirs.visits)  # the same samples
     # Both are fp32; padded and packed batches differ in the order of sums. The estimate of dL amplifies rounding by <G, dtheta> / |G|^2.

@@ -35,9 +35,9 @@ from machine import write
 from lead_engine.config import BatchConfig, OptimizerConfig, SelectionConfig, TrainConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.selector import Selector
-from lead_engine.training.checkpoint import Progress
+from lead_engine.training.build import TrainingSetup, build
 from lead_engine.training.distributed import process_group
-from lead_engine.training.session import Session, build
+from lead_engine.training.rounds import Progress
 
 BELIEFS = {
     "initial": ("model", "initial"),
@@ -48,9 +48,9 @@ BELIEFS = {
 }
 
 
-def shadows(session: Session, ngram: Path | None) -> dict[str, Selector]:
+def shadows(session: TrainingSetup, ngram: Path | None) -> dict[str, Selector]:
     """Selectors that plan nothing, one for each belief."""
-    store, found = session.engine.store, {}
+    store, found = session.trainer.store, {}
     states = {"model": session.state, "ngram": PoolState.load(ngram, store.num_samples) if ngram else None}
     for name, (judge, unseen) in BELIEFS.items():
         if states[judge] is not None:
@@ -61,7 +61,7 @@ def shadows(session: Session, ngram: Path | None) -> dict[str, Selector]:
                 store.response_rows,
                 method="lead",
                 config=options,
-                layout=session.engine.layout,
+                layout=session.trainer.selector.layout,
                 seed=session.config.seed,
                 device=store.device,
             )
@@ -101,25 +101,25 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 def follow(config: TrainConfig, ngram: Path | None, points: list[float], sample: int) -> list[dict[str, Any]]:
     with process_group() as ranks:
         session = build(config, ranks)
-        engine, selectors = session.engine, shadows(session, ngram)
-        observe = engine.selector.observe
+        trainer, selectors = session.trainer, shadows(session, ngram)
+        observe = trainer.selector.observe
 
         def tell_all(ids: Tensor, loss: Tensor, change: Tensor) -> None:
             for selector in selectors.values():
                 selector.observe(ids, loss, change)
             observe(ids, loss, change)
 
-        engine.selector.observe = tell_all
+        trainer.selector.observe = tell_all
         generator = torch.Generator().manual_seed(config.seed)
-        ids = torch.randperm(engine.store.num_samples, generator=generator)[:sample].sort().values
+        ids = torch.randperm(trainer.store.num_samples, generator=generator)[:sample].sort().values
         rows, last, waiting = [], None, list(points)
         progress = Progress()
-        for finished in _rounds(engine, progress, session.budget):
-            share = finished / session.budget
+        for finished in _rounds(trainer, progress):
+            share = finished / trainer.budget
             if waiting and share >= waiting[0]:
                 waiting.pop(0)
-                loss = engine.scorer.given(ids).cpu()
-                trained = int((engine.selector.samples.visits[:-1] > 0).sum())
+                loss = trainer.scorer.given(ids).cpu()
+                trained = int((trainer.selector.samples.visits[:-1] > 0).sum())
                 beliefs = compare(selectors, ids, loss, last)
                 rows.append(
                     {
@@ -137,10 +137,10 @@ def follow(config: TrainConfig, ngram: Path | None, points: list[float], sample:
         return rows
 
 
-def _rounds(engine, progress: Progress, budget: int):
+def _rounds(trainer, progress: Progress):
     """Tokens trained: before the first round, and after each."""
     yield 0
-    for finished in engine.rounds(progress, budget):
+    for finished in trainer.rounds(progress):
         yield finished.after.tokens
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
@@ -101,14 +99,3 @@ class AroundTheStep(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._trainer.lead_rounds.finish_round()
-
-
-@torch.no_grad()
-def along_gradient(parameters: list[torch.nn.Parameter], chunk: int = 1 << 22) -> Tensor:
-    """<gradient, parameters>: 0-d float64. As the engine's, but models in bf16 come here too, whose products need fp32."""
-    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            for g, v in zip(parameter.grad.flatten().split(chunk), parameter.flatten().split(chunk), strict=True):
-                total += torch.sum(g.float() * v.float(), dtype=torch.float64)
-    return total

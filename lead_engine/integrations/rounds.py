@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
@@ -21,8 +19,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import write_bytes, write_text
 from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.observe import observe_step
 from lead_engine.selection.plan import Plan
-from lead_engine.selection.replicas import check_replicas, gather_statistics
+from lead_engine.selection.replicas import check_replicas, sum_over_ranks
 from lead_engine.selection.selector import Selector
 
 FILE = "lead_selection.safetensors"
@@ -85,11 +84,7 @@ class Rounds:
         """The step that is next was trained: losses fp32 [B] of this rank's micro-batches, in order; the rest as LossChange.estimate."""
         assert self.plan is not None
         change = self.change.estimate(self.cluster, lr, self.sum_over_ranks, first_order, norm)
-        loss, change = gather_statistics(torch.stack([torch.stack(list(losses)), change]), self.world)
-        change = torch.maximum(
-            change, -loss
-        )  # a first-order estimate may overshoot; a cross-entropy cannot fall below zero
-        self.selector.observe(self.plan.sample_ids[self.step], loss, change)
+        observe_step(self.selector, self.plan.sample_ids[self.step], losses, change, world=self.world)
 
     def end_step(self) -> None:
         """Close the step; after a round's last, let the method learn from it."""
@@ -200,9 +195,7 @@ class Rounds:
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """A collective; sums into `value` itself."""
-        if self.world > 1:
-            dist.all_reduce(value)
-        return value
+        return sum_over_ranks(value, self.world)
 
 
 def checkpoint_folder(given: Any, output_dir: str | Path) -> Path | None:

@@ -30,7 +30,7 @@ from lead_engine.base.errors import UserError
 from lead_engine.config import to_dict
 from lead_engine.integrations.data import ID, WithRows, is_arrow
 from lead_engine.integrations.head import HeadCall, base_of, check, install
-from lead_engine.integrations.loop import AroundTheStep, PlannedBatches, along_gradient, announce
+from lead_engine.integrations.loop import AroundTheStep, PlannedBatches, announce
 from lead_engine.integrations.refuse import refuse_arguments, refuse_class, refuse_dataset, refuse_trainer
 from lead_engine.integrations.rounds import LOG, Rounds, checkpoint_folder
 from lead_engine.integrations.rows import one_sample
@@ -42,6 +42,7 @@ from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
 from lead_engine.selection.plan import Layout
 from lead_engine.selection.selector import Selector
+from lead_engine.training.optimizer import inner_product
 
 SCORES = "lead_scores"
 """Folder in the trainer's output folder: the scores of its own rows, where no pool was given."""
@@ -288,7 +289,7 @@ class _WithLead(WithRows):
         self._lead_check_finite()
         self._lead_rate = float(self.optimizer.param_groups[0]["lr"])
         measured = self.lead_rounds.change.wants_first_order(self.lead_rounds.steps_done)
-        self._lead_before = along_gradient(self._lead_trained()) if measured else None
+        self._lead_before = inner_product(self._lead_trained()) if measured else None
 
     def _lead_check_finite(self) -> None:
         """UserError before an optimizer step on a gradient that is not finite, which would ruin every weight. Reads the device, as the
@@ -313,7 +314,7 @@ class _WithLead(WithRows):
         if self._lead_before is not None:
             factor = (longest / (norm + 1e-6)).clamp(max=1.0) if longest and longest > 0 else 1.0
             # Gradients were scaled by `factor`; every rank has all parameters, so nothing is summed over the ranks.
-            first_order = ((along_gradient(self._lead_trained()) - self._lead_before) / factor).float()
+            first_order = ((inner_product(self._lead_trained()) - self._lead_before) / factor).float()
         losses, self._lead_losses = self._lead_losses, []
         self.lead_rounds.observe(losses, self._lead_rate, first_order, norm)
         self.lead_rounds.end_step()

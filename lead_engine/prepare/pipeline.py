@@ -27,9 +27,9 @@ from lead_engine.prepare import origin, stages
 from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name, tasks_by_topic
 from lead_engine.prepare.ngram import ngram_scores
 from lead_engine.prepare.tokenise import write_answers
+from lead_engine.training import train
 from lead_engine.training.combinations import check_combination
 from lead_engine.training.distributed import Ranks, process_group
-from lead_engine.training.train import train
 
 WARMUP_STEPS = 16
 """Optimizer steps of the warm-up at least: a share of a small pool would be none at all."""
@@ -108,7 +108,7 @@ def _warm_up(config: PrepareConfig, store: TokenStore, base: Path, ranks: Ranks)
     step = config.batch.capacity * config.batch.micro_batches
     share = max(config.warmup_share, min(0.5, WARMUP_STEPS * step / store.num_tokens))
     say("2/4 warm-up training")
-    train(
+    train.run(
         TrainConfig(
             pool=config.out,
             model=str(base),

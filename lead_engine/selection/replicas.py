@@ -20,6 +20,13 @@ def gather_statistics(local: Tensor, world: int) -> Tensor:
     return everyone.transpose(0, 1).reshape(local.shape[0], -1, local.shape[-1])
 
 
+def sum_over_ranks(value: Tensor, world: int) -> Tensor:
+    """The sum of every rank's tensor, in place; a collective. Returns `value`."""
+    if world > 1:
+        dist.all_reduce(value)
+    return value
+
+
 def check_replicas(selector: Selector, world: int, step: int) -> None:
     """RuntimeError on all ranks unless every rank's selector is that of rank 0, bit for bit. Waits for the device.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lead_kernels import HeadLoss, grad_inner_product
 from lead_kernels.products import exact_product
 
-AllReduce = Callable[[Tensor], None]
+AllReduce = Callable[[Tensor], object]
 """Sums a tensor over the ranks, in place."""
 
 

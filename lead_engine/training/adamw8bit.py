@@ -1,9 +1,11 @@
-"""AdamW whose moments are held in 8 bits (bitsandbytes' blockwise dynamic quantisation, arXiv 2110.02861), over FSDP2's shards.
+"""AdamW whose moments are held in 8 bits (bitsandbytes' blockwise dynamic quantisation, arXiv 2110.02861), over FSDP2's
+shards.
 
-bitsandbytes' own AdamW8bit knows no DTensor, counts steps on the host, and cuts blocks of 256 out of whatever flat piece of a parameter it
-is given. Here a block never crosses a row, and FSDP shards rows; so codes and scales are sharded like the parameter itself, are the same on
-any number of ranks, and go through torch.distributed.checkpoint as they are: a checkpoint holds 8 bits, not the moments in full. Where rows
-are multiples of 256 long, the blocks are bitsandbytes'.
+bitsandbytes' own AdamW8bit knows no DTensor, counts steps on the host, and cuts blocks of 256 out of whatever flat
+piece of a parameter it is given. Here a block never crosses a row, and FSDP shards rows; so codes and scales are
+sharded like the parameter itself, are the same on any number of ranks, and go through torch.distributed.checkpoint as
+they are: a checkpoint holds 8 bits, not the moments in full. Where rows are multiples of 256 long, the blocks are
+bitsandbytes'.
 
 Legend: n rows, c columns (all further dimensions of a parameter), k blocks in a row.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +25,15 @@ from torch.optim.adamw import adamw
 from lead_engine.model.bnb import bitsandbytes_functional
 
 _BLOCKS = (64, 128, 256)
-"""Block sizes; rows shorter than a block are padded to one. bitsandbytes' GPU kernels know none below 64, its optimizer takes 256."""
+"""Block sizes; rows shorter than a block are padded to one. bitsandbytes' GPU kernels know none below 64, its optimizer
+takes 256.
+"""
 _SMALL = 4096
 """Parameters of fewer numbers keep fp32 moments, as bitsandbytes' do; so do vectors, of any size."""
 _PIECE = 1 << 24
-"""Numbers whose moments are fp32 at a time: bounds the scratch memory to about 250 MiB whatever the parameters' sizes."""
+"""Numbers whose moments are fp32 at a time: bounds the scratch memory to about 250 MiB whatever
+the parameters' sizes.
+"""
 
 
 class _Piece(NamedTuple):
@@ -41,7 +47,9 @@ class _Piece(NamedTuple):
 
 
 class _Moment(NamedTuple):
-    """A moment in fp32 [n, c] (`level` None), or codes uint8 [n, c], scales fp32 [n, k] and the 256 levels that codes stand for."""
+    """A moment in fp32 [n, c] (`level` None), or codes uint8 [n, c], scales fp32 [n, k] and the 256 levels that codes
+    stand for.
+    """
 
     values: Tensor
     scales: Tensor | None
@@ -52,9 +60,8 @@ class _Moment(NamedTuple):
             return self.values
         width, block = _blocks(self.values.shape[1])
         codes = _pad(self.values, width)
-        whole = torch.ops.bitsandbytes.dequantize_blockwise(
-            codes, self.scales.reshape(-1), self.levels, block, torch.float32
-        )
+        scales = self.scales.reshape(-1)
+        whole: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, self.levels, block, torch.float32)
         return whole[:, : self.values.shape[1]].contiguous()
 
     def write(self, moment: Tensor, skip: Tensor | None) -> None:
@@ -74,9 +81,9 @@ class _Moment(NamedTuple):
 class AdamW8bit(torch.optim.Optimizer):
     """`torch.optim.AdamW` with both moments of matrices in 8 bits; parameters and gradients are fp32.
 
-    Honours the attributes `found_inf` (0-d fp32 on the parameters' device: 1 leaves parameters and state as they are, bit for bit) and
-    `grad_scale` as torch's fused optimizers do. No step waits for the device.
-    Raises UserError where bitsandbytes is missing, ValueError for parameters that are not fp32 or are sharded other than by rows.
+    Honours the attributes `found_inf` (0-d fp32 on the parameters' device: 1 leaves parameters and state as they are,
+    bit for bit) and `grad_scale` as torch's fused optimizers do. No step waits for the device. Raises UserError where
+    bitsandbytes is missing, ValueError for parameters that are not fp32 or are sharded other than by rows.
     """
 
     def __init__(
@@ -99,6 +106,12 @@ class AdamW8bit(torch.optim.Optimizer):
     def _parameters(self) -> Iterable[nn.Parameter]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient."""
@@ -120,13 +133,14 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def _pieces(self, parameter: nn.Parameter) -> Iterator[_Piece]:
-        """This rank's rows of a parameter, few enough at a time."""
+        """This rank's rows of a parameter that has a gradient, few enough at a time."""
+        assert parameter.grad is not None
         state, value, gradient = self.state[parameter], _rows(parameter), _rows(parameter.grad)
         levels: list[Tensor | None] = [None, None]
         if "exp_avg_scales" in state:
             levels = [*self._levels[value.device]]
         moments = [
-            [_rows(state[key]) if key in state else None for key in (name, f"{name}_scales")]
+            (_rows(state[name]), _rows(state[f"{name}_scales"]) if f"{name}_scales" in state else None)
             for name in ("exp_avg", "exp_avg_sq")
         ]
         count = max(1, _PIECE // _blocks(value.shape[1])[0])
@@ -139,7 +153,9 @@ class AdamW8bit(torch.optim.Optimizer):
             yield _Piece(value[rows], gradient[rows], state["step"], (first, second))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but codes stay uint8 (torch's own makes all state the parameter's dtype). Raises ValueError for foreign state."""
+        """As torch's, but codes stay uint8 (torch's own makes all state the parameter's dtype). Raises ValueError for
+        foreign state.
+        """
         super().load_state_dict({**state_dict, "state": {}})
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for number, parameter in zip(numbers, self._parameters(), strict=True):
@@ -191,16 +207,17 @@ def _update(pieces: list[_Piece], group: dict[str, Any], found_inf: Tensor | Non
 def _bound(beta1: float, beta2: float) -> float:
     """The most that m^2 / v can be; 0 where there is no bound.
 
-    By Cauchy-Schwarz over the gradients' history: m^2 <= (1-b1)^2 sum_k (b1^2/b2)^k sum_k b2^k g_k^2 = (1-b1)^2 / (1 - b1^2/b2) v / (1-b2).
-    Rounded moments break it where v fell to level 0 and m did not; the next step would then be m / eps, thousands of learning rates long.
-    Raising v to m^2 / bound restores it.
+    By Cauchy-Schwarz over the gradients' history: m^2 <= (1-b1)^2 sum_k (b1^2/b2)^k sum_k b2^k g_k^2 = (1-b1)^2 / (1 -
+    b1^2/b2) v / (1-b2). Rounded moments break it where v fell to level 0 and m did not; the next step would then be m /
+    eps, thousands of learning rates long. Raising v to m^2 / bound restores it.
     """
     return (1 - beta1) ** 2 / ((1 - beta2) * (1 - beta1**2 / beta2)) if beta1**2 < beta2 else 0.0
 
 
 def _together(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces in lists of at most _PIECE numbers (or one piece): small parameters share a kernel."""
-    group, numbers = [], 0
+    group: list[_Piece] = []
+    numbers = 0
     for piece in pieces:
         if group and numbers + piece.parameter.numel() > _PIECE:
             yield group
@@ -214,9 +231,8 @@ def _new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
     """Zero moments, sharded as the parameter is."""
     local, shape = _local(parameter), parameter.shape
     state = {"step": torch.zeros((), dtype=torch.float32, device=local.device)}
-    small = (
-        parameter.ndim < 2 or parameter.numel() < _SMALL
-    )  # of the whole parameter: not a matter of how many ranks there are
+    # Of the whole parameter: not a matter of how many ranks there are.
+    small = parameter.ndim < 2 or parameter.numel() < _SMALL
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = _sharded(torch.zeros_like(local, dtype=torch.float32 if small else torch.uint8), parameter, shape)
         if not small:

@@ -16,11 +16,11 @@ from lead_engine.model.packed import PackedLM
 from lead_engine.model.parallelize import gathered_bytes
 from lead_engine.model.precision import choose_precision
 from lead_engine.selection.methods import METHODS
+from lead_engine.training.build import TrainingSetup
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.heldout import BEST
 from lead_engine.training.memory import estimate, size
 from lead_engine.training.records import Meter
-from lead_engine.training.session import Session
 
 ATTENTION = {
     "flash": "flash-attn's varlen kernel",
@@ -30,27 +30,28 @@ ATTENTION = {
 }
 
 
-def announce(session: Session, ranks: Ranks, meter: Meter) -> None:
+def announce(setup: TrainingSetup, ranks: Ranks, meter: Meter) -> None:
     """Print the table, from rank 0; no collective."""
-    config = session.config
+    config = setup.config
     table(
         f"{config.method} on {config.pool}",
         ["what", "chosen"],
-        [[what, text] for what, text in _rows(session, ranks, meter) if text],
+        [[what, text] for what, text in _rows(setup, ranks, meter) if text],
     )
 
 
-def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]:
-    config, model, store, state = session.config, session.engine.model, session.engine.store, session.state
-    step = config.batch.capacity * config.batch.micro_batches
-    name, (whole, trained) = hub_name(session.base) or session.base, count_parameters(model)
+def _rows(setup: TrainingSetup, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]:
+    config, model, store, state = setup.config, setup.trainer.model, setup.trainer.store, setup.state
+    step, budget = config.batch.capacity * config.batch.micro_batches, setup.trainer.budget
+    name, (whole, trained) = hub_name(setup.base) or setup.base, count_parameters(model)
     return [
         ("model", f"{name}: {model.config.model_type}, {whole:,} parameters, {trained:,} trained{_adapters(model)}"),
         (
             "pool",
-            f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {state.num_clusters} clusters, {len(state.task_names)} tasks",
+            f"{store.num_samples:,} samples, {store.num_tokens:,} tokens, {state.num_clusters} clusters, "
+            f"{len(state.task_names)} tasks",
         ),
-        ("budget", f"{session.budget:,} tokens, about {-(-session.budget // step):,} steps of {step:,} token places"),
+        ("budget", f"{budget:,} tokens, about {-(-budget // step):,} steps of {step:,} token places"),
         ("ranks", _ranks(config, ranks)),
         ("precision", _precision(config, ranks.device)),
         (
@@ -67,7 +68,7 @@ def _rows(session: Session, ranks: Ranks, meter: Meter) -> list[tuple[str, str]]
         ("weights", _weights(model)),
         ("selection", _describe_selection(config)),
         ("checkpoints", _checkpoints(config)),
-        ("held-out", _heldout(session)),
+        ("held-out", _heldout(setup)),
         ("logs", _logs(config)),
         ("MFU", _peak(meter)),
     ]
@@ -120,7 +121,8 @@ def _weights(model: PackedLM) -> str:
     if not model.keeps_gathered:
         return "gathered anew for every block's forward and backward pass"
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    return f"gathered in {dtype} once a step, {size(gathered_bytes(model))} a rank until its end: half of the memory stays free"
+    gathered = f"gathered in {dtype} once a step, {size(gathered_bytes(model))} a rank until its end"
+    return f"{gathered}: half of the memory stays free"
 
 
 def _savers(config: TrainConfig) -> str:
@@ -134,18 +136,21 @@ def _savers(config: TrainConfig) -> str:
 def _optimizer(config: TrainConfig) -> str:
     o = config.optimizer
     kind = "AdamW (fused, fp32 moments)" if o.kind == "adamw" else "AdamW (8-bit moments)"
-    return f"{kind}, lr {o.lr:g} {o.schedule}, warm-up {o.warmup:g}, weight decay {o.weight_decay:g}, clipping at {o.max_grad_norm:g}"
+    rate = f"lr {o.lr:g} {o.schedule}, warm-up {o.warmup:g}"
+    return f"{kind}, {rate}, weight decay {o.weight_decay:g}, clipping at {o.max_grad_norm:g}"
 
 
 def _checkpoints(config: TrainConfig) -> str:
     if not config.checkpoint_every:
-        return "only when SIGTERM or Ctrl-C stops it, for --resume; a run that is killed begins anew (--checkpoint-every 0)"
+        only = "only when SIGTERM or Ctrl-C stops it, for --resume"
+        return f"{only}; a run that is killed begins anew (--checkpoint-every 0)"
     kept = f"the last {config.keep_checkpoints} kept" if config.keep_checkpoints > 1 else "the last kept"
-    return f"every {config.checkpoint_every} rounds and when SIGTERM or Ctrl-C stops it, {kept}; the same command with --resume goes on"
+    when = f"every {config.checkpoint_every} rounds and when SIGTERM or Ctrl-C stops it"
+    return f"{when}, {kept}; the same command with --resume goes on"
 
 
-def _heldout(session: Session) -> str:
-    data, config = session.heldout, session.config
+def _heldout(setup: TrainingSetup) -> str:
+    data, config = setup.heldout, setup.config
     if data is None:
         return ""
     when = "before training and at its end"
@@ -166,7 +171,9 @@ def _peak(meter: Meter) -> str:
     if meter.peak.tflops is None:
         return f"not reported: no peak ({meter.peak.reason})"
     peak = f"{meter.devices} x {meter.peak.tflops:g} TFLOP/s ({meter.peak.reason})"
-    return f"of {peak}; {meter.flops.per_token:.3g} FLOPs a token in the blocks, {meter.flops.per_row:.3g} a response token in the head"
+    flops = meter.flops
+    counted = f"{flops.per_token:.3g} FLOPs a token in the blocks, {flops.per_row:.3g} a response token in the head"
+    return f"of {peak}; {counted}"
 
 
 def _describe_selection(config: TrainConfig) -> str:
@@ -175,9 +182,10 @@ def _describe_selection(config: TrainConfig) -> str:
     if config.method == "random-matched":
         return f"the picks of {o.match}, each replaced by one of like length and task"
     if config.method == "iterit":
-        return f"{o.epochs} epochs; IFD of the best {o.candidates:g} x an epoch's samples is measured again; n-grams keep {o.decay:g}"
+        again = f"IFD of the best {o.candidates:g} x an epoch's samples is measured again"
+        return f"{o.epochs} epochs; {again}; n-grams keep {o.decay:g}"
     if config.method not in ("lead", "rescore"):
-        return METHODS[config.method].__doc__.splitlines()[0]
+        return (METHODS[config.method].__doc__ or "").partition("\n")[0]
     change = {
         "inner": f"inner ({o.inner_form}, q = {o.sketch_dim})",
         "paper": f"paper ({o.inner_form})",

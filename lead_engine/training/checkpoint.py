@@ -1,11 +1,12 @@
 """Checkpoints by torch.distributed.checkpoint: written in the background, valid once their marker exists.
 
-A checkpoint is taken between two rounds and holds everything that the next round depends on: trained parameters, AdamW's moments, the
-selector and the loss-change estimator, and the counters (round, step, tokens). Random numbers are counter-based on (seed, round), so there
-is no other generator state. Sharded tensors are stored as such and load on any number of ranks. Frozen parameters are the base model's.
+A checkpoint is taken between two rounds and holds everything that the next round depends on: trained parameters,
+AdamW's moments, the selector and the loss-change estimator, and the counters (round, step, tokens). Random numbers are
+counter-based on (seed, round), so there is no other generator state. Sharded tensors are stored as such and load on any
+number of ranks. Frozen parameters are the base model's.
 
-The marker names every file with its size and checksum, and is written last. Whatever goes wrong, at writing or at reading, all ranks learn
-of it and do the same.
+The marker names every file with its size and checksum, and is written last. Whatever goes wrong, at writing or at
+reading, all ranks learn of it and do the same.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import math
 import os
 import shutil
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
@@ -33,6 +34,7 @@ from lead_engine.base.errors import UserError
 from lead_engine.base.files import write_text
 from lead_engine.training.checkpoint_files import METADATA, Planner, Reader, Writer, check_file
 from lead_engine.training.distributed import Ranks
+from lead_engine.training.rounds import Progress
 
 MARKER = "COMPLETE"
 PER_TENSOR = 2048
@@ -41,25 +43,10 @@ RESERVE = 1 << 30
 """Bytes that a checkpoint leaves free, at most: for logs and the final model."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands between two rounds."""
-
-    round: int = 0
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    """Of the clock, over all rounds."""
-    selection_seconds: float = 0.0
-    """Of these, for ordering, planning, U and rewards."""
-    scoring_seconds: float = 0.0
-    """And for forward passes over the pool that a method asked for."""
-
-
 class _Writing(NamedTuple):
     """A checkpoint on its way to the disk."""
 
-    future: Future
+    future: Future[Any]
     path: Path
     writer: Writer
     progress: Progress
@@ -81,7 +68,8 @@ class Checkpoints:
         progress: Progress,
         notes: dict[str, Any] | None = None,
     ) -> bool:
-        """Start writing; returns once the tensors are copied. `parts`: name -> object with state_dict(); `notes`: JSON, for the marker.
+        """Start writing; returns once the tensors are copied. `parts`: name -> object with state_dict(); `notes`: JSON,
+        for the marker.
 
         False, with a warning, if nothing can be written there.
         """
@@ -92,7 +80,8 @@ class Checkpoints:
         if self._failed(path, _try(_make_folder, path, bytes_needed) if self.ranks.first else None):
             return False
         writer = Writer(path)
-        future = dcp.async_save(state, storage_writer=writer, process_group=self.ranks.host_group)
+        future = state_dict_saver.async_save(state, storage_writer=writer, process_group=self.ranks.host_group)
+        assert isinstance(future, Future)  # of the thread that writes: no stager was asked for
         self._writing = _Writing(future, path, writer, progress, notes or {})
         return True
 
@@ -110,12 +99,13 @@ class Checkpoints:
         except (CheckpointException, Exception) as failure:  # the first is no Exception
             error = _reason(failure)
         files = writing.writer.files
-        everyone = self.ranks.everyone((_reason(files.error) if files.error else None, error, files.written))
-        error = next(
-            (e for causes in zip(*[e[:2] for e in everyone], strict=True) for e in causes if e), None
-        )  # a file's own error first
+        file_error = _reason(files.error) if files.error else None
+        everyone = self.ranks.everyone((file_error, error, files.written))
+        # A file's own error, of any rank, says more than what DCP makes of it.
+        errors = [file_error for file_error, _, _ in everyone] + [dcp_error for _, dcp_error, _ in everyone]
+        error = next(filter(None, errors), None)
         if error is None and self.ranks.first:
-            written = {name: entry for *_, mine in everyone for name, entry in mine.items()}
+            written = {name: entry for _, _, files in everyone for name, entry in files.items()}
             marker = {"progress": asdict(writing.progress), "notes": writing.notes, "files": written}
             error = _try(write_text, writing.path / MARKER, json.dumps(marker))
         if self._failed(writing.path, error):
@@ -127,28 +117,27 @@ class Checkpoints:
     def load(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]
     ) -> tuple[Progress, dict[str, Any]]:
-        """Load the newest whole checkpoint into the objects given: (where it stands, its notes); (Progress(), {}) if there is none at all.
+        """Load the newest whole checkpoint into the objects given: (where it stands, its notes); (Progress(), {}) if
+        there is none at all.
 
-        One that is damaged is named in a warning, and the one before it is taken. Raises UserError if there are some, but none is whole.
+        One that is damaged is named in a warning, and the one before it is taken. Raises UserError if there are some,
+        but none is whole.
         """
-        names = self.ranks.everyone([path.name for path in _complete(self.folder)])[
-            0
-        ]  # a shared file system may show ranks different ones
+        # Rank 0's names: a shared file system may show ranks different ones.
+        names = self.ranks.everyone([path.name for path in _complete(self.folder)])[0]
         problems = []
         for path in (self.folder / name for name in reversed(names)):
             marker, problem = self._verify(path)
             problem = problem or self._read(path, model, optimizer, parts)
             if problem is None:
                 return Progress(**marker["progress"]), marker["notes"]
-            warn(
-                f"{path}: damaged, not used ({problem})"
-                + ("; the one before it is tried" if path.name != names[0] else "")
-            )
+            next_try = "; the one before it is tried" if path.name != names[0] else ""
+            warn(f"{path}: damaged, not used ({problem}){next_try}")
             problems.append(f"{path.name}: {problem}")
         if problems:
             raise UserError(
-                f"--resume: no checkpoint in {self.folder} is whole ({'; '.join(problems)}); bring back one that is, or delete that folder "
-                "to train from the start"
+                f"--resume: no checkpoint in {self.folder} is whole ({'; '.join(problems)}); bring back one that is, "
+                "or delete that folder to train from the start"
             )
         return Progress(), {}
 
@@ -164,7 +153,7 @@ class Checkpoints:
             files, problem = [], f"{MARKER} cannot be read"
         for name, (size, crc) in files[self.ranks.rank :: self.ranks.size]:
             problem = problem or check_file(path / name, size, crc)
-        return marker, next(filter(None, self.ranks.everyone(problem)), None)
+        return marker, self.ranks.first_problem(problem)
 
     def _read(
         self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]
@@ -175,12 +164,14 @@ class Checkpoints:
             problem = None
         except Exception as error:  # whatever a wrong pickle leads to
             problem = _reason(error)
-        problem = next(filter(None, self.ranks.everyone(problem)), None)
+        problem = self.ranks.first_problem(problem)
         if problem is not None:
             return problem
         state = _state(model, optimizer, parts)
         try:
-            dcp.load(state, storage_reader=Reader(path), planner=Planner(), process_group=self.ranks.host_group)
+            state_dict_loader.load(
+                state, storage_reader=Reader(path), planner=Planner(), process_group=self.ranks.host_group
+            )
         except (CheckpointException, Exception) as error:  # DCP makes all ranks raise if one does
             return _reason(error)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])  # parameters were filled in place
@@ -190,7 +181,7 @@ class Checkpoints:
 
     def _failed(self, path: Path, error: str | None) -> bool:
         """Whether any rank has an error; if so, the checkpoint is given up."""
-        error = next(filter(None, self.ranks.everyone(error)), None)
+        error = self.ranks.first_problem(error)
         if error is None:
             return False
         if self.ranks.first:
@@ -228,7 +219,9 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _make_folder(path: Path, bytes_needed: int) -> None:
-    """An empty folder. OSError if the disk has no room for so much: filling it up would stop the run's logs, and other runs, too."""
+    """An empty folder. OSError if the disk has no room for so much: filling it up would stop the run's logs, and other
+    runs, too.
+    """
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     free, wanted = shutil.disk_usage(path).free, bytes_needed + min(bytes_needed // 10, RESERVE)

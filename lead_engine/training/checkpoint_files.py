@@ -1,7 +1,8 @@
 """A checkpoint's files: checksums made while they are written, and reading that runs no code from disk.
 
-torch.distributed.checkpoint (DCP) keeps its metadata as a pickle, and unpickles entries that are no tensors. A pickle may call anything, so
-here metadata may name DCP's own classes only, and everything else goes through torch.load(weights_only=True).
+torch.distributed.checkpoint (DCP) keeps its metadata as a pickle, and unpickles entries that are no tensors. A pickle
+may call anything, so here metadata may name DCP's own classes only, and everything else goes through
+torch.load(weights_only=True).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import filesystem as dcp_files
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -53,14 +55,16 @@ class Summing(io.IOBase):
 
 
 class SummingFiles(dcp_files.FileSystem):
-    """The local file system; `written`: name -> (bytes, CRC-32) of what this rank has written, `error`: the first that a file gave."""
+    """The local file system; `written`: name -> (bytes, CRC-32) of what this rank has written, `error`: the first that
+    a file gave.
+    """
 
     def __init__(self) -> None:
         self.written: dict[str, tuple[int, int]] = {}
         self.error: OSError | None = None
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         if mode != "wb":
             raise ValueError(f"{path}: opened with mode {mode!r}, but checkpoints are only written here")
         try:
@@ -106,9 +110,8 @@ def check_file(path: Path, size: int, crc: int) -> str | None:
 class Reader(FileSystemReader):
     """DCP's reader, whose metadata is unpickled with nothing but METADATA_CLASSES at hand."""
 
-    def read_metadata(
-        self,
-    ) -> Metadata:  # DCP gives keyword arguments only to a reader that takes them: then to guess at other files
+    # DCP gives keyword arguments only to a reader that takes them: then to guess at other files.
+    def read_metadata(self) -> Metadata:
         with (Path(self.path) / METADATA).open("rb") as file:
             metadata = MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):

@@ -1,7 +1,9 @@
-"""Which options of `train` go together: what cannot is refused before anything is loaded, each with its reason and the way out.
+"""Which options of `train` go together: what cannot is refused before anything is loaded, each with its reason and the
+way out.
 
-`AXES` and `REFUSED` say the same to a reader: docs/COMBINATIONS.md is made of them (`python -m lead_engine.training.combinations`), and
-tests/invariants/test_combinations.py trains every pair that is not refused, and sees every refused one refused for the reason given.
+`AXES` and `REFUSED` say the same to a reader: docs/COMBINATIONS.md is made of them (`python -m
+lead_engine.training.combinations`), and tests/invariants/test_combinations.py trains every pair that is not refused,
+and sees every refused one refused for the reason given.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from lead_engine.config import PrepareConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Rule:
-    """Something that cannot be: where `applies`, the run ends with `message`, formatted with `config` and `ranks` (their number)."""
+    """Something that cannot be: where `applies`, the run ends with `message`, formatted with `config` and `ranks`
+    (their number).
+    """
 
     applies: Callable[[TrainConfig | PrepareConfig, int, torch.device], bool]
     message: str
@@ -39,7 +43,8 @@ RULES = [
     ),
     Rule(
         lambda config, ranks, device: config.runtime.compile and device.type == "cpu" and not _has_compiler(),
-        "--runtime.compile: needs a C++ compiler on a CPU, and none is found; install g++ (or name one in CXX), or leave the flag out",
+        "--runtime.compile: needs a C++ compiler on a CPU, and none is found; install g++ (or name one in CXX), or "
+        "leave the flag out",
     ),
     Rule(
         lambda config, ranks, device: (
@@ -94,8 +99,10 @@ AXES: dict[str, dict[str, Options]] = {
         "full pool": {"method": "full"},
     },
 }
-"""Axis -> value -> the options of TrainConfig that it is. Of `model`, it is the folder that differs. `loss` and `ifd` order the pool once,
-by numbers of `prepare`; `random-matched` imitates another run: to all other axes they are `random`."""
+"""Axis -> value -> the options of TrainConfig that it is. Of `model`, it is the folder that differs. `loss` and `ifd`
+order the pool once, by numbers of `prepare`; `random-matched` imitates another run: to all other axes they are
+`random`.
+"""
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,9 @@ REFUSED = [
         "experts are one three-dimensional weight; train with --lora.quantize none",
     ),
 ]
-"""What depends on the model is refused once its config.json is read, before its weights are: in model/adapter.py and model/nf4.py."""
+"""What depends on the model is refused once its config.json is read, before its weights are: in model/adapter.py and
+model/nf4.py.
+"""
 
 
 def refusal(first: str, second: str) -> Refused | None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
-Mark = float | torch.cuda.Event
-"""A point in time: the host clock's seconds, or an event in a GPU's stream."""
+Mark = Any
+"""A point in time: the host clock's seconds, or a torch.cuda.Event in a GPU's stream."""
 
 
 class DeviceTimer:
-    """Seconds of device time between `start` and `stop`, summed over any number of pairs; on a CPU, of the host's clock."""
+    """Seconds of device time between `start` and `stop`, summed over any number of pairs; on a CPU, of the host's
+    clock.
+
+    `with timer:` starts and stops it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -27,16 +32,26 @@ class DeviceTimer:
             raise ValueError("DeviceTimer.stop: the timer was not started")
         self._intervals.append((self._started, self._mark()))
 
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     def take(self) -> float:
-        """Seconds of the intervals that are over and were not taken yet. What a GPU has not finished is left for a later call."""
-        finished = [interval for interval in self._intervals if _is_over(interval[1])]
+        """Seconds of the intervals that are over and were not taken yet. What a GPU has not finished is left for a
+        later call.
+        """
+        finished = [interval for interval in self._intervals if not self._cuda or interval[1].query()]
         self._intervals = [interval for interval in self._intervals if interval not in finished]
-        return sum(_seconds(start, end) for start, end in finished)
+        if self._cuda:
+            return float(sum(start.elapsed_time(end) / 1e3 for start, end in finished))
+        return float(sum(end - start for start, end in finished))
 
     def _mark(self) -> Mark:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no annotations here
         event.record()
         return event
 
@@ -55,13 +70,3 @@ class DeviceInterval:
     def seconds(self) -> float:
         self._seconds = self._seconds or self._timer.take()
         return self._seconds
-
-
-def _is_over(mark: Mark) -> bool:
-    return isinstance(mark, float) or mark.query()
-
-
-def _seconds(start: Mark, end: Mark) -> float:
-    if isinstance(start, float) or isinstance(end, float):
-        return float(end) - float(start)
-    return start.elapsed_time(end) / 1e3

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lead_engine.base.errors import UserError
-from lead_engine.training.loop import Round, RoundValues
+from lead_engine.training.rounds import Round, RoundValues
 
 MOST_NAMES = 20
 MOST_STEPS = 10
@@ -55,8 +55,8 @@ class SkippedSteps:
     def report(self) -> str:
         """Which steps, what was not finite in them, which samples, and what to do."""
         lines = [
-            f"{self.count} steps were skipped because their loss or gradient was not finite, more than --max-skipped-steps {self.limit} "
-            "allows over the whole run:"
+            f"{self.count} steps were skipped because their loss or gradient was not finite, more than "
+            f"--max-skipped-steps {self.limit} allows over the whole run:"
         ]
         left = MOST_NAMES
         for entry in sorted(self.first, key=lambda entry: not entry["own"]):  # those that name the culprits first
@@ -68,14 +68,15 @@ class SkippedSteps:
             left -= len(shown)
             more = f" and {entry['of'] - len(shown)} more" if entry["of"] > len(shown) else ""
             lines.append(
-                f"  step {entry['step']} (round {entry['round']}): the {what} (loss {entry['loss']}, gradient norm {entry['grad_norm']}); "
-                f"samples {', '.join(shown) or '...'}{more} ({of})"
+                f"  step {entry['step']} (round {entry['round']}): the {what} (loss {entry['loss']}, gradient norm "
+                f"{entry['grad_norm']}); samples {', '.join(shown) or '...'}{more} ({of})"
             )
         if self.count > len(self.first):
             lines.append(f"  and {self.count - len(self.first)} more, in {self.out / 'metrics.jsonl'} (skipped)")
         lines.append(
-            f"Look at these ids in {self.pool / 'records.parquet'}. If many samples are named, training diverges or weights of the model "
-            "are not finite: lower --optimizer.lr, or check --model. To go on all the same: --resume with a greater --max-skipped-steps."
+            f"Look at these ids in {self.pool / 'records.parquet'}. If many samples are named, training diverges or "
+            "weights of the model are not finite: lower --optimizer.lr, or check --model. To go on all the same: "
+            "--resume with a greater --max-skipped-steps."
         )
         return "\n".join(lines)
 

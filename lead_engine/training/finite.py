@@ -1,7 +1,8 @@
 """Steps whose loss or gradient is not finite: found and skipped on the device, on all ranks alike, without a host read.
 
-A loss that is not finite multiplies its rank's gradients by NaN. The gradients' own reduction over the ranks carries that to all of them,
-and so does the all-reduced norm: one number, the same everywhere, says whether the step is good. No collective is added.
+A loss that is not finite multiplies its rank's gradients by NaN. The gradients' own reduction over the ranks carries
+that to all of them, and so does the all-reduced norm: one number, the same everywhere, says whether the step is good.
+No collective is added.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ from torch import Tensor
 
 
 def loss_gradient(sample_nll: Tensor) -> Tensor:
-    """What a micro-batch's backward pass begins with, 0-d fp32: 1, or NaN if a sample's loss (fp32 [B]) is not finite."""
+    """What a micro-batch's backward pass begins with, 0-d fp32: 1, or NaN if a sample's loss
+    (fp32 [B]) is not finite.
+    """
     return torch.where(sample_nll.isfinite().all(), 1.0, torch.nan)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """`optimizer.step()`, which changes nothing, not a bit of parameters, moments and step counters, where `skip` (0-d bool) holds.
+    """`optimizer.step()`, which changes nothing, not a bit of parameters, moments and step counters, where `skip` (0-d
+    bool) holds.
 
-    By the protocol of `torch.amp.GradScaler`: an optimizer that knows it reads `found_inf` (0-d fp32, 1.0: skip) on the device.
+    By the protocol of `torch.amp.GradScaler`: an optimizer that knows it reads `found_inf` (0-d fp32, 1.0: skip) on the
+    device.
     """
-    optimizer.found_inf, optimizer.grad_scale = skip.float(), None
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # GradScaler's protocol: torch declares neither
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()
 
 
 def check_can_skip(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError for one of torch's optimizers that would ignore `found_inf`, and so train on NaN. Others are taken at their word."""
+    """ValueError for one of torch's optimizers that would ignore `found_inf`, and so train on NaN. Others are taken at
+    their word.
+    """
     if type(optimizer).__module__.startswith("torch.optim") and not getattr(
         optimizer, "_step_supports_amp_scaling", False
     ):

@@ -2,15 +2,17 @@
 
 Counted is what the mathematics of the step needs (PaLM, arXiv 2204.02311, appendix B), each multiply-add as two:
 
-- every matrix of the blocks, once a token: 2 for the forward product, 2 for the gradient of its input, 2 for its own gradient. A frozen
-  matrix has no gradient of its own (4, as LoRA's base has), one whose input depends on nothing trained has no gradient of its input;
+- every matrix of the blocks, once a token: 2 for the forward product, 2 for the gradient of its input, 2 for its own
+  gradient. A frozen matrix has no gradient of its own (4, as LoRA's base has), one whose input depends on nothing
+  trained has no gradient of its input;
 - the experts of a mixture: only those a token is sent to;
-- attention: 12 x heads x head_dim for every pair of a query and a key it may see. A sample of L tokens has L (L + 1) / 2 pairs, fewer
-  under a sliding window; packed samples do not see each other, so a micro-batch has its samples' pairs and no more;
+- attention: 12 x heads x head_dim for every pair of a query and a key it may see. A sample of L tokens has
+  L (L + 1) / 2 pairs, fewer under a sliding window; packed samples do not see each other, so a micro-batch has its
+  samples' pairs and no more;
 - the LM head, once a response token: the engine computes no other rows.
 
-Not counted: recomputation by activation checkpointing, padding and dummy rows, norms, softmax, the optimizer, selection.
-docs/METRICS.md has the formula with an example.
+Not counted: recomputation by activation checkpointing, padding and dummy rows, norms, softmax, the optimizer,
+selection. docs/METRICS.md has the formula with an example.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from transformers import PretrainedConfig
 from lead_engine.model.packed import PackedLM
 
 PEAKS = {
-    # Part of the device's name, lower case; the first that fits -> dense bf16 TFLOP/s (no sparsity), from the makers' data sheets.
+    # Part of the device's name, lower case; the first that fits -> dense bf16 TFLOP/s (no sparsity), from the makers'
+    # data sheets.
     "gb300": 2500.0,
     "gb200": 2500.0,
     "b300": 2250.0,
@@ -69,7 +72,9 @@ class Peak:
 
 
 def find_peak(given: float, device: torch.device) -> Peak:
-    """The peak of one rank's device: `given` TFLOP/s if above 0 (--runtime.peak-tflops), else its data sheet's where it is known."""
+    """The peak of one rank's device: `given` TFLOP/s if above 0 (--runtime.peak-tflops), else its data sheet's where it
+    is known.
+    """
     if given > 0:
         return Peak(given, "--runtime.peak-tflops")
     if device.type != "cuda":
@@ -95,11 +100,15 @@ class ModelFlops:
     per_row: int
     """LM head, for each response token."""
     attention: tuple[tuple[int | None, int], ...]
-    """(window, FLOPs for each pair of query and visible key), the layers of one window together; None: the whole past."""
+    """(window, FLOPs for each pair of query and visible key), the layers of one window
+    together; None: the whole past.
+    """
 
     @staticmethod
     def of(model: PackedLM) -> ModelFlops:
-        """Read off a model's modules and config; sharded or whole, with or without adapters. Reads no tensor's values."""
+        """Read off a model's modules and config; sharded or whole, with or without adapters.
+        Reads no tensor's values.
+        """
         text = model.config.get_text_config()
         dead = _inputs_without_gradient(model)
         per_token = sum(m.flops(name not in dead) for name, m in _matrices(model.decoder, text))
@@ -144,8 +153,9 @@ class _Matrix:
 
 
 def _matrices(module: nn.Module, text: PretrainedConfig) -> Iterator[tuple[str, _Matrix]]:
-    """What multiplies a token, each once: linear layers (by their features: a 4-bit weight is stored flat), other two-dimensional
-    parameters that are no table (routers), and stacks of experts, of which a token meets some."""
+    """What multiplies a token, each once: linear layers (by their features: a 4-bit weight is stored flat), other
+    two-dimensional parameters that are no table (routers), and stacks of experts, of which a token meets some.
+    """
     for name, owner in module.named_modules():
         if isinstance(owner, nn.Linear):
             # In a list of experts, each a module of its own, a token meets as large a share as it does of a stack.
@@ -162,12 +172,13 @@ def _matrices(module: nn.Module, text: PretrainedConfig) -> Iterator[tuple[str, 
 
 def _number_of_experts(text: PretrainedConfig) -> int:
     names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next(getattr(text, name) for name in names if getattr(text, name, None))
+    return int(next(getattr(text, name) for name in names if getattr(text, name, None)))
 
 
 def _inputs_without_gradient(model: PackedLM) -> set[str]:
-    """Names (in the decoder) of linear layers whose input depends on nothing trained: what reads the first block's input, where the
-    embedding and the norm before it are frozen."""
+    """Names (in the decoder) of linear layers whose input depends on nothing trained: what reads the first block's
+    input, where the embedding and the norm before it are frozen.
+    """
     first = model.decoder.layers[0]
     norm = getattr(first, "input_layernorm", None)
     upstream = [model.decoder.embed_tokens, *([norm] if norm is not None else [])]
@@ -189,7 +200,7 @@ def _reads_block_input(name: str) -> bool:
 
 
 def _head_dim(text: PretrainedConfig) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _windows(text: PretrainedConfig) -> list[int | None]:

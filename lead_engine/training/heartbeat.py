@@ -35,6 +35,11 @@ def enter_phase(name: str, round: int | None = None, step: int | None = None, *,
     _phase, _since = Phase(_phase.number + 1, name, round, step, limited), time.monotonic()
 
 
+def enter_step_phase(name: str, step: int | None = None) -> None:
+    """The same for the next phase of the round that this rank is in."""
+    enter_phase(name, _phase.round, step)
+
+
 def current_phase() -> Phase:
     """What this rank is doing."""
     return _phase

@@ -20,14 +20,14 @@ import torch
 
 from lead_engine.base.console import Bar, say, warn
 from lead_engine.base.files import publish, read_json, write_text
-from lead_engine.model.save import save_model
 from lead_engine.model.scoring import score_together, summarise_loss
 from lead_engine.pool.heldout import HeldOutData
-from lead_engine.training.checkpoint import Checkpoints, Progress
+from lead_engine.training.build import TrainingSetup
+from lead_engine.training.checkpoint import Checkpoints
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.heartbeat import enter_phase
+from lead_engine.training.rounds import Progress
 from lead_engine.training.run_folder import RunFolder, why_not_written
-from lead_engine.training.session import Session
 
 BEST = "best"
 """Folder of the best model, in the run folder."""
@@ -45,10 +45,11 @@ class Mark(NamedTuple):
 class HeldOut:
     """The evaluations of one run; one without --eval-data has none, and every method does nothing."""
 
-    def __init__(self, session: Session, ranks: Ranks, folder: RunFolder, checkpoints: Checkpoints) -> None:
-        self.session, self.ranks, self.folder, self.checkpoints = session, ranks, folder, checkpoints
-        self.path = session.config.out / BEST
-        if ranks.first and session.heldout is not None:
+    def __init__(self, setup: TrainingSetup, ranks: Ranks, folder: RunFolder, checkpoints: Checkpoints) -> None:
+        self.setup, self.ranks, self.folder, self.checkpoints = setup, ranks, folder, checkpoints
+        self.data = setup.heldout
+        self.path = setup.config.out / BEST
+        if ranks.first and self.data is not None:
             _tidy(self.path)
         self.last = -1
         """Step of the last evaluation."""
@@ -62,7 +63,7 @@ class HeldOut:
         """Of the clock: for evaluations and writing the best model; before them, for training steps still under way."""
         self.tokens = 0
         """Evaluated in all."""
-        self.loss: dict[str, Any] | None = None
+        self.loss: dict[str, Any] = {}
         """The last evaluation, as `summarise_loss` gives it."""
         self.stops = False
         """Whether patience has run out."""
@@ -81,15 +82,15 @@ class HeldOut:
         """Evaluate if it is time: before training, and at the end of the first round that has reached each multiple of
         --eval-every. Keeps the model if it is the best so far, and sets `stops`.
         """
-        every, patience = self.session.config.eval_every, self.session.config.patience
-        if self.session.heldout is None or not (self.last < 0 or (every and done.step // every > self.last // every)):
+        every, patience = self.setup.config.eval_every, self.setup.config.patience
+        if self.data is None or not (self.last < 0 or (every and done.step // every > self.last // every)):
             return
-        lower = self._measure(done)
+        lower = self._measure(self.data, done)
         bar.advance(0, **{"held-out": self.loss["overall"]})
         if lower and done.step and every:
             self.checkpoints.finish()  # ranks must not meet over its files and over ours at once
-            self._keep(done, lambda building: self._save(building))
-        left = self.session.budget - done.tokens >= int(self.session.engine.store.lengths.min())
+            self._keep(lower, done, lambda building: self.setup.save_model(building, self.ranks.rank))
+        left = self.setup.trainer.budget - done.tokens >= int(self.setup.trainer.store.lengths.min())
         if patience and self.since >= patience and left:
             self.stops = True
             best = f"{self.lowest.loss:.4f} at step {self.lowest.step}" if self.lowest else "none is finite"
@@ -98,23 +99,28 @@ class HeldOut:
 
     def last_look(self, done: Progress) -> None:
         """Evaluate the model as it is at the end."""
-        if self.session.heldout is not None and self.last != done.step:
-            self._measure(done)
+        if self.data is not None and self.last != done.step:
+            self._measure(self.data, done)
 
     def keep_last(self, done: Progress, model: Path) -> None:
         """If the run's last model is its best, BEST is that, once more under another name."""
-        if self.session.config.eval_every and done.step and self.lowest and self.lowest.step == done.step:
-            self._keep(done, lambda building: _link(model, building) if self.ranks.first else None)
+
+        def link(building: Path) -> None:
+            if self.ranks.first:
+                _link(model, building)
+
+        if self.setup.config.eval_every and done.step and self.lowest and self.lowest.step == done.step:
+            self._keep(self.lowest, done, link)
 
     def summary(self) -> dict[str, Any]:
         """For summary.json; empty without --eval-data."""
-        if self.session.heldout is None:
+        if self.data is None:
             return {}
         best = read_json(self.path / NOTE) if (self.path / NOTE).exists() else {"step": 0, "loss": None}
         return {
             "heldout_loss": _finite(self.loss["overall"]),
             "heldout_macro": _finite(self.loss["macro"]),
-            "best_step": best["step"] if self.session.config.eval_every else None,
+            "best_step": best["step"] if self.setup.config.eval_every else None,
             "best_heldout_loss": best["loss"] if best["step"] else self.kept and self.kept.loss,
             "evaluation_seconds": self.seconds,
             "evaluated_tokens": self.tokens,
@@ -123,25 +129,28 @@ class HeldOut:
 
     def tell(self) -> None:
         """Say at the end what came of it."""
-        if self.session.heldout is None:
+        if self.data is None:
             return
         values, best = self.summary(), ""
         if values["best_step"]:
             best = f"; lowest {values['best_heldout_loss']:.4f} at step {values['best_step']}: {self.path}"
-        elif self.session.config.eval_every:
+        elif self.setup.config.eval_every:
             best = "; it was never lower than before training, so no best model is kept"
         say(f"held-out loss {self.loss['overall']:.4f}{best}; {self.tokens:,} tokens evaluated in {self.seconds:.1f} s")
 
-    def _measure(self, done: Progress) -> bool:
-        """Evaluate, and write the result down; whether it is the lowest loss so far."""
-        session, data = self.session, self.session.heldout
-        enter_phase("held-out loss", done.round, done.step)
+    def _measure(self, data: HeldOutData, done: Progress) -> Mark | None:
+        """Evaluate, and write the result down; returns it if its loss is the lowest so far."""
+
+        def before_each() -> None:
+            enter_phase("held-out loss", done.round, done.step)
+
+        before_each()
         begun = time.perf_counter()
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)  # the round's steps are training's time
         started = time.perf_counter()
         self.waited += started - begun
-        self.loss = loss_of(data, session, self.ranks, lambda: enter_phase("held-out loss", done.round, done.step))
+        self.loss = loss_of(data, self.setup, self.ranks, before_each)
         mark = Mark(done.step, self.loss["overall"])
         lower = math.isfinite(mark.loss) and (self.lowest is None or mark.loss < self.lowest.loss)
         self.since = 0 if lower else self.since + 1
@@ -151,25 +160,22 @@ class HeldOut:
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.tokens += data.store.num_tokens
-        line = {
-            "step": done.step,
-            "round": done.round,
-            "tokens": done.tokens,
-            "loss": _finite(self.loss),
-            "lowest": lower,
-        }
-        self.folder.evaluation({**line, "seconds": seconds})
+        line = {"step": done.step, "round": done.round, "tokens": done.tokens, "loss": _finite(self.loss)}
+        self.folder.evaluation({**line, "lowest": lower, "seconds": seconds})
+        self._tell_evaluation(mark, lower, seconds)
+        return mark if lower else None
+
+    def _tell_evaluation(self, mark: Mark, lower: bool, seconds: float) -> None:
         lowest = "" if lower or not self.lowest else f", lowest {self.lowest.loss:.4f} at step {self.lowest.step}"
         told = f"held-out loss {mark.loss:.4f}, macro {self.loss['macro']:.4f}{lowest} ({seconds:.1f} s)"
-        say(f"step {done.step:,}: {told}")
+        say(f"step {mark.step:,}: {told}")
         if not math.isfinite(mark.loss):
             why = "the model has diverged, or needs --runtime.precision fp32"
-            warn(f"step {done.step}: the held-out loss is not finite; {why}")
-        return lower
+            warn(f"step {mark.step}: the held-out loss is not finite; {why}")
 
-    def _keep(self, done: Progress, make: Any) -> None:
+    def _keep(self, mark: Mark, done: Progress, make: Callable[[Path], None]) -> None:
         """Give BEST the folder that `make` builds, on all ranks; if it cannot be written, warn, leave what is there."""
-        started, mark = time.perf_counter(), Mark(done.step, self.lowest.loss)
+        started = time.perf_counter()
         building = self.path.with_name(f"{BEST}.new")
         enter_phase("writing the best model", done.round, done.step, limited=False)
 
@@ -189,18 +195,20 @@ class HeldOut:
         there = f"the one of step {self.kept.step} stays" if self.kept and self.kept.step else "there is none before it"
         warn(f"{self.path}: the best model so far could not be written ({reason}); {there}, and training goes on")
 
-    def _save(self, building: Path) -> None:
-        session = self.session
-        saving = {"base": session.base, "parts": session.parts["model"], "rank": self.ranks.rank}
-        save_model(session.engine.model, session.tokenizer, building, **saving)
-
 
 def loss_of(
-    data: HeldOutData, session: Session, ranks: Ranks, before_each: Callable[[], None] = lambda: None
+    data: HeldOutData, setup: TrainingSetup, ranks: Ranks, before_each: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """What `summarise_loss` says of the model as it is: the same on every rank, and but for rounding on any number."""
-    share = {"batch": session.config.batch, "rank": ranks.rank, "world": ranks.size, "before_each": before_each}
-    nll = score_together(session.engine.model, data.store, torch.arange(data.store.num_samples), **share)
+    nll = score_together(
+        setup.trainer.model,
+        data.store,
+        torch.arange(data.store.num_samples),
+        batch=setup.config.batch,
+        rank=ranks.rank,
+        world=ranks.size,
+        before_each=before_each,
+    )
     return summarise_loss(nll.double().cpu().numpy(), data.store.response_rows.numpy(), data.tasks)
 
 

@@ -79,9 +79,16 @@ def _make(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase)
     sources = expand(config.eval_data, "--eval-data")
     made_from = _made_from(config, sources)
     say(f"reading {', '.join(sources)}")
-    options = {"max_length": _longest(config), "skip_bad": config.skip_bad, "pool": config.pool}
     try:
-        marker = write_heldout(folder, sources, tokenizer, made_from=made_from, **options)
+        marker = write_heldout(
+            folder,
+            sources,
+            tokenizer,
+            made_from=made_from,
+            max_length=_longest(config),
+            skip_bad=config.skip_bad,
+            pool=config.pool,
+        )
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}") from None
     for kind, count in marker["problems"].items():

@@ -1,4 +1,6 @@
-"""Reading the device without waiting for it: values are copied behind the work that makes them, and read a round later."""
+"""Reading the device without waiting for it: values are copied behind the work that makes them,
+and read a round later.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ class HostCopy(Generic[T]):
 
     def __init__(self, values: T) -> None:
         tensors = pytree.tree_leaves(values)
-        self._event = torch.cuda.Event() if any(isinstance(x, Tensor) and x.is_cuda for x in tensors) else None
+        self._event: torch.cuda.Event | None = None
         self._values: T = pytree.tree_map_only(Tensor, _to_host, values)
-        if self._event is not None:
+        if any(isinstance(x, Tensor) and x.is_cuda for x in tensors):
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no annotations here
             self._event.record()
 
     def read(self) -> T:

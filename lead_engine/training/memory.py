@@ -22,10 +22,12 @@ _BLOCKS_8BIT = (64, 128, 256)
 
 
 def used_bytes(device: torch.device) -> int:
-    """On a GPU the most that tensors took there so far (a counter of the host's: nothing waits); on a CPU what the process holds now."""
+    """On a GPU the most that tensors took there so far (a counter of the host's: nothing waits); on a CPU what the
+    process holds now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -57,12 +59,14 @@ def estimate(model: nn.Module, kind: OptimizerKind) -> Estimate:
 def total_bytes(device: torch.device) -> int:
     """Memory of the device, or a CPU's share for one of this machine's ranks."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def fits_gathered(needed: Estimate, gathered: int, total: int) -> bool:
-    """Whether weights may stay gathered through a step: half of the memory is left for activations, whose size nobody knows yet."""
+    """Whether weights may stay gathered through a step: half of the memory is left for activations, whose size nobody
+    knows yet.
+    """
     return 2 * (sum(needed) + gathered) <= total
 
 

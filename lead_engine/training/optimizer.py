@@ -15,7 +15,9 @@ from lead_engine.model.bnb import bitsandbytes_functional
 from lead_engine.training.adamw8bit import AdamW8bit
 
 _CHUNK = 1 << 22
-"""Numbers multiplied at a time by `inner_product`: bounds its scratch memory to 16 MiB whatever the parameter's size."""
+"""Numbers multiplied at a time by `inner_product`: bounds its scratch memory to 16 MiB whatever
+the parameter's size.
+"""
 
 
 def check_available(config: OptimizerConfig) -> None:
@@ -41,7 +43,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def learning_rate(config: OptimizerConfig, progress: float) -> float:
-    """Learning rate after a share `progress` in [0, 1] of the token budget: linear warm-up, then decay to final_lr * lr.
+    """Learning rate after a share `progress` in [0, 1] of the token budget: linear warm-up, then decay to final_lr *
+    lr.
 
     Warm-up starts at a tenth of the peak: the very first step trains too.
     """
@@ -53,12 +56,13 @@ def learning_rate(config: OptimizerConfig, progress: float) -> float:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale gradients in place to a global norm of at most max_norm: (norm before, factor applied), 0-d tensors, the same on every rank.
+    """Scale gradients in place to a global norm of at most max_norm: (norm before, factor applied), 0-d tensors, the
+    same on every rank.
 
     A norm that is not finite leaves gradients that are good for nothing: see training/finite.py.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters], foreach=True)
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -68,21 +72,28 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple
 def inner_product(parameters: Iterable[nn.Parameter]) -> Tensor:
     """<gradient, parameter> over this rank's shards: 0-d float64. Its sum over all ranks is that of the whole model.
 
-    The change of a parameter under a step is the difference of two of these, so no copy of the parameters is needed. Sums are float64:
-    the two differ in about the fifth digit only, and fp32 sums over millions of terms would lose it. Products stay fp32: their
-    rounding errors (6e-8 each, independent) average out far below the difference.
+    The change of a parameter under a step is the difference of two of these, so no copy of the parameters is needed.
+    Sums are float64: the two differ in about the fifth digit only, and fp32 sums over millions of terms would lose it.
+    Products are fp32: their rounding errors (6e-8 each, independent) average out far below the difference. ValueError
+    where no parameter has a gradient.
     """
     total, copies = None, 1
     for parameter in parameters:
         if parameter.grad is None:
             continue
         copies = _copies(parameter)
-        gradient, value = (x.to_local() if isinstance(x, DTensor) else x for x in (parameter.grad, parameter))
-        for g, v in zip(gradient.flatten().split(_CHUNK), value.flatten().split(_CHUNK), strict=True):
-            part = torch.sum(g * v, dtype=torch.float64)
+        gradient, value = (_local(x).flatten() for x in (parameter.grad, parameter))
+        for g, v in zip(torch.split(gradient, _CHUNK), torch.split(value, _CHUNK), strict=True):
+            # They may be bf16 under Hugging Face's Trainer.
+            part = torch.sum(g.float() * v.float(), dtype=torch.float64)
             total = part if total is None else total + part
-    assert total is not None, "no gradient anywhere"
+    if total is None:
+        raise ValueError("no parameter has a gradient")
     return total if copies == 1 else total / copies  # all parameters are on one mesh
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(parameter: Tensor) -> int:

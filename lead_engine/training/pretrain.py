@@ -1,6 +1,7 @@
 """`lead-engine pretrain`: a small base model from plain text, where none can be had.
 
-Text becomes a pool whose samples are blocks of tokens, all of them to be learned; `full` then trains on it in the ordinary loop.
+Text becomes a pool whose samples are blocks of tokens, all of them to be learned; `full` then trains on it in the
+ordinary loop.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,8 +27,8 @@ from lead_engine.model.scratch import is_scratch, make_scratch
 from lead_engine.pool.identity import file_parts, tokenizer_parts
 from lead_engine.pool.store import TokenStore
 from lead_engine.pool.tokenizer import TEXT_END, train_tokenizer
+from lead_engine.training import train
 from lead_engine.training.distributed import process_group
-from lead_engine.training.train import train
 
 
 def run(config: PretrainConfig) -> None:
@@ -34,7 +36,7 @@ def run(config: PretrainConfig) -> None:
     with process_group(config.runtime.timeout) as ranks:
         corpus = config.out / "corpus"
         ranks.first_says(lambda: _make_corpus(config, corpus))
-        train(_training(config, corpus), ranks)
+        train.run(_training(config, corpus), ranks)
 
 
 def _training(config: PretrainConfig, corpus: Path) -> TrainConfig:
@@ -71,7 +73,9 @@ def _make_corpus(config: PretrainConfig, corpus: Path) -> None:
     paragraphs = [(path, _paragraphs(path)) for path in config.text]
     if is_scratch(config.model):
         say(f"training a tokenizer of {config.vocab_size:,} tokens on {len(config.text)} files")
-        tokenizer = train_tokenizer(itertools.chain.from_iterable(lines for _, lines in paragraphs), config.vocab_size)
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(
+            itertools.chain.from_iterable(lines for _, lines in paragraphs), config.vocab_size
+        )
         make_scratch(config.model, tokenizer, corpus / "model", config.seed)
     else:
         tokenizer = load_tokenizer(find_model(config.model))
@@ -116,8 +120,12 @@ def _paragraphs(path: Path) -> list[str]:
 def _blocks(
     paragraphs: list[tuple[Path, list[str]]], tokenizer: PreTrainedTokenizerBase, block: int, names: list[str]
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Each file as consecutive blocks of `block` tokens, ended by an end-of-text token; adds each block's name to `names`."""
-    end = tokenizer.convert_tokens_to_ids(TEXT_END) if TEXT_END in tokenizer.get_vocab() else tokenizer.eos_token_id
+    """Each file as consecutive blocks of `block` tokens, ended by an end-of-text token; adds each block's name to
+    `names`.
+    """
+    end: Any = tokenizer.eos_token_id
+    if TEXT_END in tokenizer.get_vocab():
+        end = tokenizer.convert_tokens_to_ids(TEXT_END)
     with progress(sum(len(lines) for _, lines in paragraphs), "tokenising paragraphs") as bar:
         for path, lines in paragraphs:
             ids: list[int] = []

@@ -13,8 +13,8 @@ from torch import Tensor
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.training.flops import ModelFlops, Peak, utilisation
-from lead_engine.training.loop import Round, RoundValues
 from lead_engine.training.memory import size, used_bytes
+from lead_engine.training.rounds import Round, RoundValues
 from lead_kernels import packing_waste
 
 
@@ -53,11 +53,11 @@ class Meter:
 def step_lines(finished: Round, values: RoundValues, meter: Meter) -> list[dict[str, Any]]:
     """One dict per optimizer step (docs/METRICS.md says what stands in it).
 
-    Times are the round's, shared among its steps: a GPU's steps have no end the host could see. Memory is read when the line is made, a
-    round later. Values that are not finite are None: JSON has no name for them.
+    Times are the round's, shared among its steps: a GPU's steps have no end the host could see. Memory is read when the
+    line is made, a round later. Values that are not finite are None: JSON has no name for them.
     """
     before, after = finished.before, finished.after
-    seconds = (finished.lap.seconds - after.scoring_seconds + before.scoring_seconds) / len(values.steps)
+    seconds = (finished.device_time.seconds - after.scoring_seconds + before.scoring_seconds) / len(values.steps)
     flops = [
         count
         for count, tokens in zip(meter.step_flops(values.plan.sample_ids), finished.header.tokens, strict=True)
@@ -114,10 +114,12 @@ def _finite(value: Tensor) -> float | None:
 def round_line(
     finished: Round, values: RoundValues, method: str, state: PoolState, names: Sequence[str], capacity: int
 ) -> dict[str, Any]:
-    """What a round selected, and what the method made of it. `cluster` is None where a round is drawn from all of them."""
+    """What a round selected, and what the method made of it. `cluster` is None where a round is
+    drawn from all of them.
+    """
     plan, stats, before, after = values.plan, values.stats, finished.before, finished.after
-    ids = plan.sample_ids.flatten()
-    ids = ids[ids < finished.dummy].tolist()
+    slots = plan.sample_ids.flatten()
+    ids = slots[slots < finished.dummy].tolist()
     cluster = int(plan.cluster)
     return {
         "round": before.round,

@@ -1,10 +1,13 @@
-"""What a run leaves on disk while it trains: configuration, a line per step and per round; and what it sends to trackers."""
+"""What a run leaves on disk while it trains: configuration, a line per step and per round; and what it sends to
+trackers.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,17 +32,38 @@ ROUND_SCALARS = ("cluster", "reward", "selection_seconds")
 """Of the lines of metrics.jsonl and selection.jsonl, what trackers get."""
 
 
+@dataclass
+class _Logs:
+    """The logs of a run that has begun."""
+
+    metrics: TextIO
+    selection: TextIO
+    heldout: TextIO | None
+    trackers: Trackers
+
+    def files(self) -> list[TextIO]:
+        return [self.metrics, self.selection] + ([] if self.heldout is None else [self.heldout])
+
+    def write_evaluation(self, line: dict[str, Any]) -> None:
+        """Send a line of heldout.jsonl to the trackers."""
+        loss = line["loss"]
+        tasks = {f"task/{name}": task["loss"] for name, task in loss["tasks"].items()}
+        self.trackers.log("eval", line["step"], {"loss": loss["overall"], "macro": loss["macro"], **tasks})
+
+
 class RunFolder:
     """Files of one run; only rank 0 writes.
 
-    Raises UserError if `config.out` holds a run that would be overwritten, or, with --resume, one of another configuration.
+    Raises UserError if `config.out` holds a run that would be overwritten, or, with --resume, one of another
+    configuration.
     """
 
     def __init__(self, config: TrainConfig, *, writes: bool):
         self.path, self.writes, self.config = config.out, writes, config
-        self._metrics = self._selection = self._heldout = self._trackers = None
-        self.parts: Parts = {}
-        """What the run is made from, once `check` was told."""
+        self._logs: _Logs | None = None
+        """On rank 0, once they are open."""
+        self.made_from: Parts = {}
+        """The run's fingerprint, once `check` was told."""
         self.skipped_steps = 0
         """Of the whole run, also before it was resumed."""
         check_packages(config)
@@ -52,74 +76,72 @@ class RunFolder:
             _same_configuration(existing, config)
 
     def open(self, steps: int, rounds: int) -> None:
-        """Open the logs to go on after `steps` steps and `rounds` rounds; lines past them (of a run that was killed) are dropped.
+        """Open the logs to go on after `steps` steps and `rounds` rounds; lines past them (of a run that was killed)
+        are dropped.
 
         Call once every rank has built its RunFolder: the configuration written here is what their checks look for.
         """
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._trackers = Trackers(
-            self.config, steps
-        )  # first: where one cannot start, nothing looks like a run that was begun
-        # Before config.yaml, which says that a run was begun.
-        fingerprint.write(self.path, written(self.parts, self.config.pool))
+        # Trackers first: where one cannot start, nothing looks like a run that was begun.
+        trackers = Trackers(self.config, steps)
+        # The fingerprint before config.yaml, which says that a run was begun.
+        fingerprint.write(self.path, written(self.made_from, self.config.pool))
         write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
-        self._metrics, kept = _reopen(self.path / "metrics.jsonl", "step", steps)
-        self._selection, _ = _reopen(self.path / "selection.jsonl", "round", rounds)
+        metrics, kept = _reopen(self.path / "metrics.jsonl", "step", steps)
+        selection, _ = _reopen(self.path / "selection.jsonl", "round", rounds)
         self.skipped_steps = sum(line.get("skipped", False) for line in kept)
+        self._logs = _Logs(metrics, selection, None, trackers)
         if self.config.eval_data:
             # An evaluation after the last step that counts is in the checkpoint that the run goes on from.
-            self._heldout, kept = _reopen(self.path / "heldout.jsonl", "step", steps + 1 if steps else 0)
+            self._logs.heldout, kept = _reopen(self.path / "heldout.jsonl", "step", steps + 1 if steps else 0)
             for line in kept[-1:]:
-                self._track(line)  # TensorBoard has just dropped what it had of this step
+                self._logs.write_evaluation(line)  # TensorBoard has just dropped what it had of this step
 
-    def check(self, parts: Parts) -> None:
-        """UserError if the run was begun from other contents than `parts`; these are written when it begins."""
-        self.parts = parts
+    def check(self, made_from: Parts) -> None:
+        """UserError if the run was begun from other contents than `made_from`, which is written when it begins."""
+        self.made_from = made_from
         if (self.path / "config.yaml").exists():
             way_out = "Bring back what it was begun with, or begin a new run in another --out"
             before = fingerprint.read(self.path)
-            check_same(before, parts, self.config.pool, f"--resume: {self.path}", way_out)
+            check_same(before, made_from, self.config.pool, f"--resume: {self.path}", way_out)
 
     def step(self, line: dict[str, Any]) -> None:
-        if not self.writes:
+        """Write a line of metrics.jsonl."""
+        if self._logs is None:
             return
-        self._metrics.write(json.dumps(line) + "\n")
+        self._logs.metrics.write(json.dumps(line) + "\n")
         self.skipped_steps += line["skipped"]
-        self._trackers.log(
-            "train", line["step"], {**{name: line[name] for name in STEP_SCALARS}, "skipped_steps": self.skipped_steps}
-        )
+        scalars = {name: line[name] for name in STEP_SCALARS}
+        self._logs.trackers.log("train", line["step"], {**scalars, "skipped_steps": self.skipped_steps})
 
     def round(self, line: dict[str, Any]) -> None:
-        if not self.writes:
+        """Write a line of selection.jsonl, and all lines so far to the disk."""
+        if self._logs is None:
             return
-        self._selection.write(json.dumps(line) + "\n")
-        self._trackers.log("selection", line["round"], {name: line[name] for name in ROUND_SCALARS})
-        self._metrics.flush(), self._selection.flush(), self._trackers.flush()
+        self._logs.selection.write(json.dumps(line) + "\n")
+        self._logs.trackers.log("selection", line["round"], {name: line[name] for name in ROUND_SCALARS})
+        self._logs.metrics.flush()
+        self._logs.selection.flush()
+        self._logs.trackers.flush()
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """A line of heldout.jsonl."""
-        if not self.writes:
+        """Write a line of heldout.jsonl."""
+        if self._logs is None or self._logs.heldout is None:
             return
-        self._heldout.write(json.dumps(line) + "\n")
-        self._heldout.flush()
-        self._track(line)
-        self._trackers.flush()
-
-    def _track(self, line: dict[str, Any]) -> None:
-        loss = line["loss"]
-        tasks = {f"task/{name}": task["loss"] for name, task in loss["tasks"].items()}
-        self._trackers.log("eval", line["step"], {"loss": loss["overall"], "macro": loss["macro"], **tasks})
+        self._logs.heldout.write(json.dumps(line) + "\n")
+        self._logs.heldout.flush()
+        self._logs.write_evaluation(line)
+        self._logs.trackers.flush()
 
     def close(self) -> None:
         """End the logs; trackers hear whether the run is complete."""
-        if self._metrics is not None:
-            self._metrics.close(), self._selection.close()
-        if self._heldout is not None:
-            self._heldout.close()
-        if self._trackers is not None:
-            self._trackers.close((self.path / COMPLETE).exists())
+        if self._logs is None:
+            return
+        for file in self._logs.files():
+            file.close()
+        self._logs.trackers.close((self.path / COMPLETE).exists())
 
 
 def why_not_written(ranks: Ranks, path: Path, write: Callable[[], None]) -> str | None:
@@ -130,9 +152,11 @@ def why_not_written(ranks: Ranks, path: Path, write: Callable[[], None]) -> str 
     reason = None
     try:
         write()
-    except (OSError, SafetensorError, UserError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    reason = next(filter(None, ranks.everyone(reason)), None)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (SafetensorError, UserError) as error:
+        reason = str(error)
+    reason = ranks.first_problem(reason)
     if reason is not None and ranks.first:
         shutil.rmtree(path.with_name(path.name + ".writing"), ignore_errors=True)
     return reason

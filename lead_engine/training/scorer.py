@@ -1,4 +1,6 @@
-"""Losses of the pool under the model in training, for methods that measure them again: forward passes only, on all ranks."""
+"""Losses of the pool under the model in training, for methods that measure them again: forward passes only, on all
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ from lead_engine.config import BatchConfig
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.scoring import score_together
 from lead_engine.pool.store import TokenStore
-from lead_engine.training.heartbeat import current_phase, enter_phase
+from lead_engine.training.heartbeat import enter_step_phase
 
 
 class PoolScorer:
     """Mean NLL of any of the pool's samples under the model as it is, given their instructions or without them.
 
-    Micro-batches are dealt to the ranks. `seconds` counts the time spent. Results are the same on every rank, and whatever their number
-    but for rounding.
+    Micro-batches are dealt to the ranks. `seconds` counts the time spent. Results are the same on every rank, and
+    whatever their number but for rounding.
     """
 
     def __init__(
@@ -31,11 +33,14 @@ class PoolScorer:
         world: int = 1,
     ) -> None:
         self.model, self.store, self.batch, self.rank, self.world = model, store, batch, rank, world
-        self._open_answers, self._answers = answers, None
+        self._open_answers = answers
+        self._answers: TokenStore | None = None
         self.seconds = 0.0
 
     def given(self, ids: Tensor) -> Tensor:
-        """Mean NLL of the answers given their instructions: fp32 [n], on the training device, for ids int64 [n] on the host."""
+        """Mean NLL of the answers given their instructions: fp32 [n], on the training device, for ids int64 [n] on the
+        host.
+        """
         return self._score(self.store, ids, "scoring the pool again")
 
     def alone(self, ids: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ class PoolScorer:
             rank=self.rank,
             world=self.world,
             description=description,
-            before_each=lambda: enter_phase(description, current_phase().round),
+            before_each=lambda: enter_step_phase(description),
         )
         self.seconds += time.perf_counter() - started
         return found

@@ -1,7 +1,8 @@
 """SIGTERM, SIGUSR1 (Slurm's --signal) and Ctrl-C: the round is finished, a checkpoint written, and the run ends.
 
-Ranks may be told at different times, or only some of them: after every round they agree. A second signal ends a process at once; within
-PAUSE seconds it does not count, for a scheduler that signals all processes of a job also reaches torchrun, which passes it on.
+Ranks may be told at different times, or only some of them: after every round they agree. A second signal ends a process
+at once; within PAUSE seconds it does not count, for a scheduler that signals all processes of a job also reaches
+torchrun, which passes it on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,23 +25,26 @@ PAUSE = 2.0
 
 
 class Stopped(SystemExit):
-    """The run ended because of a signal, as it was asked to; the exit status is 128 + the signal's number, as shells have it."""
+    """The run ended because of a signal, as it was asked to; the exit status is 128 + the signal's number, as shells
+    have it.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
 class StopSignals:
-    """Within this context the signals are only noted, until `agreed` is asked. Does nothing outside of the main thread, where Python
-    allows no handlers.
+    """Within this context the signals are only noted, until `agreed` is asked. Does nothing outside of the main thread,
+    where Python allows no handlers.
 
-    A thread reads them from a pipe that Python's C handler writes to, since the main thread may be waiting for another rank or the device.
+    A thread reads them from a pipe that Python's C handler writes to, since the main thread may be waiting for another
+    rank or the device.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._noted, self._when = 0, 0.0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is not threading.main_thread():
@@ -59,7 +64,9 @@ class StopSignals:
             os.close(self._write)  # ends the thread
 
     def agreed(self) -> int:
-        """The number of a signal that any rank has got, 0 if none has: a collective, with the same result on every rank."""
+        """The number of a signal that any rank has got, 0 if none has: a collective, with the same result on every
+        rank.
+        """
         if self._ranks.size == 1:
             return self._noted
         noted = torch.tensor([self._noted])
@@ -78,7 +85,8 @@ class StopSignals:
         if not self._noted:
             self._noted, self._when = number, now
             warn(
-                f"{signal.Signals(number).name}: the round is finished and a checkpoint written; another signal ends the run at once"
+                f"{signal.Signals(number).name}: the round is finished and a checkpoint written; another signal ends "
+                "the run at once"
             )
         elif now - self._when > PAUSE:
             os._exit(128 + number)

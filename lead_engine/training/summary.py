@@ -9,24 +9,24 @@ import torch
 
 from lead_engine.base.console import say
 from lead_engine.base.files import write_text
-from lead_engine.training.checkpoint import Progress
+from lead_engine.training.build import TrainingSetup
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.heldout import HeldOut
 from lead_engine.training.memory import peak_bytes, size
 from lead_engine.training.records import Meter
+from lead_engine.training.rounds import Progress
 from lead_engine.training.run_folder import COMPLETE
-from lead_engine.training.session import Session
 
 
 def write_summary(
-    session: Session, ranks: Ranks, done: Progress, meter: Meter, skipped_steps: int, heldout: HeldOut
+    setup: TrainingSetup, ranks: Ranks, done: Progress, meter: Meter, skipped_steps: int, heldout: HeldOut
 ) -> None:
     """Utility, visits and the summary; the summary comes last and marks the run complete."""
-    config, state, selector, store = session.config, session.state, session.engine.selector, session.engine.store
+    config, state, selector, store = setup.config, setup.state, setup.trainer.selector, setup.trainer.store
     counts = selector.samples.visits[:-1].cpu()
     seconds = done.seconds + heldout.waited
     visits, flops, training = counts.numpy(), meter.run_flops(counts), max(seconds - done.scoring_seconds, 1e-9)
-    selection = done.selection_seconds + session.engine.watch.take()
+    selection = done.selection_seconds + setup.trainer.selection_timer.take()
     building = config.out / "utility.writing.npz"
     np.savez(
         building,
@@ -73,7 +73,8 @@ def write_summary(
     mfu = f", {summary['mfu']:.1%} MFU" if summary["mfu"] is not None else ""
     skipped = f"; {skipped_steps} steps skipped (their loss or gradient was not finite)" if skipped_steps else ""
     say(
-        f"{summary['tokens_per_second']:,.0f} tokens/s{mfu}; at most {size(summary['peak_memory_bytes'])} of memory{skipped}"
+        f"{summary['tokens_per_second']:,.0f} tokens/s{mfu}; at most {size(summary['peak_memory_bytes'])} of "
+        f"memory{skipped}"
     )
     per_round, share = summary["selection_ms_per_round"], summary["selection_share"]
     scoring = f"; scoring the pool again: {done.scoring_seconds:.1f} s" if done.scoring_seconds else ""

@@ -100,13 +100,16 @@ _COUNTER = {"train": "step", "selection": "round", "eval": "step"}
 
 
 class Mlflow:
-    """An MLflow run named as the run folder, on the store that MLFLOW_TRACKING_URI names. A thread of its own talks to the store, a batch a
-    round, so that a slow one does not hold up training."""
+    """An MLflow run named as the run folder, on the store that MLFLOW_TRACKING_URI names. A thread of its own talks to
+    the store, a batch a round, so that a slow one does not hold up training.
+    """
 
     def __init__(self, config: TrainConfig, run_id: str) -> None:
         from mlflow import MlflowClient
 
-        self._client, self._pending, self._sent = MlflowClient(), [], []
+        self._client = MlflowClient()
+        self._pending: list[Any] = []
+        self._sent: list[Future[Any]] = []
         if run_id:
             self._client.update_run(run_id, status="RUNNING")
         else:
@@ -146,7 +149,7 @@ def _mlflow_name(name: str) -> str:
     return "/".join("_" if set(part) <= {"."} else part for part in parts)[:200]
 
 
-def _wait(futures: list[Future]) -> None:
+def _wait(futures: list[Future[Any]]) -> None:
     deadline = time.monotonic() + PATIENCE
     for future in futures:
         future.result(max(0.0, deadline - time.monotonic()))

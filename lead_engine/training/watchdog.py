@@ -1,11 +1,12 @@
 """Ends a run in which a rank hangs, and says which rank it is and what it was doing.
 
-Every rank notes its phase (heartbeat.py), and a thread writes that to the ranks' store every few seconds. A rank that has stayed in one
-phase for the time-out reads the phases of all others. It names those that are silent, and those that are behind.
+Every rank notes its phase (heartbeat.py), and a thread writes that to the ranks' store every few seconds. A rank that
+has stayed in one phase for the time-out reads the phases of all others. It names those that are silent, and those that
+are behind.
 
-There are two kinds of phases. In training all ranks move together: whoever has waited for the time-out ends the run. At start-up, where
-rank 0 works while the others wait, and at writing to a slow disk nobody knows how long a phase takes: there the run ends only if a rank
-has been silent for that long.
+There are two kinds of phases. In training all ranks move together: whoever has waited for the time-out ends the run. At
+start-up, where rank 0 works while the others wait, and at writing to a slow disk nobody knows how long a phase takes:
+there the run ends only if a rank has been silent for that long.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import threading
 import time
 from dataclasses import dataclass
 
-from torch.distributed import DistNetworkError, DistStoreError, Store
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.distributed_c10d import Store
 
 from lead_engine.training.heartbeat import Phase, current_phase, seconds_in_phase
 
@@ -38,9 +40,11 @@ class _Heard:
 
 
 class Watchdog:
-    """Two threads of one rank: one talks to the store, which may not answer; one watches the time, which must not wait for it.
+    """Two threads of one rank: one talks to the store, which may not answer; one watches the time, which must not wait
+    for it.
 
-    `store`: shared by all ranks, a connection for this object alone; `timeout` in seconds. Others are asked for from half of it on.
+    `store`: shared by all ranks, a connection for this object alone; `timeout` in seconds. Others are asked for from
+    half of it on.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
@@ -87,7 +91,9 @@ class Watchdog:
                 self._end()
 
     def _silent(self, seconds: float) -> list[int]:
-        """Other ranks that were not heard of for so long. A store that does not answer says nothing of anyone but who holds it."""
+        """Other ranks that were not heard of for so long. A store that does not answer says nothing of anyone but who
+        holds it.
+        """
         now = time.monotonic()
         if now - self._last_answer > max(seconds, 2 * self.refresh):
             return [0] if self.rank else []

@@ -171,13 +171,13 @@ def rank_main(rank: int, world: int, port: int, configs: list[TrainConfig], out:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     from lead_engine.training.distributed import process_group
-    from lead_engine.training.train import train
+    from lead_engine.training.train import run
 
     found = []
     with open(out / f"{rank}.log", "w") as log, redirect_stdout(log), process_group() as ranks:
         for config in configs:
             with Counting() as counting:
-                train(config, ranks)
+                run(config, ranks)
             found.append({"calls": counting.calls, "sent": counting.sent})
     (out / f"{rank}.json").write_text(json.dumps(found))
 

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.model.load import build_model
 from lead_engine.pool.store import TokenStore
-from lead_engine.training.checkpoint import Progress
+from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
-from lead_engine.training.session import build
+from lead_engine.training.rounds import Progress
 from needs import SHARDED_INTEGERS
 from runs import fitting
 from separate import reference
@@ -221,13 +221,13 @@ def test_what_rounding_does(trained: Callable[..., Log], pool: Path, model: Path
     )
     alone = {"rank": 0, "size": 1, "device": torch.device("cpu"), "mesh": None, "first_says": lambda make: make()}
     session = build(config, SimpleNamespace(**alone))
-    session.engine.distributed = False
-    session.engine.model.double()
-    observe = session.engine.selector.observe
-    session.engine.selector.observe = lambda ids, loss, change: observe(
+    session.trainer.distributed = False
+    session.trainer.model.double()
+    observe = session.trainer.selector.observe
+    session.trainer.selector.observe = lambda ids, loss, change: observe(
         ids, loss.float(), change.float()
     )  # its state is fp32
-    rounds = list(session.engine.rounds(Progress(), session.budget))
+    rounds = list(session.trainer.rounds(Progress()))
     exact = [step for each in rounds for step in each.values.read().steps]
     plain = trained(Run(weights="--method random"))
     for key in ("loss", "grad_norm"):

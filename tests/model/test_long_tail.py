@@ -16,9 +16,9 @@ from lead_engine.model.attention import Held, Packing, packed_attention, split_t
 from lead_engine.model.load import build_model
 from lead_engine.model.scoring import score_store
 from lead_engine.pool.store import TokenStore
+from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
-from lead_engine.training.loop import read_header
-from lead_engine.training.session import build
+from lead_engine.training.rounds import read_header
 from runs import selection_for
 
 pytestmark = pytest.mark.slow
@@ -153,19 +153,19 @@ def test_kernels_are_launched_for_what_is_there(make_model, make_pool, flash_lik
     losses, scores = [], []
     for kind in ("segment", "varlen"):
         with process_group() as ranks:
-            engine = build(config, ranks).engine
-            engine.model.attention = kind
-            plan = engine.selector.plan(0, 3000)
-            header = read_header(plan, engine.selector)
-            losses.append([engine.train_step(plan, header, step, step, 1e-3).loss for step in range(2)])
+            trainer = build(config, ranks).trainer
+            trainer.model.attention = kind
+            plan = trainer.selector.plan(0, 3000)
+            header = read_header(plan, trainer.selector)
+            losses.append([trainer.train_step(plan, header, step, step, 1e-3).loss for step in range(2)])
             ours = launched.copy()
-            scores.append(score_store(engine.model, engine.store, batch=batch)[0])
-    layers = engine.model.config.num_hidden_layers
+            scores.append(score_store(trainer.model, trainer.store, batch=batch)[0])
+    layers = trainer.model.config.num_hidden_layers
     wanted = [launch_of(held) for step in header.held for held in step for _ in range(layers)]
     assert ours == wanted
     assert header.held[1][1] == Held(0, 0, 0)
     assert ours[-1] == (32, 128)  # of the plan's last micro-batch, which is empty
-    whole = 64 + -(-2048 // int(engine.store.lengths.max()))  # slots, and pieces of a tail that may be all there is
+    whole = 64 + -(-2048 // int(trainer.store.lengths.max()))  # slots, and pieces of a tail that may be all there is
     assert max(segments for segments, _ in launched) < whole
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-6)

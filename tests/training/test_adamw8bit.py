@@ -18,10 +18,10 @@ from lead_engine.base.errors import UserError
 from lead_engine.config import BatchConfig, OptimizerConfig, SelectionConfig, TrainConfig
 from lead_engine.training import adamw8bit
 from lead_engine.training.adamw8bit import AdamW8bit
+from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
-from lead_engine.training.loop import read_header
 from lead_engine.training.optimizer import check_available, make_optimizer
-from lead_engine.training.session import build
+from lead_engine.training.rounds import read_header
 from needs import SHARDED_INTEGERS
 from runs import OPTIONS, assert_same_run, kill_after_checkpoint
 
@@ -226,17 +226,17 @@ def test_the_loop_skips_a_step_that_is_not_finite(make_model, make_pool, tmp_pat
     found = []
     with process_group() as ranks:
         for steps in ([0, 1, 2], [0, 2]):
-            engine = build(config, ranks).engine
-            plan = engine.selector.plan(0, 1 << 40)
+            trainer = build(config, ranks).trainer
+            plan = trainer.selector.plan(0, 1 << 40)
             if 1 in steps:
                 sample = int(plan.sample_ids[1, 0, 0])
-                engine.store.tokens[(engine.store.offsets[sample] + engine.store.offsets[sample + 1]) // 2] = 310
-            stats = [engine.train_step(plan, read_header(plan, engine.selector), step, step, 1e-2) for step in steps]
+                trainer.store.tokens[(trainer.store.offsets[sample] + trainer.store.offsets[sample + 1]) // 2] = 310
+            stats = [trainer.train_step(plan, read_header(plan, trainer.selector), step, step, 1e-2) for step in steps]
             assert [bool(each.skipped) for each in stats] == [step == 1 for step in steps]
-            state = engine.optimizer.state
+            state = trainer.optimizer.state
             assert sum(s["exp_avg"].dtype == torch.uint8 for s in state.values()) > 10
             found.append(
-                [[p.to_local().detach(), *(whole(value) for value in state[p].values())] for p in engine.trained]
+                [[p.to_local().detach(), *(whole(value) for value in state[p].values())] for p in trainer.trained]
             )
     for skipped, left_out in zip(*found, strict=True):
         for a, b in zip(skipped, left_out, strict=True):

@@ -19,8 +19,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lead_engine.base.errors import UserError
-from lead_engine.training.checkpoint import MARKER, Checkpoints, Progress
+from lead_engine.training.checkpoint import MARKER, Checkpoints
 from lead_engine.training.distributed import Ranks, process_group
+from lead_engine.training.rounds import Progress
 from runs import OPTIONS, assert_same_run, kill_after_checkpoint
 
 pytestmark = pytest.mark.slow

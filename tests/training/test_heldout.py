@@ -27,12 +27,13 @@ from lead_engine.config import (
 from lead_engine.evaluation.evaluate import evaluate
 from lead_engine.model.load import load_tokenizer
 from lead_engine.pool.heldout import write_heldout
-from lead_engine.training.checkpoint import Checkpoints, Progress
+from lead_engine.training.build import build
+from lead_engine.training.checkpoint import Checkpoints
 from lead_engine.training.distributed import process_group
 from lead_engine.training.heldout import HeldOut, _tidy
 from lead_engine.training.heldout_data import open_heldout
+from lead_engine.training.rounds import Progress
 from lead_engine.training.run_folder import RunFolder
-from lead_engine.training.session import build
 from lead_engine.training.train import run as train
 from runs import OPTIONS, assert_same_run, kill_after_checkpoint, lines
 
@@ -301,7 +302,7 @@ def test_a_best_model_that_cannot_be_written_leaves_the_one_before(config: Train
             if obstacle:
                 in_the_way.write_text("a file is in the way")
             with torch.no_grad():
-                for parameter in session.engine.model.parameters():
+                for parameter in session.trainer.model.parameters():
                     parameter.mul_(
                         0.8
                     )  # towards the uniform distribution, which is better than a random model of large weights

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from lead_engine.config import RECIPES, BatchConfig, TrainConfig
+from lead_engine.selection.plan import Plan
+from lead_engine.selection.selector import Selector
+from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
-from lead_engine.training.host_copy import HostCopy
-from lead_engine.training.loop import RoundValues, read_header
-from lead_engine.training.session import build
+from lead_engine.training.rounds import Header, Progress, read_header
 from runs import selection_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is here")
@@ -30,8 +31,8 @@ SELECTIONS = {
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_rounds_do_not_synchronise(selection: str, make_model, make_pool) -> None:
-    """A whole round, copies for the logs and the stopwatch included; only the header between plan and steps is read."""
+def test_rounds_do_not_synchronise(selection: str, make_model, make_pool, monkeypatch) -> None:
+    """A whole round, copies for the logs and the timers included; only the header between plan and steps is read."""
     method, options = SELECTIONS[selection]
     config = TrainConfig(
         pool=make_pool(samples=300),
@@ -41,28 +42,29 @@ def test_rounds_do_not_synchronise(selection: str, make_model, make_pool) -> Non
         batch=BatchConfig(capacity=128, micro_batches=2),
         selection=selection_for(method, sketch_dim=8, round_steps=3, calibrate_every=2, **options),
     )
-    waiting = []
+
+    def read(plan: Plan, selector: Selector) -> Header:
+        """The one read that may wait."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        header = read_header(plan, selector)
+        torch.cuda.set_sync_debug_mode(before)
+        return header
+
+    monkeypatch.setattr("lead_engine.training.trainer.read_header", read)
+    waiting, progress = [], Progress()
     with process_group() as ranks:
-        engine = build(config, ranks).engine
+        trainer = build(config, ranks).trainer
+        trainer.budget = 1 << 40
         for number in range(3):
             with silent(number > 0):  # the first round builds caches
-                engine.selector.refresh(number, 0.1 * number, engine.scorer)
-                engine.watch.start()
-                plan = engine.selector.plan(number, 1 << 40)
-                engine.watch.stop()
-            header = read_header(plan, engine.selector)
-            with silent(number > 0):
-                steps = [engine.train_step(plan, header, step, 3 * number + step, 1e-3) for step in range(3)]
-                engine.watch.start()
-                stats = engine.selector.learn(plan)
-                engine.change.finish_round(plan.cluster)
-                engine.watch.stop()
-                waiting.append(HostCopy(RoundValues(steps, stats, plan)))
-                engine.watch.take()
+                waiting.append(trainer.train_round(progress))
+            progress = waiting[-1].after
         torch.cuda.synchronize()
-        assert engine.watch.take() >= 0
-        for late in waiting:
-            values = late.read()
+        assert trainer.selection_timer.take() >= 0
+        for finished in waiting:
+            values = finished.values.read()
+            assert len(values.steps) == 3
             assert not values.stats.samples.is_cuda
             assert int(values.stats.samples) == int((values.plan.sample_ids < 300).sum()) > 0
 

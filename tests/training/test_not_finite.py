@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lead_engine.config import RECIPES, BatchConfig, SelectionConfig, TrainConfig
+from lead_engine.training.build import TrainingSetup, build
 from lead_engine.training.distributed import process_group
-from lead_engine.training.loop import read_header
-from lead_engine.training.session import Session, build
+from lead_engine.training.rounds import read_header
 from runs import OPTIONS, fitting, lines
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def session(make_pool, model: Path, tmp_path: Path):
     pool = make_pool(samples=120)
     with process_group() as ranks:
 
-        def make(options: dict) -> Session:
+        def make(options: dict) -> TrainingSetup:
             read = {} if options.get("loss_change") == "paper" else {"calibrate_every": 1}
             read |= {"sketch_dim": 8} if read and options.get("inner_form") != "exact" else {}
             selection = SelectionConfig(round_steps=3, **read, **options)
@@ -75,29 +75,29 @@ def session(make_pool, model: Path, tmp_path: Path):
         yield make
 
 
-def play(session: Session, poisoned: int | None, token: int, steps: list[int]) -> dict[str, torch.Tensor]:
+def play(session: TrainingSetup, poisoned: int | None, token: int, steps: list[int]) -> dict[str, torch.Tensor]:
     """Train some steps of the first round, one of whose samples got `token`; everything that may depend on them."""
-    engine = session.engine
-    plan = engine.selector.plan(0, 1 << 40)
-    header = read_header(plan, engine.selector)
+    trainer = session.trainer
+    plan = trainer.selector.plan(0, 1 << 40)
+    header = read_header(plan, trainer.selector)
     if poisoned is not None:
         sample = int(plan.sample_ids[poisoned, 0, 0])
-        engine.store.tokens[(engine.store.offsets[sample] + engine.store.offsets[sample + 1]) // 2] = token
-    stats = {step: engine.train_step(plan, header, step, step, 1e-2) for step in steps}
+        trainer.store.tokens[(trainer.store.offsets[sample] + trainer.store.offsets[sample + 1]) // 2] = token
+    stats = {step: trainer.train_step(plan, header, step, step, 1e-2) for step in steps}
     assert [bool(s.skipped) for s in stats.values()] == [step == poisoned for step in stats]
-    round_stats = engine.selector.learn(plan)
-    engine.change.finish_round(plan.cluster)
-    barred = engine.selector.samples.barred.nonzero().flatten().tolist()
+    round_stats = trainer.selector.learn(plan)
+    trainer.loss_change.finish_round(plan.cluster)
+    barred = trainer.selector.samples.barred.nonzero().flatten().tolist()
     assert barred == ([sample] if poisoned is not None and token == NAN_TOKEN else [])
-    assert torch.equal(round_stats.barred, engine.selector.samples.barred[plan.sample_ids])
-    state = {name: p.detach() for name, p in engine.model.named_parameters()}
-    for name, p in engine.model.named_parameters():
-        state |= {f"{name}.{key}": value for key, value in engine.optimizer.state[p].items()}
-    chosen = {name: value for name, value in engine.selector.state_dict().items() if name not in ("barred", "open")}
+    assert torch.equal(round_stats.barred, trainer.selector.samples.barred[plan.sample_ids])
+    state = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    for name, p in trainer.model.named_parameters():
+        state |= {f"{name}.{key}": value for key, value in trainer.optimizer.state[p].items()}
+    chosen = {name: value for name, value in trainer.selector.state_dict().items() if name not in ("barred", "open")}
     return (
         state
         | chosen
-        | engine.change.state_dict()
+        | trainer.loss_change.state_dict()
         | {f"round {n}": v for n, v in round_stats._asdict().items() if n != "barred"}
     )
 
@@ -128,18 +128,18 @@ def test_the_first_step_may_be_the_one(session) -> None:
 
 def test_a_loss_that_is_not_finite_is_found_though_every_gradient_is_finite(session) -> None:
     """A head's bias of -inf: p - onehot, and all that follows from it, is finite."""
-    engine = session({}).engine
-    plan = engine.selector.plan(0, 1 << 40)
+    trainer = session({}).trainer
+    plan = trainer.selector.plan(0, 1 << 40)
     sample = int(plan.sample_ids[0, 0, 0])
-    engine.store.tokens[engine.store.offsets[sample + 1] - 1] = NAN_TOKEN + 2  # its last token, only ever a target
+    trainer.store.tokens[trainer.store.offsets[sample + 1] - 1] = NAN_TOKEN + 2  # its last token, only ever a target
     bias = torch.zeros(320)
     bias[NAN_TOKEN + 2] = -torch.inf
-    engine.model.head.projection.bias = torch.nn.Parameter(bias, requires_grad=False)
-    before = [p.detach().clone() for p in engine.trained]
-    stats = engine.train_step(plan, read_header(plan, engine.selector), 0, 0, 1e-2)
+    trainer.model.head.projection.bias = torch.nn.Parameter(bias, requires_grad=False)
+    before = [p.detach().clone() for p in trainer.trained]
+    stats = trainer.train_step(plan, read_header(plan, trainer.selector), 0, 0, 1e-2)
     assert bool(stats.skipped)
-    assert engine.selector.samples.barred.nonzero().flatten().tolist() == [sample]
-    for old, new in zip(before, engine.trained, strict=True):
+    assert trainer.selector.samples.barred.nonzero().flatten().tolist() == [sample]
+    for old, new in zip(before, trainer.trained, strict=True):
         same = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in (old, new.detach())]
         assert torch.equal(same[0].nan_to_num(7e7), same[1].nan_to_num(7e7))
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
-from lead_engine.training.checkpoint import Progress
+from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
 from lead_engine.training.flops import ModelFlops, Peak
 from lead_engine.training.host_copy import HostCopy
 from lead_engine.training.memory import estimate, peak_bytes, size, used_bytes
 from lead_engine.training.records import Meter, bar_info, round_line, step_lines
-from lead_engine.training.session import build
+from lead_engine.training.rounds import Progress
 
 PEAK = Peak(0.5, "given")
 
@@ -34,13 +34,14 @@ def rounds(make_pool, make_model) -> tuple:
     )
     with process_group() as ranks:
         session = build(config, ranks)
-        meter = Meter.of(session.engine.store, ModelFlops.of(session.engine.model), PEAK, 2)
-        running = session.engine.rounds(Progress(), 1 << 40)
-        return session.engine, meter, [next(running) for _ in range(3)], session.state
+        meter = Meter.of(session.trainer.store, ModelFlops.of(session.trainer.model), PEAK, 2)
+        session.trainer.budget = 1 << 40
+        running = session.trainer.rounds(Progress())
+        return session.trainer, meter, [next(running) for _ in range(3)], session.state
 
 
 def test_flops_are_those_of_the_trained_samples(rounds: tuple) -> None:
-    engine, meter, finished, _ = rounds
+    trainer, meter, finished, _ = rounds
     for one in finished:
         values = one.values.read()
         lines = step_lines(one, values, meter)
@@ -51,7 +52,7 @@ def test_flops_are_those_of_the_trained_samples(rounds: tuple) -> None:
             per_pair = sum(each for _, each in meter.flops.attention)
             expected = 0
             for i in ids:
-                length, rows = int(engine.store.lengths[i]), int(engine.store.response_rows[i])
+                length, rows = int(trainer.store.lengths[i]), int(trainer.store.response_rows[i])
                 expected += (
                     length * meter.flops.per_token + rows * meter.flops.per_row + length * (length + 1) // 2 * per_pair
                 )
@@ -61,9 +62,9 @@ def test_flops_are_those_of_the_trained_samples(rounds: tuple) -> None:
 
 
 def test_run_flops_are_the_sum_of_the_steps(rounds: tuple) -> None:
-    engine, meter, finished, _ = rounds
+    trainer, meter, finished, _ = rounds
     lines = [line for one in finished for line in step_lines(one, one.values.read(), meter)]
-    assert meter.run_flops(engine.selector.samples.visits[:-1]) == sum(line["flops"] for line in lines) > 0
+    assert meter.run_flops(trainer.selector.samples.visits[:-1]) == sum(line["flops"] for line in lines) > 0
 
 
 def test_memory_is_the_process_s(rounds: tuple) -> None:
@@ -116,14 +117,15 @@ def test_memory_by_count_is_what_training_holds(kind: str, lora: int, make_pool,
         runtime=RuntimeConfig(precision="fp32"),
     )
     with process_group() as ranks:
-        engine = build(config, ranks).engine
-        next(engine.rounds(Progress(), 1 << 40))
-        counted = estimate(engine.model, kind)
-        assert counted.parameters == sum(4 * p.numel() for p in engine.model.parameters())
-        assert counted.gradients == sum(4 * p.numel() for p in engine.model.parameters() if p.requires_grad)
+        trainer = build(config, ranks).trainer
+        trainer.budget = 1 << 40
+        next(trainer.rounds(Progress()))
+        counted = estimate(trainer.model, kind)
+        assert counted.parameters == sum(4 * p.numel() for p in trainer.model.parameters())
+        assert counted.gradients == sum(4 * p.numel() for p in trainer.model.parameters() if p.requires_grad)
         state = [
             getattr(t, "_local_tensor", t)
-            for each in engine.optimizer.state.values()
+            for each in trainer.optimizer.state.values()
             for t in each.values()
             if torch.is_tensor(t)
         ]

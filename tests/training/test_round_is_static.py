@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +21,11 @@ from lead_engine.model.attention import NAME, Held
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.loss_change import make_loss_change
-from lead_engine.selection.plan import Layout
+from lead_engine.selection.plan import Layout, Plan
 from lead_engine.selection.selector import Selector
-from lead_engine.training.host_copy import HostCopy
-from lead_engine.training.loop import Engine, Header, RoundValues
 from lead_engine.training.optimizer import make_optimizer
+from lead_engine.training.rounds import Header, Progress
+from lead_engine.training.trainer import Trainer
 from lead_kernels import gather_batch
 
 DEVICE, SAMPLES, LENGTH = "cpu", 50, 12
@@ -61,7 +62,7 @@ def blind(thing: object, mode: FakeTensorMode) -> object:
     return thing
 
 
-def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode, world: int = 1) -> Engine:
+def make_trainer(folder: Path, options: SelectionConfig, mode: FakeTensorMode, world: int = 1) -> Trainer:
     """Built on real tensors (a constructor may check values), then blinded."""
     places, dropped = torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.bool)
     state = PoolState(
@@ -79,8 +80,18 @@ def engine(folder: Path, options: SelectionConfig, mode: FakeTensorMode, world: 
         model = PackedLM(hf, attention="mask", max_length=LENGTH, chunk_bytes=1 << 16)
         model.head.keep_gradient = change.wants_hidden
         optimizer = make_optimizer(model, OptimizerConfig())
-        return Engine(
-            model, optimizer, selector, change, DeviceStore(), LAYOUT, OptimizerConfig(), world=world, distributed=False
+        config, scorer = OptimizerConfig(), SimpleNamespace(seconds=0.0)
+        return Trainer(
+            model,
+            optimizer,
+            selector,
+            change,
+            DeviceStore(),
+            scorer,
+            config,
+            budget=10_000,
+            world=world,
+            distributed=False,
         )
 
 
@@ -105,38 +116,40 @@ def two_ranks() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks: int) -> None:
+def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks: int, monkeypatch) -> None:
     """Plan, batches, head, backward pass, optimizer, gathering, U and visits, reward and bandit, and what is copied for the logs."""
     folder = make_model("llama")
     options = SelectionConfig(sketch_dim=8, round_steps=LAYOUT.steps, calibrate_every=2, **CHANGES[change])
     each = [Held(samples=4, tokens=4 * LENGTH, longest=LENGTH)] * LAYOUT.micro_batches
-    # What read_header would have read.
     header = Header([100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps, [each] * LAYOUT.steps)
+
+    def no_read(plan: Plan, selector: Selector) -> Header:
+        """All but the read itself, and what it would have found."""
+        assert selector.sizes(plan).shape == (4, LAYOUT.steps, LAYOUT.micro_batches)
+        return header
+
+    monkeypatch.setattr("lead_engine.training.trainer.read_header", no_read)
     mode = FakeTensorMode()
-    parts = engine(folder, options, mode, two_ranks)
+    trainer, progress = make_trainer(folder, options, mode, two_ranks), Progress()
     with mode:
-        for number in range(2):
-            parts.watch.start()
-            plan = parts.selector.plan(number, 10_000)
-            assert parts.selector.sizes(plan).shape == (4, LAYOUT.steps, LAYOUT.micro_batches)
-            parts.watch.stop()
-            steps = []
-            for step in range(LAYOUT.steps):
-                steps.append(parts.train_step(plan, header, step, number * LAYOUT.steps + step, 1e-3))
-                assert all(value.shape == () and value.device.type == DEVICE for value in steps[-1])
-            stats = parts.selector.learn(plan)
-            parts.change.finish_round(plan.cluster)
-            values = HostCopy(RoundValues(steps, stats, plan)).read()
-            assert all(isinstance(value, FakeTensor) for value in (*values.stats, *values.plan))
-            parts.watch.take()
+        for number in range(1, 3):
+            finished = trainer.train_round(progress)
+            progress = finished.after
+            assert progress.round == number
+            assert progress.step == number * LAYOUT.steps
+            values = finished.values.read()
+            for step in values.steps:
+                assert all(value.shape == () and value.device.type == DEVICE for value in step)
+            told = (*values.stats, *values.plan, *(value for step in values.steps for value in step))
+            assert all(isinstance(value, FakeTensor) for value in told)
 
 
 def test_the_proof_can_fail(make_model) -> None:
     """The header's read is the one data-dependent step, and FakeTensorMode does refuse it."""
     folder = make_model("llama")
     mode = FakeTensorMode()
-    parts = engine(folder, SelectionConfig(sketch_dim=8), mode)
+    trainer = make_trainer(folder, SelectionConfig(sketch_dim=8), mode)
     with mode:
-        plan = parts.selector.plan(0, 10_000)
+        plan = trainer.selector.plan(0, 10_000)
         with pytest.raises(DataDependentOutputException):
             plan.tokens.sum().item()
