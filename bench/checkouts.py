@@ -4,9 +4,10 @@
     python bench/checkouts.py --before ../before         # bench/results/checkouts-cpu.json
     python bench/checkouts.py --before ../before --quick # whether it runs; its figures are no measurement
 
-The head: loss and its gradients at one shape, in fp32 and bf16, a call a turn. The step: the engine of `bench/training.py`
-with each checkout's own code, two rounds a turn, plain fine-tuning and LEAD, on samples that the older code wrote. One
-thread. Ratios are this checkout's time over the other's within a turn, so that other work hits both; the order alternates.
+The head: loss and its gradients at one shape, in fp32 and bf16, a call a turn. The step: the engine of
+`bench/training.py` with each checkout's own code, two rounds a turn, plain fine-tuning and LEAD, on samples that the
+older code wrote. One thread. Ratios are this checkout's time over the other's within a turn, so that other work hits
+both; the order alternates.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def environment(checkout: Path) -> dict[str, str]:
 
 
 def compare(before: Path, command: Sequence[str], contender: bool, turns: int) -> dict[str, Any]:
-    """Times and ratios of `command`, with both checkouts. `contender`: it is a script of the checkout's bench folder."""
+    """Times and ratios of `command`, with both checkouts. `contender`: a script of the checkout's bench folder."""
     times: dict[str, list[float]] = {"before": [], "after": []}
     with ExitStack() as stack:
         sides = {}
@@ -131,6 +132,13 @@ def contender(data: Path, kind: str, capacity: int) -> str:
     )
 
 
+def save(result: dict[str, Any], path: Path) -> None:
+    """After every comparison: one that takes too long does not lose the others."""
+    result["load"].append(os.getloadavg()[0])
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}", flush=True)
+
+
 def commit(checkout: Path) -> str:
     found = subprocess.run(
         ["git", "-C", checkout, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
@@ -167,7 +175,7 @@ def main() -> None:
     for dtype in ("fp32", "bf16"):
         name = f"{shape} {dtype}"
         result["head"][name] = compare(before, [str(HERE / "checkouts.py"), "--head", shape, dtype], False, turns)
-        print(name, result["head"][name], flush=True)
+        save(result, flags.out)
     for model, capacity in steps.items():
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
@@ -177,10 +185,7 @@ def main() -> None:
                 command = ["training_contenders.py", contender(Path(folder), kind, capacity)]
                 name = f"{model}, {capacity} tokens, fp32, {kind}"
                 result["step"][name] = compare(before, command, True, turns)
-                print(name, result["step"][name], flush=True)
-    result["load"].append(os.getloadavg()[0])
-    flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {flags.out}")
+                save(result, flags.out)
 
 
 if __name__ == "__main__":
