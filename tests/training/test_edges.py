@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from runs import OPTIONS, fitting, lines
 
+pytestmark = pytest.mark.slow
+
 
 def without_answers(pool: Path, samples: slice) -> Path:
     """Take every response token from some samples of a pool on disk."""
