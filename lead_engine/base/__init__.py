@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, fingerprints of contents, terminal output, YAML."""
+"""What every room uses: errors, files, fingerprints of contents, statistics, terminal output."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lead_engine.base.errors import UserError
-from lead_engine.base.yaml_file import read_yaml
 from lead_engine.config import RECIPES
 from lead_engine.config.convert import Unfit, convert
+from lead_engine.config.yaml_file import read_yaml
 
 T = TypeVar("T")
 _ABSENT = object()

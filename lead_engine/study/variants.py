@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from lead_engine.base.errors import UserError
-from lead_engine.base.yaml_file import read_yaml
 from lead_engine.config import (
     BatchConfig,
     LoraConfig,
@@ -38,6 +37,7 @@ from lead_engine.config import (
 from lead_engine.config.bounds import Bounds, Seed
 from lead_engine.config.from_yaml import draft_from_mapping, from_mapping
 from lead_engine.config.options import Options
+from lead_engine.config.yaml_file import read_yaml
 from lead_engine.pool.sources import STDIN
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -104,7 +104,7 @@ class Study:
 
 def read_study(path: Path) -> Study:
     """The study in a YAML file; UserError naming file and key for anything that is not one."""
-    said = read_yaml(path)
+    said = read_yaml(path, flag="--config")
     options = from_mapping(StudyConfig, said, source=str(path))
     if options.variants and "methods" not in said:
         options = replace(options, methods=())

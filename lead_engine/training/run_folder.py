@@ -18,9 +18,9 @@ from lead_engine.base import fingerprint
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import write_text
 from lead_engine.base.fingerprint import Parts
-from lead_engine.base.yaml_file import read_yaml
 from lead_engine.config import TrainConfig, to_dict
 from lead_engine.config.reads import unread
+from lead_engine.config.yaml_file import read_yaml
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.origin import BY_CONTENTS, check_same, written
 from lead_engine.training.trackers import Trackers, check_packages

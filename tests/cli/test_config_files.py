@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lead_engine.base.errors import UserError
-from lead_engine.cli import command_line as cli
+from lead_engine.cli.commands import COMMANDS
 from lead_engine.config import PretrainConfig, StudyConfig, TrainConfig, to_dict
 from lead_engine.config.from_yaml import from_mapping, parse_yaml_into
 
@@ -26,9 +26,8 @@ def parsed():
     """parsed("train", *arguments) -> the config that the command's function would be called with."""
 
     def parse(command: str, *arguments: str | Path):
-        options = cli.COMMANDS[command]
-        assert options.has_config_file
-        return cli._parse_with_file(options.options, f"lead-engine {command}", list(map(str, arguments)), True)
+        assert COMMANDS[command].has_config_file
+        return COMMANDS[command].read(f"lead-engine {command}", list(map(str, arguments)), speaks=True)
 
     return parse
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lead_engine.base.errors import UserError
-from lead_engine.base.yaml_file import read_yaml
 from lead_engine.cli import command_line as cli
 from lead_engine.config import TrainConfig
 from lead_engine.config.from_yaml import parse_yaml_into
+from lead_engine.config.yaml_file import read_yaml
 from lead_engine.study.variants import read_study
 
 HEAD = "pool: P\nmodel: BASE\nout: RUN\n"
@@ -41,7 +41,7 @@ HEAD = "pool: P\nmodel: BASE\nout: RUN\n"
 def test_what_cannot_be_right_names_the_line(tmp_path: Path, text: str, told: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(HEAD + text)
-    with pytest.raises(UserError, match=rf"^--config {path}: .*{told}"):
+    with pytest.raises(UserError, match=rf"^{path}: .*{told}"):
         read_yaml(path)
 
 
