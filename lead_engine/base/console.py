@@ -1,4 +1,4 @@
-"""What the engine says to whoever runs it: lines, tables and progress bars, from rank 0 only.
+"""What the engine prints: lines, tables and progress bars, from rank 0 only.
 
 On a terminal, rich draws them. Anywhere else (a pipe, a log file, a scheduler) the same calls write plain lines without
 control codes: progress is then a line every 10 % or 15 seconds, whichever comes first, and at the end.
@@ -54,30 +54,35 @@ def warn(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table. Cells are turned into text by `format_cell`; columns whose cells are all numbers stand right."""
-    if not is_main():
-        return
+    """Print a table. `format_cell` turns cells into text; columns of numbers are aligned right.
+
+    ValueError where a row has more or fewer cells than there are columns.
+    """
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"a row of {len(row)} cells under {len(columns)} columns: {row!r}")
+    if not is_main():
+        return
     console = _console(error=False)
-    terminal = _is_terminal(console.file)
-    view = Table(
-        title_justify="left", title_style="bold", header_style="bold", box=box.HEAVY_HEAD if terminal else box.MARKDOWN
-    )
+    if _is_terminal(console.file):
+        view = _make_table(columns, rows, box.HEAVY_HEAD)
+        view.title = escape(title)
+        console.print(view)
+        return
+    with console.capture() as captured:
+        console.print(_make_table(columns, rows, box.MARKDOWN))
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    _print("\n".join([title, *filter(None, lines)]), error=False)
+
+
+def _make_table(columns: Sequence[str], rows: Sequence[Sequence[object]], style: box.Box) -> Table:
+    view = Table(title_justify="left", title_style="bold", header_style="bold", box=style)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(row[index] is None or isinstance(row[index], (int, float)) for row in rows)
         view.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         view.add_row(*(escape(format_cell(cell)) for cell in row))
-    if terminal:
-        view.title = escape(title)
-        console.print(view)
-        return
-    with console.capture() as captured:
-        console.print(view)
-    lines = [line.rstrip() for line in captured.get().splitlines()]
-    _print("\n".join([title, *filter(None, lines)]), error=False)
+    return view
 
 
 def format_cell(value: object) -> str:
@@ -121,7 +126,9 @@ class _LineBar(Bar):
         self._info.update(info)
         now = time.monotonic()
         grown = self._done - (self._last_done or 0.0)
-        if (self._total and grown >= LINE_EVERY_SHARE * self._total) or now - self._last_time >= LINE_EVERY_SECONDS:
+        far = self._total is not None and self._total > 0 and grown >= LINE_EVERY_SHARE * self._total
+        late = now - self._last_time >= LINE_EVERY_SECONDS
+        if far or late:
             self._line(now)
 
     def close(self) -> None:
@@ -142,7 +149,7 @@ class _LineBar(Bar):
         _print(", ".join(filter(None, parts)), error=False)
 
     def _left(self, now: float) -> str:
-        """What is still to come, at the speed so far."""
+        """The time left, at the speed so far; what was done before this call says nothing about it."""
         grown = self._done - self._before
         if not self._total or not grown or self._done >= self._total:
             return ""
@@ -150,24 +157,30 @@ class _LineBar(Bar):
 
 
 @contextmanager
-def progress(total: float | None, description: str, done: float = 0) -> Iterator[Bar]:
-    """Show how far something is while the block runs; `total` None where the end is unknown, `done` what was done before it.
+def progress(total: float | None, description: str, done: int = 0) -> Iterator[Bar]:
+    """Show how far something is while the block runs.
 
+    total: None where the end is unknown. done: what was done before this call.
     Blocks may be nested: on a terminal the inner bar stands under the outer one and goes when it is done.
     """
-    global _live
     if not is_main():
         yield Bar()
-        return
-    if not _is_terminal(sys.stdout):
+    elif _is_terminal(sys.stdout):
+        with _live_bar(total, description, done) as bar:
+            yield bar
+    else:
         line = _LineBar(total, description, done)
         try:
             yield line
         finally:
             line.close()
-        return
+
+
+@contextmanager
+def _live_bar(total: float | None, description: str, done: int) -> Iterator[Bar]:
+    global _live
     outermost = _live is None
-    view = _live if _live is not None else _make_view()
+    view = _make_view() if _live is None else _live
     task = view.add_task(escape(description), total=total, completed=done, info="")
     if outermost:
         _live = view
@@ -227,4 +240,6 @@ def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

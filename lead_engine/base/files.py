@@ -24,27 +24,35 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def publish(building: Path, place: Path) -> None:
-    """Give what the engine has built its place: a file, or a folder with all that is in it, whatever stood there before.
+    """Rename a finished file or folder to its place, over whatever stood there before.
 
-    Every file gets the mode that a plain `open` gives, 0666 without the umask's bits (and a folder's default ACL counts):
-    safetensors makes its files readable by their owner alone. `building` lies on the same file system as `place`.
+    Every file gets the mode that a plain `open` gives, 0666 without the umask's bits (and a folder's default ACL
+    counts): safetensors makes its files readable by their owner alone. `building` lies on the same file system as
+    `place`.
     """
-    folder = building if building.is_dir() else building.parent
-    probe = folder / f"{building.name}.mode"  # by a file: reading the umask would set it, for all threads
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    for file in building.rglob("*") if building.is_dir() else [building]:
-        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != mode:
-            file.chmod(mode)
+    _set_plain_modes(building)
     if not place.is_dir():
         os.replace(building, place)
         return
-    old = place.with_name(f"{place.name}.old")  # a folder cannot be renamed onto another; killed here, both are there
+    # A folder cannot be renamed onto another. Killed between the renames, PLACE.old and `building` both are there.
+    old = place.with_name(f"{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.replace(place, old)
     os.replace(building, place)
     shutil.rmtree(old)
+
+
+def _set_plain_modes(building: Path) -> None:
+    # The mode is read off a new file: asking for the umask would set it, for all threads.
+    is_folder = building.is_dir()
+    probe = (building if is_folder else building.parent) / f"{building.name}.mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    files = building.rglob("*") if is_folder else [building]
+    for file in files:
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a JSON Lines file; a last line that was cut off while it was written does not count.
+    """The objects in a JSON Lines file. A last line that was cut off while it was written is left out.
 
     UserError naming file and line for any other line that is no object.
     """

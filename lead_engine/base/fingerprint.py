@@ -1,9 +1,9 @@
 """What an artefact was made from: written into it, and compared wherever two artefacts meet.
 
-A fingerprint is made of parts (`sources`, `tokenizer`, `model`, `pool`), each a small JSON value of digests and
-counts. It is of contents
-and never of paths or times: a folder that was moved or copied is the same. Who knows what a part is made of makes it
-(`pool/identity.py`, `model/identity.py`); this module digests, compares, and says in words what differs.
+A fingerprint is made of parts (`sources`, `tokenizer`, `model`, `pool`), each a small JSON value of digests and counts.
+It is of contents, never of paths or times: a folder that was moved or copied is the same. Each part is made by the
+module that knows what it consists of (`pool/identity.py`, `model/identity.py`); this module digests, compares, and
+says in words what differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import read_json, write_text
@@ -47,7 +47,10 @@ COUNTS = {"vocabulary": "tokens", "weights": "tensors", "contents": "samples"}
 
 def digest(value: Any) -> str:
     """Of a JSON value (or bytes): 32 hexadecimal digits of SHA-256. The order of an object's keys does not matter."""
-    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=True).encode()
+    if isinstance(value, bytes):
+        data = value
+    else:
+        data = json.dumps(value, sort_keys=True, ensure_ascii=True).encode()
     return hashlib.sha256(data).hexdigest()[:32]
 
 
@@ -57,35 +60,48 @@ def digest_file(path: Path) -> str:
     return digest([size, *digest_spans([(path, 0, size)])])
 
 
-def digest_spans(spans: Iterable[tuple[Path, int, int]]) -> list[str]:
-    """Of the bytes [start, stop) of files, in chunks, in order; one string for a span however many chunks it has.
+class _Chunk(NamedTuple):
+    """Bytes [start, stop) of an open file, which belong to span number `span`."""
 
-    Every byte is read: fine-tuned weights have the size and header of their base. hashlib lets other threads run
-    meanwhile.
+    span: int
+    file: int
+    start: int
+    stop: int
+
+
+def digest_spans(spans: Iterable[tuple[Path, int, int]]) -> list[str]:
+    """Of the bytes [start, stop) of files, in order: one string for each span.
+
+    Every byte is read: fine-tuned weights have the size and header of their base. Spans are digested in chunks of
+    CHUNK bytes by several threads (hashlib lets other threads run meanwhile), and a span's digest is that of its
+    chunks' digests.
     """
     spans = list(spans)
     with ExitStack() as stack:
-        files = {
-            path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in {path for path, *_ in spans}
-        }
+        files = {}
+        for path in {path for path, _, _ in spans}:
+            files[path] = stack.enter_context(path.open("rb", buffering=0)).fileno()
         chunks = [
-            (number, files[path], at, min(stop, at + CHUNK))
+            _Chunk(number, files[path], begin, min(stop, begin + CHUNK))
             for number, (path, start, stop) in enumerate(spans)
-            for at in range(start, stop, CHUNK)
+            for begin in range(start, stop, CHUNK)
         ]
         whole = [hashlib.sha256() for _ in spans]
         threads = stack.enter_context(ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)))
-        for (number, *_), found in zip(chunks, threads.map(_digest_chunk, chunks), strict=True):
-            whole[number].update(found)
+        for chunk, found in zip(chunks, threads.map(_digest_chunk, chunks), strict=True):
+            whole[chunk.span].update(found)
     return [each.hexdigest()[:32] for each in whole]
 
 
-def _digest_chunk(chunk: tuple[int, int, int, int]) -> bytes:
-    _, file, at, stop = chunk
+def _digest_chunk(chunk: _Chunk) -> bytes:
     sha = hashlib.sha256()
-    while at < stop and (data := os.pread(file, stop - at, at)):
+    place = chunk.start
+    while place < chunk.stop:
+        data = os.pread(chunk.file, chunk.stop - place, place)
+        if not data:  # the file has become shorter since
+            break
         sha.update(data)
-        at += len(data)
+        place += len(data)
     return sha.digest()
 
 
@@ -93,23 +109,23 @@ def _digest_chunk(chunk: tuple[int, int, int, int]) -> bytes:
 
 
 def differences(before: Parts, now: Parts, then: str = "then", today: str = "now") -> list[str]:
-    """What differs between two fingerprints, a phrase each; parts and keys that only one of them knows are not
-    compared.
+    """What differs between two fingerprints, one phrase for each difference.
 
-    then, today: what the phrases call the two sides.
+    Parts and keys that only one of them has are not compared. then, today: what the phrases call the two sides.
     """
-    return [
-        phrase
-        for name in before
-        if name in now and before[name] != now[name] and before[name] is not None and now[name] is not None
-        for phrase in _differences(name, before[name], now[name], then, today)
-    ]
+    found: list[str] = []
+    for name, part in before.items():
+        other = now.get(name)
+        if part is None or other is None or part == other:
+            continue
+        if name == "sources":
+            found += _source_differences(part, other, then, today)
+        else:
+            found += _part_differences(name, part, other, then, today)
+    return found
 
 
-def _differences(name: str, before: Any, now: Any, then: str, today: str) -> Iterator[str]:
-    if name == "sources":
-        yield from _source_differences(before, now, then, today)
-        return
+def _part_differences(name: str, before: Parts, now: Parts, then: str, today: str) -> Iterator[str]:
     what = WHAT.get(name, name)
     nested = {key for key in before if isinstance(before[key], dict)}
     if nested != {key for key in now if isinstance(now[key], dict)}:
@@ -117,37 +133,48 @@ def _differences(name: str, before: Any, now: Any, then: str, today: str) -> Ite
         return
     for key in before:
         if key in nested:
-            yield from _differences(key, before[key], now[key], then, today)
+            yield from _part_differences(key, before[key], now[key], then, today)
         elif key not in COUNTS.values() and key in now and before[key] != now[key]:
-            count = COUNTS.get(key)
-            sizes = [side.get(count) for side in (before, now)]
-            told = (
-                f" ({sizes[0]:,} {count} {then}, {sizes[1]:,} {today})"
-                if count and None not in sizes and sizes[0] != sizes[1]
-                else ""
-            )
-            yield f"{key} of {what} {'differ' if key.endswith('s') else 'differs'}{told}"
+            verb = "differ" if key.endswith("s") else "differs"
+            yield f"{key} of {what} {verb}{_counts(key, before, now, then, today)}"
+
+
+def _counts(key: str, before: Parts, now: Parts, then: str, today: str) -> str:
+    """The counts beside a digest, " (3 tokens then, 4 now)"; nothing where both have the same, or one has none."""
+    unit = COUNTS.get(key)
+    if unit is None:
+        return ""
+    first, second = before.get(unit), now.get(unit)
+    if first is None or second is None or first == second:
+        return ""
+    return f" ({first:,} {unit} {then}, {second:,} {today})"
 
 
 def _source_differences(before: Sequence[Parts], now: Sequence[Parts], then: str, today: str) -> Iterator[str]:
     if len(before) != len(now):
         yield f"{len(before)} sources {then}, {len(now)} {today}"
         return
-    same = [a["digest"] == b["digest"] for a, b in zip(before, now, strict=True)]
-    if all(same):  # under other names
+    digests, digests_now = [str(a["digest"]) for a in before], [str(b["digest"]) for b in now]
+    if digests == digests_now:  # perhaps under other names, which do not count
         return
-    if sorted(str(a["digest"]) for a in before) == sorted(str(b["digest"]) for b in now):
+    if sorted(digests) == sorted(digests_now):
         yield f"the sources are in another order ({', '.join(b['name'] for b in now)})"
         return
-    for a, b, equal in zip(before, now, same, strict=True):
-        if not equal:
-            if None in (a["digest"], b["digest"]):
-                yield f"{b['name']} cannot be loaded, so whether it has changed cannot be told"
-                continue
-            sizes = [side.get("bytes") for side in (a, b)]
-            told = f"{sizes[0]:,} bytes {then}, {sizes[1]:,} {today}" if None not in sizes else "it is another data set"
-            name = b["name"] if a["name"] == b["name"] else f"{b['name']} ({then}: {a['name']})"
-            yield f"{name} has other contents ({told})"
+    for a, b in zip(before, now, strict=True):
+        if a["digest"] == b["digest"]:
+            continue
+        if a["digest"] is None or b["digest"] is None:
+            yield f"{b['name']} cannot be loaded, so whether it has changed cannot be told"
+            continue
+        name = b["name"] if a["name"] == b["name"] else f"{b['name']} ({then}: {a['name']})"
+        yield f"{name} has other contents ({_sizes(a, b, then, today)})"
+
+
+def _sizes(before: Parts, now: Parts, then: str, today: str) -> str:
+    first, second = before.get("bytes"), now.get("bytes")
+    if first is None or second is None:  # of the hub
+        return "it is another data set"
+    return f"{first:,} bytes {then}, {second:,} {today}"
 
 
 # --- in artefacts ---
@@ -160,7 +187,8 @@ def write(folder: Path, parts: Parts) -> None:
 
 def read(folder: Path) -> Parts | None:
     """What FOLDER/fingerprint.json says; None where there is none. UserError if it is damaged."""
-    return read_json(folder / FILE) if (folder / FILE).exists() else None
+    path = folder / FILE
+    return read_json(path) if path.exists() else None
 
 
 def refuse(what: str, found: Sequence[str], way_out: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 BOOTSTRAP_BLOCK = 4_000_000  # most numbers drawn at once, to bound memory
@@ -37,7 +37,7 @@ class Interval(NamedTuple):
         return {name: None if math.isnan(value) else value for name, value in plain.items()} | {"n": self.n}
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     """Student's t interval of the mean of independent observations: mean +- t_{n-1} s / sqrt(n).
 
     One observation gives its value and no bounds. Raises ValueError without observations.
@@ -84,21 +84,29 @@ def paired_bootstrap(
         raise ValueError(f"expected three lists of the same length, got {d.shape}, {w.shape} and {len(strata)}")
     if not w.sum() > 0:
         raise ValueError("the weights sum to 0")
+    numerator, denominator = _resampled_sums(d, w, strata, resamples, seed)
+    # A resample may consist of samples without weight (no response tokens); it says nothing about the ratio.
+    ratios = numerator[denominator > 0] / denominator[denominator > 0]
+    low, high = np.quantile(ratios, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(float((w * d).sum() / w.sum()), float(low), float(high), int(d.size))
+
+
+def _resampled_sums(
+    d: NDArray[np.float64], w: NDArray[np.float64], strata: Sequence[object], resamples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """sum(w d) and sum(w) of every resample, each fp64 [resamples]."""
     labels = np.unique(np.asarray([str(label) for label in strata]), return_inverse=True)[1]
     generator = np.random.default_rng(seed)
     numerator, denominator = np.zeros(resamples), np.zeros(resamples)
     for label in range(labels.max() + 1):
         members = np.flatnonzero(labels == label)
-        rows = max(1, BOOTSTRAP_BLOCK // members.size)
+        rows = max(1, BOOTSTRAP_BLOCK // members.size)  # resamples drawn at once
         for start in range(0, resamples, rows):
             stop = min(start + rows, resamples)
             drawn = members[generator.integers(members.size, size=(stop - start, members.size))]
             numerator[start:stop] += (w[drawn] * d[drawn]).sum(axis=1)
             denominator[start:stop] += w[drawn].sum(axis=1)
-    # A resample may consist of samples without weight (no response tokens); it says nothing about the ratio.
-    ratios = numerator[denominator > 0] / denominator[denominator > 0]
-    low, high = np.quantile(ratios, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Interval(float((w * d).sum() / w.sum()), float(low), float(high), int(d.size))
+    return numerator, denominator
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:

@@ -190,7 +190,7 @@ def _cpu_name() -> str:
 def _available_memory() -> int:
     import psutil
 
-    return psutil.virtual_memory().available
+    return int(psutil.virtual_memory().available)
 
 
 def _memory() -> str:

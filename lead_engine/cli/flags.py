@@ -33,7 +33,7 @@ def read_flags(build: Callable[..., Any], prog: str, arguments: list[str], speak
             return tyro.cli(build, prog=prog, args=arguments)
     _refuse_repeated_lists(build, arguments)
     with _silence_unless(speaks):
-        parsed = tyro.cli(build, prog=prog, args=arguments)
+        parsed: Options = tyro.cli(build, prog=prog, args=arguments)
     _check(parsed, arguments)
     return parsed
 
@@ -82,7 +82,7 @@ def _defaults_of_file(cls: type[Options], arguments: list[str]) -> tuple[str | N
     return file or None, defaults
 
 
-def _check(parsed: Any, arguments: list[str]) -> None:
+def _check(parsed: Options, arguments: list[str]) -> None:
     _refuse_empty_lists(parsed, arguments)
     parsed.refuse_unread(_given(arguments))
 
@@ -148,7 +148,7 @@ def _refuse_repeated_lists(cls: type[Any], arguments: list[str]) -> None:
             raise UserError(f"{flag} is given more than once; give all its values together: {flag} A B")
 
 
-def _refuse_empty_lists(parsed: Any, arguments: list[str]) -> None:
+def _refuse_empty_lists(parsed: Options, arguments: list[str]) -> None:
     """A list that is required, or whose flag is given, needs a value."""
     required = {f.name for f in dataclasses.fields(parsed) if f.default is dataclasses.MISSING}
     for name in _list_fields(type(parsed)):

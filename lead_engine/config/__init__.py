@@ -1,39 +1,40 @@
 """Every option of the engine: frozen dataclasses, a file a command, and one for each group that commands share.
 
+    commands   make_pool, pretrain, prepare, train, evaluate (eval, lm-eval), compare, report, merge
+    groups     batch, selection, optimizer, lora, runtime: fields of the commands that read them
+    machinery  bounds (what stands beside a field), convert (values to types), options (the base class), checks,
+               reads (which options are read together), from_yaml, yaml_file
+
 The command line is generated from these classes: a field `batch.capacity` is the flag `--batch.capacity`, and its
-docstring is the flag's help. A YAML file given with `--config` has the same nesting; flags override it. `Bounds` stand
-beside the number they bound; `__post_init__` holds only rules between fields.
+docstring is the flag's help. A YAML file given with `--config` has the same nesting; flags override it. `Bounds` and
+`Rule` stand beside the field that they are about; `__post_init__` holds only rules between fields.
 """
 
 from lead_engine.config.batch import BatchConfig
 from lead_engine.config.checks import require, to_dict
 from lead_engine.config.compare import CompareConfig, Share, StudyConfig
 from lead_engine.config.evaluate import EvalConfig, HarnessConfig
-from lead_engine.config.lora import NAME, LoraConfig, Quantize
+from lead_engine.config.lora import LoraConfig
 from lead_engine.config.make_pool import MakePoolConfig
 from lead_engine.config.merge import MergeConfig
-from lead_engine.config.optimizer import Decay, OptimizerConfig, OptimizerKind
+from lead_engine.config.optimizer import OptimizerConfig, OptimizerKind
 from lead_engine.config.prepare import PrepareConfig
 from lead_engine.config.pretrain import PretrainConfig
 from lead_engine.config.report import ReportConfig
 from lead_engine.config.runtime import Attention, Checkpointing, Placement, Precision, RuntimeConfig
-from lead_engine.config.selection import RECIPES, Bandit, LossChange, Recipe, SelectionConfig, recipe_value
+from lead_engine.config.selection import RECIPES, Recipe, SelectionConfig, recipe_value
 from lead_engine.config.train import Budget, Method, TrainConfig
 
 __all__ = [
-    "NAME",
     "RECIPES",
     "Attention",
-    "Bandit",
     "BatchConfig",
     "Budget",
     "Checkpointing",
     "CompareConfig",
-    "Decay",
     "EvalConfig",
     "HarnessConfig",
     "LoraConfig",
-    "LossChange",
     "MakePoolConfig",
     "MergeConfig",
     "Method",
@@ -43,7 +44,6 @@ __all__ = [
     "Precision",
     "PrepareConfig",
     "PretrainConfig",
-    "Quantize",
     "Recipe",
     "ReportConfig",
     "RuntimeConfig",

@@ -1,4 +1,4 @@
-"""How samples are packed."""
+"""--batch.*: how samples are packed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from lead_engine.config.bounds import Bounds
+from lead_engine.config.checks import require
 from lead_engine.config.options import Options
 
 
 @dataclass(frozen=True)
 class BatchConfig(Options):
-    """How samples are packed. An optimizer step is `micro_batches` x `capacity` token places, however many ranks share it."""
+    """How samples are packed: an optimizer step has `micro_batches` x `capacity` token places, over all ranks."""
 
     flags: ClassVar[str] = "--batch."
 
@@ -24,4 +25,9 @@ class BatchConfig(Options):
 
     @property
     def num_slots(self) -> int:
+        """Most samples in one micro-batch."""
         return self.slots or max(1, self.capacity // 32)
+
+    def require_room(self, tokens: int, flag: str) -> None:
+        """UserError naming `flag` where a sample of so many tokens does not fit a micro-batch."""
+        require(tokens <= self.capacity, flag, tokens, "at most --batch.capacity")

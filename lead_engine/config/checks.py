@@ -1,4 +1,4 @@
-"""What all commands' options share: checks between fields, and a config as plain values."""
+"""Checks between a config's fields, and a config as plain values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ def require(condition: bool, flag: str, value: object, rule: str) -> None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain YAML/JSON types (paths as strings, tuples as lists)."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, Path):
-            return str(value)
-        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-    return plain(config)
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from lead_engine.config.batch import BatchConfig
-from lead_engine.config.bounds import Bounds, PathText, Seed
+from lead_engine.config.bounds import Bounds, Epochs, PathText, Seeds
 from lead_engine.config.checks import require
 from lead_engine.config.lora import LoraConfig
 from lead_engine.config.optimizer import OptimizerConfig
@@ -34,7 +34,8 @@ class StudyConfig(Options):
     methods: tuple[Method, ...] = ("lead", "random", "full")
     """Each stands as a variant of its own name; a file that names variants and no methods has only those."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """NAME: options of `train` that lie over the study's own, and method, match, budgets and seeds; see evaluation/variants.py."""
+    """NAME: options of `train` that lie over the study's own, and method, match, budgets and seeds (study/variants.py).
+    """
     reference: str | None = None
     """The variant that every other is compared with; `random` where there is one."""
     contrasts: tuple[tuple[str, str], ...] = ()
@@ -42,12 +43,12 @@ class StudyConfig(Options):
     jobs: Annotated[int, Bounds(ge=1, le=1024)] = 1
     """Runs at a time; they share the processor's cores between them."""
     budgets: tuple[Share, ...] = (0.025,)
-    seeds: tuple[Seed, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     ranks: Annotated[int, Bounds(ge=1, le=1024)] = 1
     """torchrun processes per run."""
     generate: Annotated[int, Bounds(ge=0, zero="none")] = 0
     """Samples per task for exact match."""
-    epochs: Annotated[int, Bounds(ge=1, le=1000)] = 1
+    epochs: Epochs = 1
     """Passes over the pool for `full`, which stands beside the others as the reference that costs 100 %."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -57,13 +58,8 @@ class StudyConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            bool(self.methods or self.variants),
-            "methods",
-            self.methods,
-            "at least one method, where there are no variants",
-        )
-        require(len(set(self.seeds)) == len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed, each once")
+        rule = "at least one method, where there are no variants"
+        require(bool(self.methods or self.variants), "methods", self.methods, rule)
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,23 @@
-"""A value as the type that an annotation names: converted where nothing is lost, else refused.
+"""A value as the type that an annotation names: converted where nothing is lost, else `Unfit` is raised.
 
-Knows nothing of flags or files.
+This module knows nothing of flags or files: `options` (Python callers and flags) and `from_yaml` turn Unfit into a
+UserError that names the flag or the key.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import numbers
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from lead_engine.config.bounds import Bounds, Expands
+from lead_engine.config.bounds import Bounds, Expands, Rule
 
 
 class Unfit(Exception):
@@ -29,14 +29,19 @@ class Unfit(Exception):
 
 
 class OutOfBounds(Unfit):
-    """A number outside its Bounds."""
+    """A value outside its Bounds, or against its Rule."""
 
 
-@functools.cache
-def field_hints(cls: type) -> dict[str, Any]:
+_HINTS: dict[type[Any], dict[str, Any]] = {}
+"""What `field_hints` has found: annotations are text (`from __future__ import annotations`), slow to look up."""
+
+
+def field_hints(cls: type[Any]) -> dict[str, Any]:
     """The dataclass's fields and their annotations, `Bounds` included."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    if cls not in _HINTS:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        _HINTS[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return _HINTS[cls]
 
 
 def convert(hint: Any, value: Any, *, strict: bool) -> Any:
@@ -59,7 +64,7 @@ def convert(hint: Any, value: Any, *, strict: bool) -> Any:
         return _choice(arguments, value)
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _config(hint, value)
     return _CONVERTERS[hint](value, strict)
 
@@ -71,27 +76,33 @@ def _annotated(hint: Any, extras: tuple[Any, ...], value: Any, strict: bool) -> 
             broken = extra.broken_by(value)
             if broken:
                 raise OutOfBounds(broken, value)
+        if isinstance(extra, Rule) and not extra.holds(value):
+            raise OutOfBounds(extra.says, value)
         if isinstance(extra, Expands):
             value = _expanded(value)
     return value
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, strict: bool) -> tuple[Any, ...]:
-    several = isinstance(value, (list, tuple))
-    if not several and not strict:
-        one = isinstance(value, (str, bytes, os.PathLike, Mapping, set, frozenset)) or not isinstance(value, Iterable)
-        one = one or getattr(value, "ndim", 1) == 0
-        several = not one
-        if one and arguments[-1] is Ellipsis:
-            return (convert(arguments[0], value, strict=strict),)
-    if not several:
+    any_number = arguments[-1] is Ellipsis
+    is_list = isinstance(value, (list, tuple)) or (not strict and not _is_single(value))
+    if not is_list and any_number and not strict:  # a Python caller's one value is a list of one
+        return (convert(arguments[0], value, strict=strict),)
+    if not is_list:
         raise Unfit("a list such as [a, b]", value)
     values = list(value)
-    if arguments[-1] is Ellipsis:
+    if any_number:
         arguments = (arguments[0],) * len(values)
     if len(values) != len(arguments):
         raise Unfit(f"{len(arguments)} values", len(values))
     return tuple(_inside(f"[{i}]", each, values[i], strict) for i, each in enumerate(arguments))
+
+
+def _is_single(value: Any) -> bool:
+    """Whether a Python caller's value is one value: also text, a mapping, and a set, which has no order."""
+    if isinstance(value, (str, bytes, os.PathLike, Mapping, set, frozenset)):
+        return True
+    return not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0  # an array or tensor of no dimension
 
 
 def _inside(where: str, hint: Any, value: Any, strict: bool) -> Any:
@@ -117,12 +128,13 @@ def _mapping(hint: Any, value: Any, strict: bool) -> dict[str, Any]:
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:
     value = _plain(value)
     for choice in choices:
-        if isinstance(value, type(choice)) and isinstance(value, bool) == isinstance(choice, bool) and value == choice:
+        same_type = isinstance(value, type(choice)) and isinstance(value, bool) == isinstance(choice, bool)
+        if same_type and value == choice:  # not 1 for True
             return choice
     raise Unfit(f"one of {', '.join(map(str, choices))}", value)
 
 
-def _config(cls: type, value: Any) -> Any:
+def _config(cls: type[Any], value: Any) -> Any:
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
@@ -143,7 +155,9 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 def _plain(value: Any) -> Any:
     """NumPy's scalars, and arrays and tensors of no dimension, as Python's own."""
-    return value.item() if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)) else value
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        return value.item()
+    return value
 
 
 _WHOLE = re.compile(r"[-+]?(0|[1-9](_?[0-9]){,99})")
@@ -151,21 +165,23 @@ _WHOLE = re.compile(r"[-+]?(0|[1-9](_?[0-9]){,99})")
 
 
 def _whole(value: Any, strict: bool) -> int:
-    given, value = value, _plain(value)
+    given = value
+    value = _plain(value)
     if isinstance(value, str) and _WHOLE.fullmatch(value):
         return int(value)
     value = _number_in(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise Unfit("a whole number", given)
+    if isinstance(value, int):  # exactly, however large
+        return int(value)
     if not math.isfinite(value) or value != math.floor(value):
         raise Unfit("a whole number", given)
-    return int(value)
+    return typing.cast("int", math.floor(value))  # Real does not say what its floor is
 
 
 def _number(value: Any, strict: bool) -> float:
-    given, value = value, _number_in(_plain(value))
+    given = value
+    value = _number_in(_plain(value))
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise Unfit("a number", given)
     try:
@@ -175,7 +191,7 @@ def _number(value: Any, strict: bool) -> float:
 
 
 def _number_in(value: Any) -> Any:
-    """YAML 1.1 reads 2e-4 (no dot) as text; whoever writes it means the number."""
+    """Text of a number as the number: PyYAML reads 2e-4 (no dot) as text. Text that begins 01 is left as it is."""
     if not isinstance(value, str) or re.fullmatch(r"[-+]?0[0-9].*", value):
         return value
     try:
@@ -198,13 +214,15 @@ _TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 def _text(value: Any, strict: bool) -> str:
-    given, value = value, _plain(value)
+    given = value
+    value = _plain(value)
     if isinstance(value, os.PathLike) and not strict:
         value = os.fspath(value)
     if not isinstance(value, str):
-        raise Unfit("text", given, hint="put it in quotes" if isinstance(value, (bool, int, float)) else "")
+        hint = "put it in quotes" if isinstance(value, (bool, int, float)) else ""
+        raise Unfit("text", given, hint=hint)
     _check_encodable(value)
-    return str.__str__(value) if type(value) is not str else value
+    return str.__str__(value)  # plain text of a subclass, such as NumPy's
 
 
 def _check_encodable(text: str) -> None:
@@ -224,6 +242,10 @@ def _path(value: Any, strict: bool) -> Path:
     return Path(value) if strict else Path(_expanded(str.__str__(value)))
 
 
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
+"""$NAME or ${NAME}."""
+
+
 def _expanded(text: str) -> str:
     """`~` and `$VAR` filled in. A name with a dollar under which something lies is left as it is."""
     if not text or "\0" in text:
@@ -231,18 +253,24 @@ def _expanded(text: str) -> str:
     if text[0] != "~" and ("$" not in text or os.path.lexists(text)):
         return text
 
-    def variable(match: re.Match[str]) -> str:
-        name = match[1].strip("{}")
+    def value_of(variable: re.Match[str]) -> str:
+        name = variable[1].strip("{}")
         if not os.environ.get(name):
             hint = f"the variable {name} is not set: set it, or write the path out"
             raise Unfit("a path that can be filled in", text, hint=hint)
         return os.environ[name]
 
-    filled = os.path.expanduser(re.sub(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})", variable, text))
+    filled = os.path.expanduser(_VARIABLE.sub(value_of, text))
     if filled.startswith("~") and text.startswith("~"):
         hint = f"there is no such user; for a file of that name write ./{text}"
         raise Unfit("a path that can be filled in", text, hint=hint)
     return filled
 
 
-_CONVERTERS: dict[Any, Any] = {float: _number, int: _whole, bool: _truth, str: _text, Path: _path}
+_CONVERTERS: dict[Any, Callable[[Any, bool], Any]] = {
+    float: _number,
+    int: _whole,
+    bool: _truth,
+    str: _text,
+    Path: _path,
+}

@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar
 
 from lead_engine.config import reads
 from lead_engine.config.batch import BatchConfig
-from lead_engine.config.bounds import Bounds, PathText, Seed
-from lead_engine.config.checks import require
+from lead_engine.config.bounds import Bounds, Count, MaxLength, PathText, Seed
 from lead_engine.config.options import Options
 from lead_engine.config.runtime import RuntimeConfig
 
@@ -28,9 +27,9 @@ class EvalConfig(Options):
     """Folder for eval.json and per-sample results; by default, RUN/eval for a run folder, else only printed."""
     generate: Annotated[int, Bounds(ge=0, zero="none")] = 0
     """Samples per task for which an answer is generated and compared; 0 generates none."""
-    max_new_tokens: Annotated[int, Bounds(ge=1, le=2**24)] = 128
+    max_new_tokens: Count = 128
     """Longest generated answer."""
-    max_length: Annotated[int, Bounds(ge=8, le=2**24)] = 1024
+    max_length: MaxLength = 1024
     """Longest sample in tokens."""
     skip_bad: bool = False
     """Leave out records that cannot be used instead of refusing the file."""
@@ -41,7 +40,7 @@ class EvalConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.max_length <= self.batch.capacity, "--max-length", self.max_length, "at most --batch.capacity")
+        self.batch.require_room(self.max_length, "--max-length")
 
 
 @dataclass(frozen=True)

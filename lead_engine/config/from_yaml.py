@@ -1,4 +1,4 @@
-"""Strict reading of YAML into the config dataclasses: every unknown key and wrong type is named, with its place."""
+"""Plain values, as YAML gives them, into the configs: every unknown key and wrong type is named, with its place."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from lead_engine.base.errors import UserError
 from lead_engine.config import RECIPES
 from lead_engine.config.convert import Unfit, convert
+from lead_engine.config.options import Options
 from lead_engine.config.yaml_file import read_yaml
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Options)
 _ABSENT = object()
 
 
@@ -30,9 +31,10 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], *, source: str) -> T:
     Raises UserError "SOURCE: key.path: ..." for unknown or missing keys, wrong types, and values that `cls` refuses.
     """
     draft = draft_from_mapping(cls, mapping, source=source, missing=_ABSENT)
-    absent = [f.name for f in dataclasses.fields(cls) if getattr(draft, f.name) is _ABSENT]
+    absent = [name for name in _names(cls) if getattr(draft, name) is _ABSENT]
     if absent:
-        raise UserError(f"{source}: required key{'s' * (len(absent) > 1)} missing: {', '.join(absent)}")
+        keys = "key" if len(absent) == 1 else "keys"
+        raise UserError(f"{source}: required {keys} missing: {', '.join(absent)}")
     try:
         return _construct(draft)
     except UserError as error:
@@ -40,11 +42,10 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], *, source: str) -> T:
 
 
 def draft_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, source: str, missing: Any) -> T:
-    """Like `from_mapping`, but an instance whose values are type-checked only: nothing validates their ranges yet.
+    """As `from_mapping`, but values have only been converted to their types: rules between fields are not checked yet.
 
-    The command line needs this: a YAML value that is out of range by itself may be put right by a flag. Required
-    fields that the mapping leaves out hold `missing`.
-    A `recipe` that the mapping names comes under its other values.
+    The command line needs this: a flag may put right what in the YAML file alone breaks a rule. Required fields that
+    the mapping leaves out hold `missing`. A `recipe` that the mapping names comes under its other values.
     """
     base = _raw_instance(cls, {f.name: _default(f, missing) for f in dataclasses.fields(cls)})
     recipe = mapping.get("recipe", "default") if isinstance(mapping, Mapping) else None
@@ -53,16 +54,16 @@ def draft_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, source: str,
     return _overlay(base, mapping, source, ())
 
 
-def _names(cls: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(cls)}
+def _names(cls: type[Options]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _overlay(base: T, mapping: Any, source: str, path: tuple[str, ...]) -> T:
     """A copy of `base` with the mapping's values, made without running `__post_init__`."""
     if not isinstance(mapping, Mapping):
         raise UserError(f"{_place(source, path)}: expected a mapping of options, found {_describe(mapping)}")
-    hints = typing.get_type_hints(type(base))
-    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    hints = typing.get_type_hints(type(base))  # without Bounds: those are checked when the config is built
+    values = {name: getattr(base, name) for name in _names(type(base))}
     for key, value in mapping.items():
         if key not in values:
             raise UserError(f"{_place(source, (*path, str(key)))}: unknown key; {_suggest(str(key), list(values))}")
@@ -87,10 +88,13 @@ def _convert(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> Any:
 def _default(field: dataclasses.Field[Any], missing: Any) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
-    return missing if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return missing
 
 
 def _raw_instance(cls: type[T], values: Mapping[str, Any]) -> T:
+    """An instance made without the constructor, and so without its checks."""
     instance = object.__new__(cls)
     for name, value in values.items():
         object.__setattr__(instance, name, value)
@@ -99,14 +103,19 @@ def _raw_instance(cls: type[T], values: Mapping[str, Any]) -> T:
 
 def _construct(draft: T) -> T:
     """The same values through the constructors, so that every `__post_init__` checks its own."""
-    values = {f.name: getattr(draft, f.name) for f in dataclasses.fields(draft)}
-    return type(draft)(**{k: _construct(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()})
+    values = {name: getattr(draft, name) for name in _names(type(draft))}
+    for name, value in values.items():
+        if isinstance(value, Options):
+            values[name] = _construct(value)
+    return type(draft)(**values)
 
 
 def _flag_as_key(message: str) -> str:
-    """ "--batch.micro-batches 0: ..." as "batch.micro_batches 0: ...": the user of a YAML file sees the key."""
-    first, space, rest = message.partition(" ")
-    return first.removeprefix("--").replace("-", "_") + space + rest if first.startswith("--") else message
+    """`--batch.micro-batches 0: ...` as `batch.micro_batches 0: ...`: the user of a YAML file sees the key."""
+    flag, space, rest = message.partition(" ")
+    if not flag.startswith("--"):
+        return message
+    return flag.removeprefix("--").replace("-", "_") + space + rest
 
 
 def _place(source: str, path: tuple[str, ...]) -> str:
@@ -114,11 +123,15 @@ def _place(source: str, path: tuple[str, ...]) -> str:
 
 
 def _describe(value: Any) -> str:
-    kinds = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "a mapping"}
     if value is None:
         return "nothing"
     shown = repr(value)
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({kinds.get(type(value), type(value).__name__)})"
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return f"{shown} ({_KINDS.get(type(value), type(value).__name__)})"
+
+
+_KINDS = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "a mapping"}
 
 
 def _suggest(key: str, known: list[str]) -> str:

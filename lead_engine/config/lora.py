@@ -1,7 +1,8 @@
-"""Adapters."""
+"""--lora.*: adapters."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -27,8 +28,8 @@ class LoraConfig(Options):
     alpha: Annotated[float, Bounds(gt=0)] = 16.0
     """Adapter output is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Layers to adapt: the blocks' linear layers (the head has --lora.head), ends of names (q_proj v_proj), or one regular
-    expression for whole names."""
+    """Layers to adapt: the blocks' linear layers (the head has --lora.head), ends of names (q_proj v_proj), or one
+    regular expression for whole names."""
     head: bool = False
     """Give the LM head an adapter too."""
     dropout: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
@@ -44,32 +45,33 @@ class LoraConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.rank > 0 or not self.head, "--lora.head", self.head, "false without adapters: give --lora.rank too"
-        )
-        require(
-            self.rank > 0 or self.quantize == "none",
-            "--lora.quantize",
-            self.quantize,
-            "none without adapters: give --lora.rank too",
-        )
-        for name in ("target_modules", "dropout", "rslora", "dora", "modules_to_save"):
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            shown = " ".join(value) if isinstance(value, tuple) else value
-            flag, rule = f"--lora.{name.replace('_', '-')}", "left out without adapters: give --lora.rank too"
-            require(self.rank > 0 or value == default, flag, shown, rule)
-        for name in ("dropout", "dora"):
+        if self.rank == 0:
+            self._require_defaults()
+        if self.head:
             rule = "left out beside --lora.head: the head's adapter is computed inside the loss, without it"
-            require(not (self.head and getattr(self, name)), f"--lora.{name}", getattr(self, name), rule)
-        targets, one = " ".join(self.target_modules), len(self.target_modules) == 1
-        plain = all(re.fullmatch(NAME, target) for target in self.target_modules)
-        several = len(self.target_modules) > 1 and plain and "all-linear" not in self.target_modules
-        rule = "names, or one regular expression alone, or all-linear alone"
-        require(one or several, "--lora.target-modules", targets, rule)
-        try:
-            re.compile(targets if one else "")
-        except re.error as error:
-            raise UserError(f"--lora.target-modules {targets}: no regular expression ({error})") from None
+            require(not self.dropout, "--lora.dropout", self.dropout, rule)
+            require(not self.dora, "--lora.dora", self.dora, rule)
+        self._require_targets()
+
+    def _require_defaults(self) -> None:
+        """Without adapters, nothing but their rank may be given. (`alpha` is never read then.)"""
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name not in ("rank", "alpha") and value != option.default:
+                shown = " ".join(value) if isinstance(value, tuple) else value
+                require(False, self.flag(option.name), shown, "left out without adapters: give --lora.rank too")
+
+    def _require_targets(self) -> None:
+        flag, targets = "--lora.target-modules", " ".join(self.target_modules)
+        if len(self.target_modules) == 1:
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise UserError(f"{flag} {targets}: no regular expression ({error})") from None
+            return
+        names = [name for name in self.target_modules if re.fullmatch(NAME, name) and name != "all-linear"]
+        are_names = bool(names) and len(names) == len(self.target_modules)
+        require(are_names, flag, targets, "names, or one regular expression alone, or all-linear alone")
 
     @property
     def targets_by_pattern(self) -> bool:

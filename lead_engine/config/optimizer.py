@@ -1,4 +1,4 @@
-"""AdamW and its schedule."""
+"""--optimizer.*: AdamW and its schedule."""
 
 from __future__ import annotations
 

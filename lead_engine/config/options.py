@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _NO_DEFAULT = object()
 
 
+@dataclass(frozen=True)
 class Options:
     """Base of the configs, which are frozen dataclasses.
 
@@ -53,17 +55,22 @@ class Options:
         """The value, under a name with dots, of an option that is not given; MISSING where it has to be."""
         group, _, name = option.rpartition(".")
         if group:
-            return getattr(type(self).__dataclass_fields__[group].default_factory(), name)  # type: ignore[attr-defined]
+            return getattr(self._default_group(group), name)
         return getattr(type(self), name, dataclasses.MISSING)
 
     def _completed(self, name: str, value: Any) -> Any:
         """A mapping for a nested config over this field's own default, which may differ from the nested class's."""
-        factory = type(self).__dataclass_fields__[name].default_factory  # type: ignore[attr-defined]
-        default = None if factory is dataclasses.MISSING else factory()
+        default = self._default_group(name)
         if not isinstance(value, Mapping) or not dataclasses.is_dataclass(default):
             return value
         below = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
         return below | dict(value) if value.keys() <= below.keys() else value
+
+    @classmethod
+    def _default_group(cls, name: str) -> Any:
+        """The nested config that a field has by default; None for a field that holds none."""
+        factory = cls.__dataclass_fields__[name].default_factory
+        return None if factory is dataclasses.MISSING else factory()
 
     @classmethod
     def flag(cls, name: str) -> str:

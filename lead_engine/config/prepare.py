@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from lead_engine.config import reads
 from lead_engine.config.batch import BatchConfig
-from lead_engine.config.bounds import Bounds, PathText, Seed
-from lead_engine.config.checks import require
+from lead_engine.config.bounds import Bounds, MaxLength, PathText, Seed, VocabSize
 from lead_engine.config.optimizer import OptimizerConfig
 from lead_engine.config.options import Options
 from lead_engine.config.runtime import RuntimeConfig
@@ -28,20 +27,18 @@ class PrepareConfig(Options):
     """Hub name, model folder, run, or scratch:tiny|mini|small|100m."""
     out: Path
     """Folder to write."""
-    max_length: Annotated[int, Bounds(ge=8, le=2**24)] = 1024
+    max_length: MaxLength = 1024
     """Longest sample in tokens; longer ones are cut, and counted."""
     clusters: Annotated[int, Bounds(ge=1, le=2**16)] = 7
     """K, difficulty clusters."""
     tasks: Annotated[int, Bounds(ge=0, le=2**16)] = 0
-    """Topic clusters by k-means, for records that name no `dataset`; 0 takes the `dataset` field, or one task without it."""
+    """Topic clusters by k-means, for records that name no `dataset`; 0: the `dataset` field, or one task without it."""
     scoring: Literal["model", "ngram"] = "model"
-    """Who judges the samples before training: the model (three passes over the pool), or counts of n-grams (no pass at all)."""
+    """Who judges the samples before training: the model (three passes over the pool), or counts of n-grams (none)."""
     warmup_share: Annotated[float, Bounds(ge=0, lt=1)] = 0.01
     """Share of the pool's tokens on which a copy of the model is trained briefly before difficulty is measured
     (with --scoring model)."""
-    vocab_size: Annotated[
-        int, Bounds(ge=300, le=2**20, says="at least 300 (256 bytes and the special tokens) and at most 1048576")
-    ] = 4096
+    vocab_size: VocabSize = 4096
     """Size of the vocabulary trained for scratch:NAME."""
     skip_bad: bool = False
     """Leave out records that cannot be used (each is named and counted) instead of refusing the pool."""
@@ -55,4 +52,4 @@ class PrepareConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.max_length <= self.batch.capacity, "--max-length", self.max_length, "at most --batch.capacity")
+        self.batch.require_room(self.max_length, "--max-length")

@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar
 
 from lead_engine.config import reads
 from lead_engine.config.batch import BatchConfig
-from lead_engine.config.bounds import Bounds, PathText, Seed
-from lead_engine.config.checks import require
+from lead_engine.config.bounds import Bounds, Epochs, PathText, Seed, VocabSize
 from lead_engine.config.optimizer import OptimizerConfig
 from lead_engine.config.options import Options
 from lead_engine.config.runtime import RuntimeConfig
@@ -27,13 +26,11 @@ class PretrainConfig(Options):
     """Run folder; the model lies in OUT/model."""
     model: PathText = "scratch:tiny"
     """scratch:NAME, a hub name or a folder."""
-    vocab_size: Annotated[
-        int, Bounds(ge=300, le=2**20, says="at least 300 (256 bytes and the special tokens) and at most 1048576")
-    ] = 4096
+    vocab_size: VocabSize = 4096
     """Size of the byte-level BPE vocabulary trained for scratch:NAME."""
     block: Annotated[int, Bounds(ge=16, le=2**24)] = 512
     """Tokens in one training sample."""
-    epochs: Annotated[int, Bounds(ge=1, le=1000)] = 1
+    epochs: Epochs = 1
     """Passes over the text."""
     seed: Seed = 0
     """Seed of everything random."""
@@ -47,4 +44,4 @@ class PretrainConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.block <= self.batch.capacity, "--block", self.block, "at most --batch.capacity")
+        self.batch.require_room(self.block, "--block")

@@ -1,4 +1,4 @@
-"""Where and in which precision things run."""
+"""--runtime.*: where and in which precision things run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class RuntimeConfig(Options):
     head_chunk_mib: Annotated[int, Bounds(ge=0, le=2**20, zero="automatic")] = 0
     """Most memory for one chunk of logits; 0: 64 MiB on a CPU, 1 GiB on a GPU."""
     checkpointing: Checkpointing = "none"
-    """Activations recomputed in the backward pass: none, all but the blocks' inputs (full), or all but matrix products (selective)."""
+    """Activations recomputed in the backward pass: none, all but the blocks' inputs (full), or all but matrix products
+    (selective)."""
     compile: bool = False
     """Compile every block with torch.compile."""
     offload: bool = False
@@ -39,4 +40,4 @@ class RuntimeConfig(Options):
     timeout: Annotated[float, Bounds(ge=1, le=1e7)] = 1800.0
     """Seconds that a rank waits for the others before the run stops and says where it stood."""
     peak_tflops: Annotated[float, Bounds(ge=0, zero="automatic")] = 0.0
-    """Peak of one device in TFLOP/s, for MFU; 0 takes the known figure of the device, or reports no MFU where none is known."""
+    """Peak of one device in TFLOP/s, for MFU; 0 takes the known figure of the device, or reports no MFU without one."""

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from lead_engine.base.errors import UserError
 from lead_engine.config import (
@@ -32,9 +32,8 @@ from lead_engine.config import (
     StudyConfig,
     reads,
     recipe_value,
-    require,
 )
-from lead_engine.config.bounds import Bounds, Seed
+from lead_engine.config.bounds import Epochs, Seeds
 from lead_engine.config.from_yaml import draft_from_mapping, from_mapping
 from lead_engine.config.options import Options
 from lead_engine.config.yaml_file import read_yaml
@@ -54,8 +53,8 @@ class VariantOptions(Options):
 
     pool: Path
     budgets: tuple[Share, ...]
-    seeds: tuple[Seed, ...]
-    epochs: Annotated[int, Bounds(ge=1, le=1000)]
+    seeds: Seeds
+    epochs: Epochs
     method: Method = "lead"
     recipe: Recipe = "default"
     """Comes under the study's options and the variant's."""
@@ -69,10 +68,6 @@ class VariantOptions(Options):
 
     def default_of(self, option: str) -> Any:
         return recipe_value(self.recipe, option, super().default_of(option))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(len(set(self.seeds)) == len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed, each once")
 
 
 @dataclass(frozen=True)
