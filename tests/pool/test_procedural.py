@@ -13,8 +13,9 @@ import pytest
 
 from lead_engine.base.errors import UserError
 from lead_engine.pool.procedural import make_pool
-from lead_engine.pool.procedural_tasks import TASKS, UNITS, column_sum
-from lead_engine.pool.procedural_world import make_world
+from lead_engine.pool.procedural.numbers import UNITS, column_sum
+from lead_engine.pool.procedural.tasks import TASKS
+from lead_engine.pool.procedural.world import make_world
 from lead_engine.pool.records import read_records
 
 FILES = ("pool.jsonl", "heldout.jsonl", "text.txt")

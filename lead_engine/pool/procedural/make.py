@@ -1,40 +1,20 @@
-"""A small made-up world as an instruction pool: data for the quickstart and the tests that needs no network.
-
-`make_pool` writes three files, wholly determined by its arguments:
-
-- pool.jsonl: records with id, dataset (the task), instruction, input, output, and two fields which the engine never
-  reads: level (0 to 3, the difficulty within the task) and note ("", "wrong_answer" or "near_duplicate").
-- heldout.jsonl: the same form, all answers right, no near-duplicates. No question of it, in whatever wording, occurs in
-  the pool.
-- text.txt: text of the same world to pre-train on, a paragraph a line: what the people in it are like, examples of the
-  tasks in prose, and questions with their answers. Nothing that a held-out question asks occurs there as an example or
-  a question. Facts about people do, in prose, since nobody could know them otherwise.
-
-Tasks: arithmetic (sums, differences), sequences (next number, largest, comparison), strings (reverse, capitals,
-counting, first letters), sorting (words, numbers), facts (people of the world; level 3 takes two steps), units
-(conversion), formatting (copying, lists, records). Of the pool's records, by default, 8 % have a wrong answer, 15 % are
-near-duplicates (another record with small changes of wording), and 8 % are trivial (level 0: the answer stands in the
-question). The shares are exact up to rounding.
-
-How hard it is: a Llama of 0.9M parameters with a vocabulary of 1,024, pre-trained on three passes of the text (490k
-tokens, a minute of one CPU core), has a loss of 6.6 nats per response token on the pool; tuned on the pool once, it has
-1.4 on the held-out records (arithmetic 0.9, units 1.2, formatting 1.3, facts and sequences 1.5, sorting 1.6, strings
-3.4). It hardly ever gives a whole answer right; that takes longer training.
-"""
+"""`lead-engine make-pool`: the three files of the made-up world (see the package for what they hold)."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import write_text
 from lead_engine.config import MakePoolConfig
-from lead_engine.pool.procedural_tasks import TASKS, Question, example
-from lead_engine.pool.procedural_world import World, biography, make_world
+from lead_engine.pool.procedural.prose import example
+from lead_engine.pool.procedural.question import Key, Question
+from lead_engine.pool.procedural.tasks import TASKS
+from lead_engine.pool.procedural.world import World, biography, make_world
 
 LEVEL_SHARES = (0.40, 0.35, 0.25)
 """Levels 1, 2 and 3, of the records that are not trivial."""
@@ -72,12 +52,12 @@ def make_pool(
     trivial_share: float = 0.08,
     text_kib: int = 450,
 ) -> None:
-    """Write pool.jsonl (`samples` records), heldout.jsonl (`heldout` records) and text.txt (`text_kib` KiB) to
-    `out_dir`.
+    """Write pool.jsonl (`samples` records), heldout.jsonl (`heldout` records) and text.txt (`text_kib` KiB).
 
     The same arguments give the same bytes. Each file appears complete or not at all. The world has 90 people, more for
     more than 4,500 samples. Raises UserError where more different questions are asked for than the world has (it has
-    enough for 20,000 samples), and where a file is there with other contents."""
+    enough for 20,000 samples), and where a file is there with other contents.
+    """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     # One stream of random numbers for each part: changing the size of one leaves the others as they are.
@@ -101,9 +81,7 @@ def make_pool(
         write_text(path, text)
 
 
-def _items(
-    rng: random.Random, world: World, count: int, trivial_share: float, taken: set[tuple[Any, ...]]
-) -> list[Item]:
+def _items(rng: random.Random, world: World, count: int, trivial_share: float, taken: set[Key]) -> list[Item]:
     """`count` questions with different prompts and no key in `taken`, the tasks in equal parts."""
     trivial = round(count * trivial_share)
     rest = [round((count - trivial) * share) for share in LEVEL_SHARES[:2]]
@@ -119,9 +97,7 @@ def _items(
     return shuffled
 
 
-def _new_item(
-    rng: random.Random, world: World, task: str, level: int, taken: set[tuple[Any, ...]], items: dict[Any, Item]
-) -> Item:
+def _new_item(rng: random.Random, world: World, task: str, level: int, taken: set[Key], items: dict[Any, Item]) -> Item:
     for _ in range(ATTEMPTS):
         item = Item(task, level, TASKS[task](rng, world, level))
         if item.question.key not in taken and item.prompt not in items:
@@ -133,13 +109,10 @@ def _new_item(
 
 def _with_noise(rng: random.Random, fresh: list[Item], copies: int, wrong: int) -> list[Item]:
     """Some answers made wrong, and near-duplicates of right ones (up to four of the same record) mixed in."""
-    wrong_ones = set(rng.sample(range(len(fresh)), wrong))
-    items = [
-        item._replace(question=item.question._replace(output=item.question.wrong), note="wrong_answer")
-        if i in wrong_ones
-        else item
-        for i, item in enumerate(fresh)
-    ]
+    items = list(fresh)
+    for i in rng.sample(range(len(fresh)), wrong):
+        question = fresh[i].question
+        items[i] = fresh[i]._replace(question=question._replace(output=question.wrong), note="wrong_answer")
     originals = rng.sample([item for item in items if not item.note], -(-copies // 4))
     variants = [(original, vary) for original in originals for vary in rng.sample(VARIATIONS, 4)][:copies]
     for original, vary in variants:
@@ -149,7 +122,7 @@ def _with_noise(rng: random.Random, fresh: list[Item], copies: int, wrong: int) 
     return items
 
 
-VARIATIONS = (
+VARIATIONS: tuple[Callable[[str], str], ...] = (
     lambda text: f"Please {text[0].lower()}{text[1:]}",
     lambda text: f"{text} Thank you.",
     lambda text: f"{text[0].lower()}{text[1:]}",
@@ -160,9 +133,10 @@ VARIATIONS = (
 """Small changes of wording that leave the answer as it is; no task words its questions like this."""
 
 
-def _text(rng: random.Random, world: World, taken: set[tuple[Any, ...]], size: int) -> Iterator[str]:
+def _text(rng: random.Random, world: World, taken: set[Key], size: int) -> Iterator[str]:
     """Paragraphs, at least `size` bytes, about every person equally often (up to one)."""
-    written, names = 0, []
+    written = 0
+    names: list[str] = []  # people that are still to be told about in this turn
     while written < size:
         kind = rng.choices(("people", "examples", "questions"), TEXT_SHARES)[0]
         if kind == "people":
@@ -176,9 +150,8 @@ def _text(rng: random.Random, world: World, taken: set[tuple[Any, ...]], size: i
         yield paragraph + "\n"
 
 
-def _answered(rng: random.Random, world: World, taken: set[tuple[Any, ...]]) -> str:
-    """A question with its answer, in one line; without these, a model this small does not heed an instruction at
-    all."""
+def _answered(rng: random.Random, world: World, taken: set[Key]) -> str:
+    """A question with its answer, in one line: without such lines a small model does not follow an instruction."""
     while True:
         question = rng.choice(list(TASKS.values()))(rng, world, rng.randrange(4))
         if question.key not in taken and "\n" not in question.output:

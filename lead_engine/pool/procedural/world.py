@@ -1,4 +1,4 @@
-"""The people and words of the made-up world (see procedural.py) and the prose about them."""
+"""The people and words of the made-up world, and the prose about them."""
 
 from __future__ import annotations
 
