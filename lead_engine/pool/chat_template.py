@@ -82,9 +82,10 @@ def render(
     A template may raise anything that Python code can.
     """
     # A batch of one: transformers takes an empty conversation only inside a batch.
-    return tokenizer.apply_chat_template(
+    texts: Any = tokenizer.apply_chat_template(
         [list(turns)], tools=tools or None, tokenize=False, add_generation_prompt=prompt
-    )[0]
+    )
+    return str(texts[0])
 
 
 def mend_bos(tokenizer: PreTrainedTokenizerBase) -> None:

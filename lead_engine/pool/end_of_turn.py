@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from lead_engine.base.console import warn
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import read_json, write_text
+from lead_engine.pool.marks import Misfit
 from lead_engine.pool.records import Message, Record
-from lead_engine.pool.rendering import Misfit, Renderer
+from lead_engine.pool.rendering import Renderer
 
 GENERATION = "generation_config.json"
 

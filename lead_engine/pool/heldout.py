@@ -133,4 +133,5 @@ def count_in_pool(samples: Sequence[Sample], store: Path) -> int:
 
 
 def _key(length: Any, rows: Any) -> Any:
+    """Length and number of response tokens as one number, of two integers or two arrays of them."""
     return length * (1 << 32) + rows

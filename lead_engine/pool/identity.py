@@ -15,7 +15,7 @@ from lead_engine.base.errors import UserError
 from lead_engine.base.files import read_json
 from lead_engine.base.fingerprint import Parts, digest_file
 from lead_engine.pool.sources import STDIN, content_path, expand, hub_name
-from lead_engine.pool.store import store_digest
+from lead_engine.pool.store_files import store_digest
 
 MARKER = "prepare.json"
 """Of a prepared pool: the options, and the fingerprint of what it was made from."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lead_kernels import PackedBatch, gather_batch
@@ -23,12 +24,13 @@ class HostPool(NamedTuple):
 
     tokens: Tensor
     response: Tensor
-    offsets: np.ndarray
+    offsets: NDArray[np.int64]
 
 
 class Staging:
-    """One micro-batch's samples, end to end: tokens int32 [size], response bool [size], offsets int64 [B + 1]. Pinned
-    for CUDA.
+    """One micro-batch's samples, end to end: tokens int32 [S], response bool [S], offsets int64 [B + 1], ids int64 [B].
+
+    S is the largest micro-batch so far, rounded up. In pinned memory for CUDA.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -36,23 +38,25 @@ class Staging:
         self.copied: torch.cuda.Event | None = None
         self._allocate(0, 0)
 
-    def _allocate(self, size: int, slots: int) -> None:
-        self.tokens = torch.zeros(size, dtype=torch.int32, pin_memory=self.pinned)
-        self.response = torch.zeros(size, dtype=torch.bool, pin_memory=self.pinned)
-        self.offsets = torch.zeros(slots + 1, dtype=torch.int64, pin_memory=self.pinned)
-        self.ids = torch.zeros(slots, dtype=torch.int64, pin_memory=self.pinned)
+    def _allocate(self, num_tokens: int, num_slots: int) -> None:
+        self.tokens = torch.zeros(num_tokens, dtype=torch.int32, pin_memory=self.pinned)
+        self.response = torch.zeros(num_tokens, dtype=torch.bool, pin_memory=self.pinned)
+        self.offsets = torch.zeros(num_slots + 1, dtype=torch.int64, pin_memory=self.pinned)
+        self.ids = torch.zeros(num_slots, dtype=torch.int64, pin_memory=self.pinned)
 
-    def fill(self, pool: HostPool, ids: np.ndarray) -> None:
-        """Copy the samples `ids` [B] in; N is an empty slot."""
+    def fill(self, pool: HostPool, ids: NDArray[np.int64]) -> None:
+        """Copy the samples `ids` int64 [B] in; N is an empty slot."""
         if self.copied is not None:
             self.copied.synchronize()  # the device may still be reading what lay here before
         count = len(pool.offsets) - 1
         if len(ids) and not 0 <= ids.min() <= ids.max() <= count:
             raise IndexError(f"sample ids must lie in [0, {count}], found {ids.min()} to {ids.max()}")
+        # An empty slot, id N, begins and ends at the pool's end: it has length 0.
         begins, ends = pool.offsets[np.minimum(ids, count)], pool.offsets[np.minimum(ids + 1, count)]
         bounds = np.concatenate([[0], np.cumsum(ends - begins)])
         if bounds[-1] > len(self.tokens) or len(ids) != len(self.ids):
-            self._allocate(max(len(self.tokens), -(-int(bounds[-1]) // GRAIN) * GRAIN, GRAIN), len(ids))
+            needed = -(-int(bounds[-1]) // GRAIN) * GRAIN
+            self._allocate(max(len(self.tokens), needed, GRAIN), len(ids))
         for slot in np.flatnonzero(ids < count):
             here, there = slice(bounds[slot], bounds[slot + 1]), slice(begins[slot], ends[slot])
             # Tensor.copy_ lets go of the interpreter lock, so waiting for the disk does not stall the training thread.
@@ -71,7 +75,7 @@ class Prefetcher:
     def __init__(self, pool: HostPool, device: torch.device) -> None:
         self.device = device
         self._pool = pool
-        self._requests: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[NDArray[np.int64] | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[Staging | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Staging | BaseException] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -83,9 +87,8 @@ class Prefetcher:
         if self._closed:
             raise RuntimeError("the token store is closed")
         if sample_ids.ndim != 2 or sample_ids.dtype != torch.int64 or sample_ids.device.type != "cpu":
-            raise ValueError(
-                f"sample_ids: expected int64 [n, B] on the CPU, got {sample_ids.dtype} {list(sample_ids.shape)} on {sample_ids.device}"
-            )
+            found = f"{sample_ids.dtype} {list(sample_ids.shape)} on {sample_ids.device}"
+            raise ValueError(f"sample_ids: expected int64 [n, B] on the CPU, got {found}")
         if self._thread is None:
             for _ in range(DEPTH):
                 self._free.put(Staging(self.device.type == "cuda"))
@@ -112,12 +115,12 @@ class Prefetcher:
             self._free.put(staging)
 
     def _to_device(self, staging: Staging, sample_ids: Tensor, capacity: int, num_rows: int) -> PackedBatch:
-        tokens, response, offsets, ids = (
-            x.to(self.device, non_blocking=True)
-            for x in (staging.tokens, staging.response, staging.offsets, staging.ids)
-        )
-        if self.device.type == "cuda":
-            staging.copied = torch.cuda.Event()
+        tokens = staging.tokens.to(self.device, non_blocking=True)
+        response = staging.response.to(self.device, non_blocking=True)
+        offsets = staging.offsets.to(self.device, non_blocking=True)
+        ids = staging.ids.to(self.device, non_blocking=True)
+        if self.device.type == "cuda":  # the buffer may be filled again once the copies are done
+            staging.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not annotate it
             staging.copied.record(torch.cuda.current_stream(self.device))
         torch._assert_async((ids == sample_ids).all(), "micro-batches must be taken in the order of prefetch")
         # Inside the buffer slot b is sample b, of length 0 where the slot is empty; the pool's ids are put back after.
@@ -129,11 +132,13 @@ class Prefetcher:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # else pinning memory opens a context on the first GPU
-            while (
-                (row := self._requests.get()) is not None
-                and (staging := self._free.get()) is not None
-                and not self._closed
-            ):
+            while True:
+                row = self._requests.get()
+                if row is None:  # None is what `close` wakes the thread with, whatever it waits for
+                    return
+                staging = self._free.get()
+                if staging is None or self._closed:
+                    return
                 staging.fill(self._pool, row)
                 self._ready.put(staging)
         except BaseException as error:  # handed to the consumer, who would wait for ever otherwise

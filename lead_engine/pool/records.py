@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,22 @@ def read_records(
     `flag` is what the user named them with. Raises UserError for a source that cannot be read, for bad records unless
     `skip_bad`, and where no usable record is left. Warns of fields and files that are not read.
     """
-    sources = argument(tuple[PathText, ...], sources, "read_records(sources)")  # a name alone is one, not its letters
+    # A name alone is one source, not as many as it has letters.
+    names: tuple[str, ...] = argument(tuple[PathText, ...], sources, "read_records(sources)")
     problems = Problems()
-    records = list(iter_records(sources, problems, skip_bad=skip_bad, flag=flag))
+    records = list(iter_records(names, problems, skip_bad=skip_bad, flag=flag))
     return records, problems
 
 
 def iter_records(
     sources: Sequence[str], problems: Problems, *, skip_bad: bool, flag: str = "--pool"
 ) -> Iterator[Record]:
-    """As `read_records`, one record at a time; problems are added to `problems`, and refused only after the last
-    record.
+    """As `read_records`, one record at a time.
+
+    What is wrong is added to `problems`, and raises UserError only after the last record.
     """
-    seen: dict[str, tuple[str, int]] = {}
-    unread: dict[str, list[Any]] = {}
+    seen: dict[str, tuple[str, int]] = {}  # id -> source and line
+    unread: dict[str, _Unread] = {}
     for source, label in _labelled(expand(sources, flag)):
         for line, value in read_values(source, problems):
             try:
@@ -60,23 +63,39 @@ def iter_records(
                 continue
             seen[record.id] = (source, line)
             for name in unknown:
-                unread.setdefault(name, [0, source, line])[0] += 1
+                unread.setdefault(name, _Unread(source, line)).count += 1
             yield record
     if not skip_bad:
         problems.refuse()
     if not seen:
         found = f" ({problems})" if problems else "; the input is empty"
         raise UserError(f"{flag} {', '.join(map(str, sources))}: no usable record{found}")
-    for name, (count, source, line) in unread.items():
-        problems.add(UNREAD, source, line, f"{name!r} of {count:,} record(s) is not read; this is the first")
+    _tell_unread(unread, problems, flag)
+
+
+@dataclass
+class _Unread:
+    """A field that is not read: the first record that has it, and how many do."""
+
+    source: str
+    line: int
+    count: int = 0
+
+
+def _tell_unread(unread: dict[str, _Unread], problems: Problems, flag: str) -> None:
+    for name, field in unread.items():
+        told = f"{name!r} of {field.count:,} record(s) is not read; this is the first"
+        problems.add(UNREAD, field.source, field.line, told)
     if unread:
-        names = [f"{name!r} ({count:,})" for name, (count, *_) in sorted(unread.items(), key=lambda item: -item[1][0])]
+        by_count = sorted(unread.items(), key=lambda item: -item[1].count)
+        names = [f"{name!r} ({field.count:,})" for name, field in by_count]
         warn(f"{flag}: fields that are not read, with the number of records that have them: {some(names)}")
 
 
 def _labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
-    """Each source with the name used in generated ids: the file's name, or its whole path where two files share a
-    name.
+    """Each source with the name used in generated ids.
+
+    That is the file's name, or its whole path where two files share a name.
     """
     names = Counter(Path(s).name for s in sources)
     labels = {s: Path(s).name if names[Path(s).name] == 1 else s for s in sources}

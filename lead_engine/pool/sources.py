@@ -56,11 +56,8 @@ def expand(sources: Sequence[str], flag: str) -> list[str]:
     found: list[str] = []
     unread: list[str] = []
     for source in map(os.fspath, sources):
-        if os.path.isdir(source):
-            paths = saved_data_set(source) or sorted(glob.glob(os.path.join(glob.escape(source), "*")))
-        elif not os.path.exists(source) and glob.has_magic(source) and hub_name(source) is None:
-            paths = sorted(glob.glob(source, recursive=True))
-        else:
+        paths = _paths_in(source)
+        if paths is None:
             found.append(_one(source, flag))
             continue
         known = [path for path in paths if os.path.isfile(path) and kind(path)]
@@ -77,6 +74,16 @@ def expand(sources: Sequence[str], flag: str) -> list[str]:
     if unread:
         _warn_unread(flag, tuple(unread))
     return found
+
+
+def _paths_in(source: str) -> list[str] | None:
+    """What a folder holds or a pattern matches, by name; None for a source that is neither."""
+    if os.path.isdir(source):
+        return saved_data_set(source) or sorted(glob.glob(os.path.join(glob.escape(source), "*")))
+    # A file may have a name with brackets, and a hub name may hold one of a pattern's characters.
+    if not os.path.exists(source) and glob.has_magic(source) and hub_name(source) is None:
+        return sorted(glob.glob(source, recursive=True))
+    return None
 
 
 @functools.cache  # sources are expanded for their fingerprint, and to be read
@@ -157,10 +164,14 @@ def _standard_input() -> str:
     if stream is None or stream.isatty():
         raise UserError("-: standard input is not a file or a pipe; pipe the records into this command, or name a file")
     with tempfile.NamedTemporaryFile(prefix="lead-stdin-", suffix=".jsonl", delete=False) as copy:
-        owner = os.getpid()
-        atexit.register(lambda: os.getpid() == owner and Path(copy.name).unlink(missing_ok=True))
+        atexit.register(_delete, Path(copy.name), os.getpid())
         shutil.copyfileobj(stream.buffer, copy)
     return copy.name
+
+
+def _delete(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child ends earlier
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

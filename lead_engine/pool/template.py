@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lead_engine.base.errors import UserError
 from lead_engine.pool.chat_template import check_tokenizer
+from lead_engine.pool.marks import Misfit
 from lead_engine.pool.problems import Problems, place
 from lead_engine.pool.records import Record
-from lead_engine.pool.rendering import Misfit, Rendered, Renderer
+from lead_engine.pool.rendering import Rendered, Renderer
 from lead_engine.pool.special_tokens import spell
 
 BATCH = 256

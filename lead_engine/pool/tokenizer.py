@@ -36,16 +36,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     smallest = 256 + len(SPECIAL)
     if vocab_size < smallest:
-        raise UserError(
-            f"--vocab-size {vocab_size}: must be at least {smallest} (256 bytes and {len(SPECIAL)} special tokens)"
-        )
+        rule = f"at least {smallest} (256 bytes and {len(SPECIAL)} special tokens)"
+        raise UserError(f"--vocab-size {vocab_size}: must be {rule}")
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -54,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=END,
@@ -74,7 +70,7 @@ def generation_prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     question = [{"role": "user", "content": "?"}]
     asked, plain = render(tokenizer, question, prompt=True), render(tokenizer, question)
     if asked.startswith(plain) and asked != plain:
-        return tokenizer(asked[len(plain) :], add_special_tokens=False)["input_ids"]
+        return list(tokenizer(asked[len(plain) :], add_special_tokens=False)["input_ids"])
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [token]

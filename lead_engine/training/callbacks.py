@@ -11,7 +11,7 @@ from lead_engine.base import fingerprint
 from lead_engine.base.console import Bar, say
 from lead_engine.base.console import progress as progress_bar
 from lead_engine.base.errors import UserError
-from lead_engine.pool.names import SampleNames
+from lead_engine.pool.record_ids import RecordIds
 from lead_engine.selection.replicas import check_replicas
 from lead_engine.training.build import TrainingSetup
 from lead_engine.training.checkpoint import Checkpoints
@@ -34,7 +34,7 @@ class RunCallbacks:
         self.setup, self.ranks, self.folder, self.signals = setup, ranks, folder, signals
         config, trainer = setup.config, setup.trainer
         self.checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
-        self.names = SampleNames(config.pool)
+        self.names = RecordIds(config.pool)
         self.skipped = SkippedSteps(config.max_skipped_steps, self.names, config.out, config.pool)
         peak = find_peak(config.runtime.peak_tflops, ranks.device)
         self.meter = Meter.of(trainer.store, ModelFlops.of(trainer.model), peak, ranks.size)

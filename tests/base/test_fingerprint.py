@@ -17,7 +17,8 @@ from lead_engine.base import fingerprint
 from lead_engine.base.errors import UserError
 from lead_engine.model.identity import check_base, model_parts
 from lead_engine.pool.identity import source_parts, tokenizer_parts
-from lead_engine.pool.store import TokenStore, store_digest
+from lead_engine.pool.store import TokenStore
+from lead_engine.pool.store_files import store_digest
 from lead_engine.pool.tokenizer import train_tokenizer
 
 FEW = settings(max_examples=15, deadline=None)
