@@ -135,6 +135,15 @@ EATERS = {
 }
 
 
+@pytest.mark.parametrize("eater", ["drops system", "drops users"])
+def test_what_a_template_drops_is_refused_in_every_record(chatml: PreTrainedTokenizerFast, eater: str) -> None:
+    """What is kept of one record's rendering must not let the next one of its shape lose a text."""
+    renderer = with_template(chatml, FAMILIES["chatml"].template.replace(*EATERS[eater]))
+    for word in "abc":
+        turns = [(role, f"{content} {word}") for role, content in SYSTEM]
+        assert misfit(renderer, record_of(turns)).kind == "template_drops_text"
+
+
 @pytest.mark.parametrize("eater", EATERS)
 @settings(max_examples=25, deadline=None)
 @given(turns=conversations())
