@@ -35,4 +35,4 @@ class OptimizerConfig(Options):
     final_lr: Annotated[float, Bounds(ge=0, le=1)] = 0.1
     """Learning rate at the end, as a share of the peak."""
     kind: OptimizerKind = "adamw"
-    """adamw: torch's fused AdamW, fp32 moments; adamw8bit: moments in 8 bits (bitsandbytes), a quarter of the memory."""
+    """adamw: torch's fused AdamW, fp32 moments; adamw8bit: 8-bit moments (bitsandbytes), a quarter of the memory."""

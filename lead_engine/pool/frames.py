@@ -97,7 +97,7 @@ def find_texts(text: str, frames: Frames, texts: Sequence[Text]) -> list[list[Sp
 
 
 def locate(text: str, frames: Frames, texts: Sequence[Text]) -> list[list[Span]] | Slot:
-    """The spans of every text if `text` is `frames` but for white space at its texts' ends; else the slot that fails."""
+    """The spans of every text if `text` is `frames` but for white space at texts' ends; else the slot that fails."""
     spans: list[list[Span]] = [[] for _ in texts]
     if frames.before and not text.startswith(frames.before):
         return frames.slots[0]

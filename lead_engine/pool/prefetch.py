@@ -120,7 +120,7 @@ class Prefetcher:
         offsets = staging.offsets.to(self.device, non_blocking=True)
         ids = staging.ids.to(self.device, non_blocking=True)
         if self.device.type == "cuda":  # the buffer may be filled again once the copies are done
-            staging.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            staging.copied = torch.cuda.Event()
             staging.copied.record(torch.cuda.current_stream(self.device))
         torch._assert_async((ids == sample_ids).all(), "micro-batches must be taken in the order of prefetch")
         # Inside the buffer slot b is sample b, of length 0 where the slot is empty; the pool's ids are put back after.

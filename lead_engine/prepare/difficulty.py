@@ -19,19 +19,19 @@ def difficulty(with_instruction: Tensor, alone: Tensor) -> Tensor:
 
 
 def cluster_by_difficulty(ratio: Tensor, dropped: Tensor, clusters: int, seed: int) -> tuple[Tensor, list[float]]:
-    """1-D k-means of the ratios that were kept: (cluster int64 [n], easiest first; the last where dropped, means of the clusters).
+    """1-D k-means of the ratios that were kept.
 
-    Raises UserError if there are fewer different ratios than clusters.
+    Returns (cluster int64 [n], easiest first, the last one where dropped; mean ratio of each cluster). Raises UserError
+    if there are fewer different ratios than clusters.
     """
     kept = ratio[~dropped].double().numpy()
     different = len(np.unique(kept))
     if different < clusters:
-        raise UserError(
-            f"--clusters {clusters}: the {len(kept)} kept samples have only {different} different difficulties; ask for fewer"
-        )
+        reason = f"the {len(kept)} kept samples have only {different} different difficulties; ask for fewer"
+        raise UserError(f"--clusters {clusters}: {reason}")
     fit = KMeans(n_clusters=clusters, n_init=10, random_state=seed).fit(kept[:, None])
     order = np.argsort(fit.cluster_centers_[:, 0])
-    rank = np.empty(clusters, dtype=np.int64)
+    rank = np.empty(clusters, dtype=np.int64)  # k-means numbers its clusters in no order
     rank[order] = np.arange(clusters)
     cluster = torch.full((len(ratio),), clusters - 1)
     cluster[~dropped] = torch.from_numpy(rank[fit.labels_])

@@ -1,15 +1,15 @@
-"""What a prepared pool was made from: noted in prepare.json with the options, and compared when the same folder is
-prepared again.
+"""What a prepared pool was made from: noted in prepare.json, and compared when the same folder is prepared again.
 
-prepare.json is written once tokens, masks and tokenizer are there, and before any score: what is in the folder
-beside it was made from
-what it says.
+prepare.json is written once tokens, masks and tokenizer are there, and before any score: what is in the folder beside
+it was made from what it says.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lead_engine.base import fingerprint
@@ -33,28 +33,21 @@ WAY_OUT = "Name another folder for --out, or delete this one to prepare it anew"
 
 
 def begin(config: PrepareConfig) -> bool:
-    """Tokenise the pool, unless an earlier call has; whether nothing is left to do at all.
+    """Tokenise the pool, unless an earlier call has. Returns whether nothing is left to do at all.
 
     Raises UserError if OUT was prepared with other options, or from sources, a tokenizer or a model with other
-    contents, and for what
-    cannot be read.
+    contents, and for what cannot be read.
     """
     out, marker = config.out, config.out / MARKER
     if marker.exists():
-        known, done = _check(config, read_json(marker)), (out / "summary.json").exists()
+        compared = _check(config, read_json(marker))
+        done = (out / "summary.json").exists()
         if done:
-            same = ", from the same sources and model" if known else ""
+            same = ", from the same sources and model" if compared else ""
             say(f"{out}: already prepared with these options{same}")
         return done
-    if (out / "summary.json").exists() and (out / "store").exists():
-        raise UserError(
-            f"--out {out}: holds a prepared pool without {MARKER}, so what it was made from is not known. {WAY_OUT}"
-        )
-    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in ("store", "store.partial")):
-        raise UserError(f"--out {out}: exists and is no prepared pool; name another folder")
-    sources = source_parts(
-        config.pool, "--pool"
-    )  # before they are read: if they change meanwhile, it shows the next time
+    _check_free(out)
+    sources = source_parts(config.pool, "--pool")  # before they are read: a change meanwhile shows the next time
     tokenise(config)
     for stale in ("stages", ANSWERS):  # of other tokens, if they are there
         shutil.rmtree(out / stale, ignore_errors=True)
@@ -64,42 +57,59 @@ def begin(config: PrepareConfig) -> bool:
     return False
 
 
+def _check_free(out: Path) -> None:
+    """UserError where OUT holds something that tokenising would write over, or mix with."""
+    if (out / "summary.json").exists() and (out / "store").exists():
+        unknown = f"holds a prepared pool without {MARKER}, so what it was made from is not known"
+        raise UserError(f"--out {out}: {unknown}. {WAY_OUT}")
+    was_begun = any((out / name).exists() for name in ("store", "store.partial"))
+    if out.exists() and any(out.iterdir()) and not was_begun:
+        raise UserError(f"--out {out}: exists and is no prepared pool; name another folder")
+
+
 def _model_parts(config: PrepareConfig) -> Parts:
-    """`tokenizer`, and `model` where its weights decide the result. A scratch model is the one in OUT/model, if it
-    is there yet.
+    """`tokenizer`, and `model` where its weights decide the result.
+
+    A scratch model is the one in OUT/model, if it is there yet.
     """
     folder = config.out / "model" if is_scratch(config.model) else find_model(config.model)
     tokenizer = load_tokenizer(folder)
     if config.fold_system:
         fold_system(tokenizer)
-    reads = config.scoring == "model" or config.tasks
-    return {"tokenizer": tokenizer_parts(tokenizer)} | ({"model": model_parts(folder)} if reads else {})
+    parts = {"tokenizer": tokenizer_parts(tokenizer)}
+    if config.scoring == "model" or config.tasks:
+        parts["model"] = model_parts(folder)
+    return parts
 
 
 def _check(config: PrepareConfig, before: dict[str, Any]) -> bool:
-    """UserError where anything differs; whether contents are noted at all, and so were compared."""
-    now, plain = to_dict(config), to_dict(PrepareConfig(config.pool, config.model, config.out))
-    known = fingerprint.KEY in before
-    compared = [name for name in now if name not in (ELSEWHERE if known else ELSEWHERE[:2])]
-    found = [
-        f"{name} was {before.get(name, plain[name])}, now {now[name]}"
-        for name in compared
-        if before.get(name, plain[name]) != now[name]
-    ]
-    if before["model"] != config.model and (is_scratch(before["model"]) or is_scratch(config.model)):
-        found.append(f"model was {before['model']}, now {config.model}")
-    fingerprint.refuse(f"--out {config.out}: was prepared with other options", found, WAY_OUT)
-    if not known:
-        warn(
-            f"{config.out}: prepared by an older version, which noted no contents: whether sources or model changed "
-            "cannot be told"
-        )
+    """UserError where anything differs. Returns whether contents were noted, and so were compared."""
+    has_contents = fingerprint.KEY in before
+    _check_options(config, before, ELSEWHERE if has_contents else ELSEWHERE[:2])
+    if not has_contents:
+        older = "prepared by an older version, which noted no contents"
+        warn(f"{config.out}: {older}: whether sources or model changed cannot be told")
         return False
-    then, today = before[fingerprint.KEY], {"sources": source_parts(config.pool, "--pool")} | _model_parts(config)
-    if same_tokenizer(config.out, then["tokenizer"], today["tokenizer"]):
-        today["tokenizer"] = then["tokenizer"]
-    found = fingerprint.differences(then, today, "when it was prepared")
+    then: Parts = before[fingerprint.KEY]
+    now: Parts = {"sources": source_parts(config.pool, "--pool")} | _model_parts(config)
+    if same_tokenizer(config.out, then["tokenizer"], now["tokenizer"]):
+        now["tokenizer"] = then["tokenizer"]
+    found = fingerprint.differences(then, now, "when it was prepared")
     fingerprint.refuse(f"--out {config.out}: was prepared from something else", found, WAY_OUT)
     if "model" not in then:
         say(f"{config.out}: weights of the model play no part in --scoring {config.scoring}, and are not compared")
     return True
+
+
+def _check_options(config: PrepareConfig, before: dict[str, Any], left_out: Sequence[str]) -> None:
+    """UserError for options that were others; one that an older version did not know had its default."""
+    now, defaults = to_dict(config), to_dict(PrepareConfig(config.pool, config.model, config.out))
+    found = []
+    for name, value in now.items():
+        was = before.get(name, defaults[name])
+        if name not in left_out and was != value:
+            found.append(f"{name} was {was}, now {value}")
+    # Models are compared by their contents; a scratch model has none yet, and its name says what it is.
+    if before["model"] != config.model and (is_scratch(before["model"]) or is_scratch(config.model)):
+        found.append(f"model was {before['model']}, now {config.model}")
+    fingerprint.refuse(f"--out {config.out}: was prepared with other options", found, WAY_OUT)

@@ -23,9 +23,9 @@ SHARD_TOKENS = 1 << 18
 def score(
     model: PackedLM, store: TokenStore, folder: Path, ranks: Ranks, batch: BatchConfig, description: str
 ) -> Tensor:
-    """Mean NLL of every sample, fp32 [N], in shards that the ranks take in turn; a shard that is on disk already is not scored again.
+    """Mean NLL of every sample, fp32 [N]; every rank returns the whole vector.
 
-    Every rank returns the whole vector.
+    The ranks take shards in turn. A shard that is on disk already, from a run that was stopped, is not scored again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(store)
@@ -48,7 +48,8 @@ def _shards(store: TokenStore) -> list[Tensor]:
     ends = store.lengths.cpu().cumsum(0)
     shard = (ends - 1) // SHARD_TOKENS  # rises along the pool; a sample longer than a shard leaves numbers out
     ids = torch.arange(store.num_samples)
-    return list(ids.split(shard.unique_consecutive(return_counts=True)[1].tolist()))
+    _, counts = torch.unique_consecutive(shard, return_counts=True)
+    return list(torch.split(ids, counts.tolist()))
 
 
 def _path(folder: Path, shard: int) -> Path:

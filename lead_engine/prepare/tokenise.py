@@ -1,4 +1,4 @@
-"""First stage: records to a token store."""
+"""The first stage of `prepare`: records to a token store."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +27,9 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.pool.template import encode
 from lead_engine.pool.tokenizer import train_tokenizer
 
+Rows = dict[str, list[Any]]
+COLUMNS = ("id", "dataset", "file", "line", "tokens", "response_tokens", "truncated")
+"""Of records.parquet, in this order."""
 TOKENIZER_RECORDS = 20_000
 """Records from which a scratch model's vocabulary is learned."""
 
@@ -34,8 +38,8 @@ def tokenise(config: PrepareConfig) -> None:
     """Write store/, records.parquet, tokenizer/, problems.jsonl and, for scratch models, model/ into config.out.
 
     Where the pool is refused, a folder that was not there before is not there afterwards.
-    Raises UserError for records that cannot be used (unless --skip-bad), for models without a usable tokenizer, and for tokens that the
-    model has no embedding for.
+    Raises UserError for records that cannot be used (unless --skip-bad), for models without a usable tokenizer, and for
+    tokens that the model has no embedding for.
     """
     say(f"reading {', '.join(config.pool)}")
     records, problems = read_records(config.pool, skip_bad=config.skip_bad)
@@ -55,50 +59,59 @@ def _check_tasks(config: PrepareConfig, records: list[Record]) -> None:
     """UserError where --tasks would change nothing: as soon as one record names its task, names are what counts."""
     named = [record for record in records if record.dataset]
     if config.tasks and named:
-        count = len({record.dataset for record in named})
+        count, first = len({record.dataset for record in named}), named[0]
         raise UserError(
-            f"--tasks {config.tasks}: {len(named):,} of {len(records):,} records name their `dataset` ({count:,} in all), "
-            f"as {named[0].file}, line {named[0].line} does, and these are the tasks; leave --tasks out, or take the field out "
-            "of the records"
+            f"--tasks {config.tasks}: {len(named):,} of {len(records):,} records name their `dataset` ({count:,} in "
+            f"all), as {first.file}, line {first.line} does, and these are the tasks; leave --tasks out, or take the "
+            "field out of the records"
         )
 
 
 def _write(config: PrepareConfig, records: list[Record], problems: Problems) -> None:
-    out = config.out
-    if is_scratch(config.model):
-        texts = (message.content for record in records[:TOKENIZER_RECORDS] for message in record.messages)
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-        if config.fold_system:
-            fold_system(tokenizer)
-    else:
-        tokenizer = load_tokenizer(find_model(config.model))
-        check_tokenizer(tokenizer)
-        if config.fold_system:
-            fold_system(tokenizer)
-        for note in [*notes(tokenizer), *ending_notes(tokenizer)]:
-            say(note)
+    out, is_new_model = config.out, is_scratch(config.model)
+    tokenizer = _new_tokenizer(config, records) if is_new_model else _tokenizer_of(config)
+    if not is_new_model:
         base = load_config(weights_folder(find_model(config.model)))
-    rows: dict[str, list] = {
-        name: [] for name in ("id", "dataset", "file", "line", "tokens", "response_tokens", "truncated")
-    }
+    rows: Rows = {name: [] for name in COLUMNS}
     out.mkdir(parents=True, exist_ok=True)
     TokenStore.write(out / "store", _samples(records, tokenizer, config, problems, rows))
     if not rows["id"]:
         raise UserError(f"--max-length {config.max_length}: no sample has an answer within it; raise it")
-    if is_scratch(config.model):  # only now: a folder that has no store yet may be somebody else's
+    if is_new_model:  # only now: a folder that has no store yet may be somebody else's
         make_scratch(config.model, tokenizer, out / "model", config.seed)
     else:
-        largest = TokenStore.open(out / "store", "mmap").max_token_id
-        names = {
-            "model": f"--model {config.model}",
-            "source": f"--pool {' '.join(config.pool)}",
-            "tokens": len(tokenizer),
-        }
-        check_vocabulary(largest, rows_of(base), **names)
+        check_vocabulary(
+            TokenStore.open(out / "store", "mmap").max_token_id,
+            rows_of(base),
+            model=f"--model {config.model}",
+            source=f"--pool {' '.join(config.pool)}",
+            tokens=len(tokenizer),
+        )
     tokenizer.save_pretrained(out / "tokenizer")
-    pq.write_table(pa.table(rows), out / "records.parquet.writing")
-    (out / "records.parquet.writing").replace(out / "records.parquet")
+    building = out / "records.parquet.writing"
+    pq.write_table(pa.table(rows), building)
+    building.replace(out / "records.parquet")
     problems.write(out / "problems.jsonl")
+
+
+def _new_tokenizer(config: PrepareConfig, records: list[Record]) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on the pool, for a scratch model."""
+    texts = (message.content for record in records[:TOKENIZER_RECORDS] for message in record.messages)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    if config.fold_system:
+        fold_system(tokenizer)
+    return tokenizer
+
+
+def _tokenizer_of(config: PrepareConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Prints what a user should know about its template."""
+    tokenizer = load_tokenizer(find_model(config.model))
+    check_tokenizer(tokenizer)
+    if config.fold_system:
+        fold_system(tokenizer)
+    for note in [*notes(tokenizer), *ending_notes(tokenizer)]:
+        say(note)
+    return tokenizer
 
 
 def _samples(
@@ -106,32 +119,29 @@ def _samples(
     tokenizer: PreTrainedTokenizerBase,
     config: PrepareConfig,
     problems: Problems,
-    rows: dict[str, list],
+    rows: Rows,
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Tokens and response masks; fills `rows`, the columns of records.parquet, on the way."""
     with progress(len(records), "tokenising records") as bar:
         for sample in encode(records, tokenizer, config.max_length, problems, skip_bad=config.skip_bad):
             record = sample.record
-            values = (
-                record.id,
-                record.dataset,
-                record.file,
-                record.line,
-                len(sample.ids),
-                sum(sample.response),
-                sample.truncated,
-            )
-            for column, value in zip(rows.values(), values, strict=True):
-                column.append(value)
+            rows["id"].append(record.id)
+            rows["dataset"].append(record.dataset)
+            rows["file"].append(record.file)
+            rows["line"].append(record.line)
+            rows["tokens"].append(len(sample.ids))
+            rows["response_tokens"].append(sum(sample.response))
+            rows["truncated"].append(sample.truncated)
             yield sample.ids, sample.response
             bar.advance()
 
 
 def write_answers(store: TokenStore, folder: Path, prompt: list[int]) -> None:
-    """A store of the answers without their instructions: `prompt` (the template's request for an answer), then the response tokens.
+    """A store of the answers without their instructions.
 
-    Every response token is predicted in both stores (the first token of a sample, which nothing predicts, is never a response token that
-    counts), so the two mean losses are over the same tokens.
+    Each sample is `prompt` (the template's request for an answer), then the response tokens. Every response token is
+    predicted in both stores (the first token of a sample, which nothing predicts, never counts as one), so the two mean
+    losses are over the same tokens.
     """
     tokens, response, offsets = (x.cpu().numpy() for x in (store.tokens, store.response, store.offsets))
 
