@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,8 +19,9 @@ GENERATION = "generation_config.json"
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The control tokens that the chat template writes behind an answer; none where it ends answers with plain text,
-    which may stand in one, and where there is no template.
+    """The control tokens that the chat template writes behind an answer.
+
+    None where it ends answers with plain text, which may stand in an answer, and where there is no template.
     """
     if not tokenizer.chat_template:
         return []
@@ -61,21 +63,32 @@ def write_stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, base: Pa
     The file is made from the base's where the folder has none, and left as it is where nothing is missing. Returns the
     token ids that were added.
     """
-    ends = end_of_turn(tokenizer)
-    path = next((each for each in (folder / GENERATION, base / GENERATION) if each.exists()), None)
     try:
-        config = read_json(path) if path else {}
-        known = config.get("eos_token_id")
-        if known is None and (base / "config.json").exists():
-            known = read_json(base / "config.json").get("eos_token_id")
+        config, known = _known_ends(folder, base)
     except UserError as error:
         warn(f"{error}; generation_config.json is left as it is, and may not name what ends an answer")
         return []
     if known is None:
-        known = [] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    known = known if isinstance(known, list) else [known]
-    added = [end for end in ends if end not in known]
+        known = tokenizer.eos_token_id
+    if known is None:
+        known = []
+    elif not isinstance(known, list):
+        known = [known]
+    added = [end for end in end_of_turn(tokenizer) if end not in known]
     if added:
         config["eos_token_id"] = known + added
         write_text(folder / GENERATION, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return added
+
+
+def _known_ends(folder: Path, base: Path) -> tuple[dict[str, Any], Any]:
+    """The generation config to start from, and the eos_token_id (one, several or None) that it or the base names."""
+    config: dict[str, Any] = {}
+    for path in (folder / GENERATION, base / GENERATION):
+        if path.exists():
+            config = read_json(path)
+            break
+    known = config.get("eos_token_id")
+    if known is None and (base / "config.json").exists():
+        known = read_json(base / "config.json").get("eos_token_id")
+    return config, known

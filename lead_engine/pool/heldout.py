@@ -89,16 +89,16 @@ def write_heldout(
     """Read and tokenise held-out records into `folder`, which is made once all of them are accepted.
 
     flag: what the user named the sources with. pool: the prepared pool in which to look for the same samples.
-    made_from: kept in heldout.json, which is what is returned: {"made_from", "samples", "tokens", "problems": counts by
-    kind, "in_pool"}. Raises UserError for sources that cannot be read and, without `skip_bad`, for records that cannot
-    be used.
+    made_from: kept in heldout.json.
+    Returns heldout.json: {"made_from", "samples", "tokens", "problems": counts by kind, "in_pool"}. Raises UserError
+    for sources that cannot be read and, without `skip_bad`, for records that cannot be used.
     """
     records, problems = read_records(sources, skip_bad=skip_bad, flag=flag)
     samples = encode_records(records, tokenizer, max_length, problems, skip_bad=skip_bad, source=" ".join(sources))
     folder.mkdir(parents=True, exist_ok=True)
     TokenStore.write(folder / "store", samples)
     kept = [sample.record for sample in samples]
-    rows = [{"id": record.id, "dataset": task_of(record), "file": record.file, "line": record.line} for record in kept]
+    rows = [{"id": r.id, "dataset": task_of(r), "file": r.file, "line": r.line} for r in kept]
     pq.write_table(pa.Table.from_pylist(rows), folder / "records.parquet")
     problems.write(folder / "problems.jsonl")
     in_pool = 0 if pool is None else count_in_pool(samples, pool / "store")

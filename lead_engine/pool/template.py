@@ -29,14 +29,14 @@ BATCH = 256
 
 
 class Sample(NamedTuple):
-    """One record as tokens. `response` marks the tokens to learn; `truncated` says whether the sample was cut at
-    max_length.
-    """
+    """One record as tokens."""
 
     ids: list[int]
     response: list[bool]
+    """Which tokens are learned."""
     record: Record
     truncated: bool
+    """Whether the sample was cut at max_length."""
 
 
 def encode(
@@ -49,33 +49,38 @@ def encode(
 ) -> Iterator[Sample]:
     """Tokens and response mask of each record, in order, cut at `max_length` tokens.
 
-    Adds to `problems`, for records that the template does not render as they are (they are left out):
-    `template_refused`, `template_drops_text`, `template_changes_text`, `answer_not_found`, `text_behind_answer`,
-    `control_token_in_text`; and, counted only: `truncated` (the sample is yielded, cut), `response_truncated_away`
-    (no learnable token is left before the cut; left out), `nothing_to_learn` (every answer is
-    marked as not to be trained; left out),
-    `spelled_control_token`, `asked_otherwise`, `ended_otherwise` and `no_end_of_turn` (yielded).
+    What the template makes of records is added to `problems` (the class describes the kinds):
+    - left out: template_refused, template_drops_text, template_changes_text, answer_not_found, text_behind_answer,
+      control_token_in_text;
+    - left out, and counted only: response_truncated_away, nothing_to_learn;
+    - yielded, and counted only: truncated, spelled_control_token, asked_otherwise, ended_otherwise, no_end_of_turn.
     Raises UserError where the tokenizer has no chat template that can be read or gives no offsets, and, without
-    `skip_bad`, after the last record if any was left out for the template: the message names up to 5 of a kind.
+    `skip_bad`, after the last record if any was refused: the message names up to 5 of a kind.
     """
     check_tokenizer(tokenizer)
     problems = Problems() if problems is None else problems
     renderer = Renderer(tokenizer)
-    iterator, refused, left = iter(records), False, 0
-    while batch := list(islice(iterator, BATCH)):
-        rendered: list[tuple[Record, Rendered]] = []
-        for record in batch:
-            try:
-                rendered.append((record, renderer.record(record)))
-            except Misfit as misfit:
-                refused = True
-                problems.add(misfit.kind, record.file, record.line, str(misfit))
-        if rendered and (skip_bad or not refused):  # once one is refused, the others are only looked at
+    remaining, any_refused, yielded = iter(records), False, 0
+    while batch := list(islice(remaining, BATCH)):
+        rendered = _rendered(batch, renderer, problems)
+        any_refused = any_refused or len(rendered) < len(batch)
+        if rendered and (skip_bad or not any_refused):  # once one is refused, the others are only looked at
             for sample in _samples(rendered, renderer, max_length, problems):
-                left += 1
+                yielded += 1
                 yield sample
-    if refused and not (skip_bad and left):
+    if any_refused and not (skip_bad and yielded):
         problems.refuse("No record is left." if skip_bad else "")
+
+
+def _rendered(batch: list[Record], renderer: Renderer, problems: Problems) -> list[tuple[Record, Rendered]]:
+    """The records that the template renders as they are; the others become problems."""
+    rendered = []
+    for record in batch:
+        try:
+            rendered.append((record, renderer.record(record)))
+        except Misfit as misfit:
+            problems.add(misfit.kind, record.file, record.line, str(misfit))
+    return rendered
 
 
 def prompt_ids(renderer: Renderer, record: Record) -> list[int]:
@@ -100,30 +105,37 @@ class _Tokens(NamedTuple):
 def _samples(
     rendered: list[tuple[Record, Rendered]], renderer: Renderer, max_length: int, problems: Problems
 ) -> Iterator[Sample]:
+    """The samples that have something to learn."""
     tokenised = _tokenise([text for _, text in rendered], renderer)
-    for (record, text), (ids, offsets, spelled) in zip(rendered, tokenised, strict=True):
-        here, length = (record.file, record.line), len(ids)
+    for (record, text), tokens in zip(rendered, tokenised, strict=True):
+        length = len(tokens.ids)
         if not text.answers:
-            problems.add("nothing_to_learn", *here, "every answer is marked as not to be trained")
+            reason = "every answer is marked as not to be trained"
+            problems.add("nothing_to_learn", record.file, record.line, reason)
             continue
-        response = response_mask(offsets[:max_length], text.answers)
-        if not any(response[1:]):  # the first token is predicted by nothing
-            problems.add("response_truncated_away", *here, f"no answer within {max_length} of {length} tokens")
+        response = response_mask(tokens.offsets[:max_length], text.answers)
+        if not any(response[1:]):  # nothing predicts the first token
+            reason = f"no answer within {max_length} of {length} tokens"
+            problems.add("response_truncated_away", record.file, record.line, reason)
             continue
-        if spelled:
-            problems.add("spelled_control_token", *here, f"its text spells {', '.join(spelled)}: tokenised as text")
-        if text.unasked:
-            problems.add(
-                "asked_otherwise", *here, f"the model is asked with {text.unasked!r}, the answer begins without"
-            )
-        if text.other_end:
-            behind = f"{text.other_end} stands behind an earlier answer, another token behind the last"
-            problems.add("ended_otherwise", *here, f"{behind}: learned to its text's end")
-        if text.open_end:
-            problems.add("no_end_of_turn", *here, "no control token ends its answers: a model learns no end from it")
+        for kind, detail in _notes(text, tokens.spelled):
+            problems.add(kind, record.file, record.line, detail)
         if length > max_length:
-            problems.add("truncated", *here, f"{length} tokens, cut at {max_length}")
-        yield Sample(ids[:max_length], response, record, length > max_length)
+            problems.add("truncated", record.file, record.line, f"{length} tokens, cut at {max_length}")
+        yield Sample(tokens.ids[:max_length], response, record, length > max_length)
+
+
+def _notes(text: Rendered, spelled: list[str]) -> Iterator[tuple[str, str]]:
+    """(kind, detail) of what is counted and refuses nothing."""
+    if spelled:
+        yield "spelled_control_token", f"its text spells {', '.join(spelled)}: tokenised as text"
+    if text.unasked:
+        yield "asked_otherwise", f"the model is asked with {text.unasked!r}, the answer begins without"
+    if text.other_end:
+        behind = f"{text.other_end} stands behind an earlier answer, another token behind the last"
+        yield "ended_otherwise", f"{behind}: learned to its text's end"
+    if text.open_end:
+        yield "no_end_of_turn", "no control token ends its answers: a model learns no end from it"
 
 
 def _tokenise(rendered: list[Rendered], renderer: Renderer) -> Iterator[_Tokens]:
@@ -145,15 +157,17 @@ def _spelled_out(
     ids: list[int], offsets: list[tuple[int, int]], forged: list[re.Match[str]], renderer: Renderer
 ) -> _Tokens:
     """With the tokens of their characters in the place of the control tokens `forged`."""
-    at = {match.start(): match for match in forged}
-    new: list[tuple[int, tuple[int, int]]] = []
+    match_of = {match.start(): match for match in forged}
+    new_ids: list[int] = []
+    new_offsets: list[tuple[int, int]] = []
     for index, (start, stop) in zip(ids, offsets, strict=True):
         match = None
-        if index in renderer.control_ids:  # a token may take white space with it
-            match = next((at[place] for place in range(start, stop) if place in at), None)
+        if index in renderer.control_ids:  # a token may take white space with it, so it need not begin at `start`
+            match = next((match_of[place] for place in range(start, stop) if place in match_of), None)
         spelled = [index] if match is None else spell(renderer.tokenizer, match.string[start:stop])
-        new += [(each, (start, stop)) for each in spelled]
-    return _Tokens([index for index, _ in new], [span for _, span in new], sorted({match[0] for match in forged}))
+        new_ids += spelled
+        new_offsets += [(start, stop)] * len(spelled)
+    return _Tokens(new_ids, new_offsets, sorted({match[0] for match in forged}))
 
 
 def response_mask(offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[bool]:

@@ -24,6 +24,11 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 LEARNED_FIELDS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 MASKED = "masked"
 """The opposite of the fields before it."""
+CALL_FIELDS = ("tool_calls", "function_call")
+NAME_FIELDS = ("name", "tool_call_id")
+KNOWN_FIELDS = frozenset(
+    (*ROLE_FIELDS, *CONTENT_FIELDS, *REASONING_FIELDS, *LEARNED_FIELDS, MASKED, *CALL_FIELDS, *NAME_FIELDS)
+)
 _SWITCH = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -34,34 +39,42 @@ def read_turn(value: Any, where: str, unread: list[str], *, learned: bool = True
     """
     fields = present(value) if isinstance(value, dict) else {}
     role_field, content_field = only(fields, ROLE_FIELDS, where), only(fields, CONTENT_FIELDS, where)
-    calls = only(fields, ("tool_calls", "function_call"), where)
+    calls = only(fields, CALL_FIELDS, where)
     if role_field is None or (content_field is None and calls is None):
         raise Bad("wrong_type", f"{where} must be an object with 'role' and 'content'")
     role = _role(role_field[1], where)
     refuse_media(fields, f" of {where}")
-    name, content = content_field or ("content", "")
-    used = {role_field[0], name, *ROLE_FIELDS, *CONTENT_FIELDS, *REASONING_FIELDS, *LEARNED_FIELDS, MASKED}
-    used |= {"tool_calls", "function_call", "name", "tool_call_id"}
-    extra: dict[str, Any] = {}
-    if role in CALLS:
+    content_name, content = content_field or ("content", "")
+    if role in CALLS:  # ShareGPT: the content is the call
         role, calls, content = "assistant", ("tool_calls", content), ""
-    if calls is not None and not empty(calls[1]):
-        single = calls[0] == "function_call" or not str(calls[1]).lstrip().startswith("[")
-        extra["tool_calls"] = tool_calls([calls[1]] if single else calls[1], f"{calls[0]} of {where}")
-    reasoning = only(fields, REASONING_FIELDS, where)
-    if reasoning is not None and not empty(reasoning[1]):
-        extra["reasoning_content"] = text(reasoning[1], f"{reasoning[0]} of {where}")
+    extra = _answer_fields(fields, calls, where)
     if extra and role != "assistant":
         raise Bad("unsupported_field", f"{where} has {', '.join(extra)} and the role {role!r}; only an assistant's can")
-    for key in ("name", "tool_call_id"):
+    for key in NAME_FIELDS:
         if not empty(fields.get(key, "")):
             extra[key] = identifier(fields[key], f"{key} of {where}")
-    unread += [key for key in fields if key not in used and not empty(fields[key])]
+    unread += [key for key in fields if key not in KNOWN_FIELDS and not empty(fields[key])]
     asked = _learned(fields, where)
     if asked and role != "assistant":
         raise Bad("unsupported_field", f"{where} asks for a loss and has the role {role!r}; only answers have one")
-    train = role != "assistant" or (learned if asked is None else asked)
-    return Message(role, content_text(content, f"{name} of {where}", unread), train, extra or None)
+    if role != "assistant":
+        train = True  # of no effect: other turns never are learned
+    else:
+        train = learned if asked is None else asked
+    return Message(role, content_text(content, f"{content_name} of {where}", unread), train, extra or None)
+
+
+def _answer_fields(fields: dict[str, Any], calls: tuple[str, Any] | None, where: str) -> dict[str, Any]:
+    """What only an assistant's turn may have: tool_calls and reasoning_content, where they are not empty."""
+    found: dict[str, Any] = {}
+    if calls is not None and not empty(calls[1]):
+        name, value = calls
+        is_single = name == "function_call" or not str(value).lstrip().startswith("[")
+        found["tool_calls"] = tool_calls([value] if is_single else value, f"{name} of {where}")
+    reasoning = only(fields, REASONING_FIELDS, where)
+    if reasoning is not None and not empty(reasoning[1]):
+        found["reasoning_content"] = text(reasoning[1], f"{reasoning[0]} of {where}")
+    return found
 
 
 def refuse_media(fields: dict[str, Any], of: str = "") -> None:
