@@ -1,12 +1,18 @@
-"""Tokenizers with the templates of real model families, trained on a little text."""
+"""Tokenizers with the templates of real model families, trained on a little text; a written token store."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lead_engine.pool.rendering import Renderer
+from lead_engine.pool.store import TokenStore
 from lead_engine.pool.tokenizer import train_tokenizer
+from tests.pool.stores import Samples, make_samples
+from tests.pool.templates import FAMILIES, tokenizer_of
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. How are you today? I am fine, thank you very much!",
@@ -101,3 +107,20 @@ def system_last() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def thinking() -> PreTrainedTokenizerFast:
     return _with_template(THINKING, "<|endoftext|>", "<|im_end|>", ["<|im_start|>"])
+
+
+@pytest.fixture(scope="module")
+def renderers(chatml: PreTrainedTokenizerFast) -> dict[str, Renderer]:
+    return {name: Renderer(tokenizer_of(chatml, family)) for name, family in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def samples() -> Samples:
+    return make_samples()
+
+
+@pytest.fixture(scope="module")
+def folder(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pool") / "store"
+    TokenStore.write(path, iter(samples))
+    return path
