@@ -6,7 +6,7 @@ What a record becomes, and what holds all of them:
     Record         one conversation: messages, tools, where from     one sample          Python, while it is read
     Rendered       its text by the chat template, spans of answers   one sample          Python, while it is tokenised
     Sample         its token ids and response mask, and the record   one sample          Python, while it is tokenised
-    TokenStore     tokens, response masks, bounds of all samples     [total], [N + 1]    POOL/store: device, host or disk
+    TokenStore     tokens, response masks, bounds of all samples     [total], [N + 1]    POOL/store: device, host, disk
     PoolState      utility, difficulty, cluster, task, ... of all    vectors [N]         POOL/state.*: CPU
     RecordIds      the ids that users gave their records             [N] text            POOL/records.parquet: CPU
     HeldOutData    a TokenStore of held-out records, and their tasks n samples           RUN/heldout: as a TokenStore

@@ -17,8 +17,7 @@ from lead_engine.base import fingerprint
 from lead_engine.base.errors import UserError
 from lead_engine.model.identity import check_base, model_parts
 from lead_engine.pool.identity import source_parts, tokenizer_parts
-from lead_engine.pool.store import TokenStore
-from lead_engine.pool.store_files import store_digest
+from lead_engine.pool.store_files import store_digest, write_store
 from lead_engine.pool.tokenizer import train_tokenizer
 
 FEW = settings(max_examples=15, deadline=None)
@@ -274,7 +273,7 @@ def test_a_store_notes_its_contents_and_an_older_one_is_read(make_pool, tmp_path
     del meta["digests"]
     (store / "meta.json").write_text(json.dumps(meta))
     assert store_digest(store) == noted
-    TokenStore.write(tmp_path / "other", [([1, 2, 3], [False, True, True])] * 9)
+    write_store(tmp_path / "other", [([1, 2, 3], [False, True, True])] * 9)
     assert store_digest(tmp_path / "other")[1] != noted[1]
 
 
