@@ -18,7 +18,9 @@ def present(fields: Mapping[Any, Any]) -> dict[str, Any]:
 
 def empty(value: Any) -> bool:
     """Whether the value says nothing: blank text, or an empty list or object."""
-    return not value or value.isspace() if isinstance(value, str) else value in ([], {})
+    if isinstance(value, str):
+        return not value.strip()
+    return value in ([], {})
 
 
 def text(value: Any, field: str) -> str:

@@ -56,20 +56,25 @@ class _Reading:
         return only(found, names, "the record") if found else None
 
     def has(self, *names: str) -> list[str]:
+        """Those of the names that the record has."""
         return [name for name in names if name in self.fields]
 
     def turns(self, name: str, *, learned: bool = True) -> list[Message]:
+        """The turns in the list `name`. learned: whether answers are that do not say so themselves."""
         self.used.add(name)
+        place = "" if name == "messages" else f" of {name!r}"
         unread: list[str] = []
         turns = [
-            read_turn(turn, f"message {n}" + ("" if name == "messages" else f" of {name!r}"), unread, learned=learned)
-            for n, turn in enumerate(listed(self.fields[name], name), 1)
+            read_turn(turn, f"message {number}{place}", unread, learned=learned)
+            for number, turn in enumerate(listed(self.fields[name], name), 1)
         ]
         self.unread += dict.fromkeys(f"{name}.{key}" for key in unread)
         return turns
 
     def rest(self) -> list[str]:
-        return [name for name, value in self.fields.items() if name not in self.used and not empty(value)] + self.unread
+        """The fields that say something and have not been read."""
+        own = [name for name, value in self.fields.items() if name not in self.used and not empty(value)]
+        return own + self.unread
 
 
 def read_conversation(fields: dict[str, Any]) -> Conversation:
@@ -168,7 +173,9 @@ def _with_system(reading: _Reading, messages: list[Message]) -> list[Message]:
     for message in messages:
         if message.role == "system" and message.content != content:
             raise Bad("conflicting_fields", f"{system[0]!r} and a system message differ; keep one")
-    return messages if messages and messages[0].role == "system" else [Message("system", content), *messages]
+    if messages and messages[0].role == "system":
+        return messages
+    return [Message("system", content), *messages]
 
 
 def _tools(reading: _Reading) -> list[dict[str, Any]] | None:

@@ -22,10 +22,9 @@ MARKER = "prepare.json"
 
 
 def source_parts(sources: Sequence[str], flag: str) -> list[Parts]:
-    """Of the files that sources stand for, in order: {"name", "bytes", "digest"} each; of a hub data set its own
-    fingerprint.
+    """Of the files that sources stand for, in order: {"name", "bytes", "digest"} each.
 
-    flag: what the user named them with. UserError for sources that cannot be read.
+    The digest of a hub data set is its own fingerprint. flag: what the user named them with. UserError for sources that cannot be read.
     """
     return [_source(source, flag) for source in expand(sources, flag)]
 
@@ -46,21 +45,26 @@ def file_parts(path: Path) -> Parts:
 
 
 def _hub_fingerprint(source: str) -> str | None:
-    """As `datasets` says it: of the set's revision, configuration and split. None where it cannot be had: reading it
-    will say why.
+    """As `datasets` says it: of the set's revision, configuration and split.
+
+    None where it cannot be had: reading the set will say why.
     """
     name = hub_name(source)
+    if name is None:
+        return None
     try:
         import datasets
 
-        return None if name is None else datasets.load_dataset(name.name, name.config, split=name.split)._fingerprint
+        found = datasets.load_dataset(name.name, name.config, split=name.split)
+        return str(found._fingerprint)
     except Exception:  # the hub's client raises many unrelated types
         return None
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Parts:
-    """Of all that decides which tokens a conversation becomes. Padding and truncation, which are set anew at every
-    call, do not count.
+    """Of all that decides which tokens a conversation becomes.
+
+    Padding and truncation, which are set anew at every call, do not count.
     """
     template = tokenizer.chat_template
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
@@ -90,33 +94,36 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Parts:
 
 
 def pool_parts(pool: Path) -> Parts:
-    """Of what a prepared pool holds: {"samples", "contents" (tokens and masks), "scores"}; no scores where it has
-    none.
-    """
+    """Of what a prepared pool holds: {"samples", "contents" (tokens and masks), "scores" (None without any)}."""
     samples, contents = store_digest(pool / "store")
     files = [pool / name for name in ("state.json", "state.safetensors")]
-    scores = fingerprint.digest([digest_file(file) for file in files]) if all(f.is_file() for f in files) else None
+    scores = None
+    if all(file.is_file() for file in files):
+        scores = fingerprint.digest([digest_file(file) for file in files])
     return {"samples": samples, "contents": contents, "scores": scores}
 
 
 def made_from(pool: Path) -> Parts:
     """What a pool says that it was made from: `sources`, `tokenizer`, `model`; empty for one of an older version."""
     marker = pool / MARKER
-    return read_json(marker).get(fingerprint.KEY, {}) if marker.exists() else {}
+    if not marker.exists():
+        return {}
+    parts: Parts = read_json(marker).get(fingerprint.KEY, {})
+    return parts
 
 
 def own_model(pool: Path, model: str) -> bool:
-    """Whether POOL/model is the scratch model of that name: one that was prepared with another name, or is none, is
-    not.
-    """
+    """Whether POOL/model is the scratch model of that name; a pool of an older version does not say its name."""
     marker = pool / MARKER
-    return (pool / "model").is_dir() and (not marker.exists() or read_json(marker).get("model") == model)
+    if not (pool / "model").is_dir():
+        return False
+    return not marker.exists() or read_json(marker).get("model") == model
 
 
 def same_tokenizer(pool: Path, noted: Parts | None, now: Parts) -> bool:
-    """Whether a tokenizer is a pool's: by what was noted, or by POOL/tokenizer read anew (another version of
-    `tokenizers` may spell the
-    same one differently).
+    """Whether a tokenizer is a pool's: by what was noted, or by POOL/tokenizer read anew.
+
+    Another version of `tokenizers` may write the same tokenizer differently from what was noted.
     """
     return noted == now or not tokenizer_differences(pool, now)
 

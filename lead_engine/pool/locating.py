@@ -38,9 +38,10 @@ class Located:
 
     def extent(self, turn: int) -> Span:
         """From the first to the last text of a turn. Raises Misfit where it has none."""
-        found = [
-            span for each, spans in zip(self.texts, self.spans, strict=True) if each.turn == turn for span in spans
-        ]
+        found: list[Span] = []
+        for each, spans in zip(self.texts, self.spans, strict=True):
+            if each.turn == turn:
+                found += spans
         if not found:
             raise Misfit("answer_not_found", f"turn {turn + 1} has no text that can be told from the template's own")
         return min(begin for begin, _ in found), max(end for _, end in found)

@@ -23,7 +23,7 @@ COUNTED_ONLY = (
     "no_end_of_turn",
     UNREAD,
 )
-"""Kinds that refuse nothing: they depend on --max-length, say what became of a record, or name what was not read."""
+"""Kinds that refuse nothing."""
 SHOWN = 5
 
 
@@ -48,20 +48,36 @@ def place(file: str, line: int) -> str:
 class Problems:
     """Problems in the order found.
 
-    Kinds: bad_utf8, broken_line (not JSON, not a row of the table), not_a_record (no object, or none of the known
-    forms), wrong_type, unknown_role, not_text (images and the like), bad_weight (neither 0 nor 1), conflicting_fields
-    (two that contradict each other), unsupported_field (it would change the sample and cannot be honoured), no_response
-    (no assistant turn, or an empty one), no_trained_answer (all are marked as not trained), duplicate_id.
-    Of the chat template: template_refused (it raises an error), template_drops_text (a text of the record is not
-    rendered), template_changes_text (it is rendered otherwise), answer_not_found (an answer does not follow what the
-    model is asked with), text_behind_answer (more than an end of turn stands behind it), control_token_in_text (a
-    control token in a field that cannot be tokenised as text).
-    Never an error: truncated (the sample is used, cut at --max-length), response_truncated_away (nothing of an answer
-    is left before the cut: the sample is left out), nothing_to_learn (no answer is to be trained: left out),
-    spelled_control_token (a text spells one: it is tokenised as text), asked_otherwise (the generation prompt opens
-    with what the answer does not have, as `<think>`), ended_otherwise (an earlier answer ends in another control token
-    than the last: learned to its text's end), no_end_of_turn (no control token ends the answers),
-    unread_field (once a field, with the number of records that have it).
+    Kinds that leave a record out, and refuse the pool unless --skip-bad is given. Of the file and the record:
+        bad_utf8               bytes that are not UTF-8, or half of a surrogate pair
+        broken_line            not JSON, or not a row of the table
+        not_a_record           no object, or none of the known forms
+        wrong_type             a field of another type than it has to be
+        unknown_role           a turn of no known role
+        not_text               images and the like
+        bad_weight             a weight that is neither 0 nor 1
+        conflicting_fields     two fields that contradict each other
+        unsupported_field      a field that would change the sample and cannot be honoured
+        no_response            no assistant turn, or an empty one
+        no_trained_answer      every answer is marked as not trained
+        duplicate_id           an id that another record has
+    Of the chat template:
+        template_refused       it raises an error
+        template_drops_text    it does not render a text of the record
+        template_changes_text  it renders a text otherwise
+        answer_not_found       an answer does not follow what the model is asked with
+        text_behind_answer     more than an end of turn stands behind the answer
+        control_token_in_text  a control token in a field that cannot be tokenised as text
+    Kinds that are counted only, and leave the sample out:
+        response_truncated_away  nothing of an answer is left before the cut at --max-length
+        nothing_to_learn         every answer is marked as not to be trained
+    Kinds that are counted only, the sample being used:
+        truncated              it is cut at --max-length
+        spelled_control_token  a text spells one: it is tokenised as text
+        asked_otherwise        the generation prompt opens with what the answer does not have, as `<think>`
+        ended_otherwise        an earlier answer ends in another control token than the last: learned to its text's end
+        no_end_of_turn         no control token ends the answers
+        unread_field           (once a field, with the number of records that have it) a field without a meaning
     """
 
     def __init__(self) -> None:
