@@ -165,8 +165,9 @@ def lora_of(module: nn.Module) -> Lora | None:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, *, skip: bool) -> None:
-    """New adapters: A Kaiming-uniform, B zero (LoRA, arXiv 2106.09685), magnitudes the base's: starts at the base
-    model.
+    """Initialise new adapters so that training starts at the base model.
+
+    A is Kaiming-uniform, B zero (LoRA, arXiv 2106.09685), and magnitudes are the base's.
 
     Every rank draws the whole A from a generator of its own and keeps its shard: the same on any number of ranks.
     skip: the adapter's weights were loaded; draw nothing.
@@ -235,8 +236,9 @@ def _base_of(model: nn.Module, magnitude: str) -> Tensor:
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Read the adapter in `folder` into a plain model, in place, and leave plain layers with adapted weights; returns
-    it.
+    """Merge the adapter in `folder` into a plain model, in place.
+
+    Layers are plain ones with adapted weights afterwards. Returns the model.
 
     Raises UserError for everything that is wrong with the adapter.
     """

@@ -123,8 +123,9 @@ def find_base(folder: Path) -> Path:
 
 
 def name_base(config: PeftLoraConfig, base: Path) -> None:
-    """Write into a config where the base is: name and commit of a model from the hub, else the
-    folder's absolute path.
+    """Write into a config where the base is.
+
+    That is name and commit of a model from the hub, else the folder's absolute path.
     """
     named = hub_name(base)
     name, commit = named.split("@") if named else (str(base.resolve()), None)

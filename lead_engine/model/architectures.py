@@ -49,9 +49,7 @@ NOISE = ("dropout", "pdrop", "jitter_noise")
 
 
 def check(config: PreTrainedConfig, folder: Path) -> None:
-    """Raises UserError, with the reason, for a model that would be trained wrongly or is not known to be trained
-    rightly.
-    """
+    """Raise UserError, with the reason, for a model that is not known to be trained rightly."""
     if reason := why_not(config):
         raise UserError(f"--model {folder}: a model of type {config.model_type} cannot be trained here: {reason}")
 

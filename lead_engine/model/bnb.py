@@ -10,8 +10,9 @@ from lead_engine.base.errors import UserError
 
 
 def bitsandbytes_functional(flag: str) -> ModuleType:
-    """`bitsandbytes.functional`; importing it registers `torch.ops.bitsandbytes`. Raises UserError naming `flag` where
-    it is missing.
+    """`bitsandbytes.functional`; importing it registers `torch.ops.bitsandbytes`.
+
+    Raises UserError naming `flag` where it is missing.
     """
     try:
         return importlib.import_module("bitsandbytes.functional")
@@ -22,8 +23,9 @@ def bitsandbytes_functional(flag: str) -> ModuleType:
 
 
 def quieten() -> None:
-    """Drop the line that bitsandbytes logs when peft imports it on a CPU with bf16 instructions and it finds no package
-    `kernels`.
+    """Drop a line that bitsandbytes logs when it finds no package `kernels`.
+
+    It does so when peft imports it on a CPU with bf16 instructions.
 
     It speaks of a kernel for inference on 4-bit weights, which nothing here calls; without it bitsandbytes takes its
     own.

@@ -1,5 +1,6 @@
-"""DoRA (arXiv 2402.09353): an adapted weight's rows have magnitudes of their own, W' = m (W + s B A) / |W + s B A|,
-norms a row.
+"""DoRA (arXiv 2402.09353): the rows of an adapted weight have magnitudes of their own.
+
+W' = m (W + s B A) / |W + s B A|, with the norm taken a row.
 
 As peft's, with its norms kept out of the gradient, and its file. Three things differ inside:
 
@@ -26,8 +27,9 @@ _TINY = 1e-12
 
 
 class Magnitude(nn.Module):
-    """Magnitudes [out] of an adapted weight: `weight`, a parameter, is how far they are from
-    the base's norms, `base`.
+    """Magnitudes [out] of an adapted weight.
+
+    `weight`, a parameter, is how far they are from the base's norms, `base`.
     """
 
     base: Tensor

@@ -1,5 +1,4 @@
-"""Dropout of adapters' inputs: drawn anew for every micro-batch, as a function of (seed, step, micro-batch) and nothing
-else.
+"""Dropout of adapters' inputs, a function of (seed, step, micro-batch) and nothing else.
 
 The generator of torch that layers draw from is seeded before each micro-batch. So a step does not depend on how many
 ranks share it, on what was drawn before it, or on whether the run was resumed; what is recomputed in the backward pass

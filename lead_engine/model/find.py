@@ -1,6 +1,4 @@
-"""From the name of a model to its folder, and back from a folder of the hub's cache to the name that holds on any
-machine.
-"""
+"""From a model's name to its folder, and back to the name that holds on any machine."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def find_model(model: str, flag: str = "--model") -> Path:
-    """The Hugging Face folder behind a folder, a run folder (its `model/`), or a hub name (ORG/NAME,
-    ORG/NAME@REVISION).
+    """The Hugging Face folder behind a folder, a run folder or a hub name.
+
+    Of a run folder it is `model/`. Hub names are ORG/NAME or ORG/NAME@REVISION.
 
     A folder of another machine's hub cache stands for the hub name that it is of. Raises UserError if there is no such
     model.

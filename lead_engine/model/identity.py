@@ -44,8 +44,9 @@ class Stored(NamedTuple):
 
 
 def model_parts(folder: Path) -> Parts:
-    """Of a model folder: {"tensors", "weights", "shapes", "config"}; of an adapter folder: {"adapter": the same,
-    "base": the same}.
+    """What a model folder is, by contents.
+
+    Of a model: {"tensors", "weights", "shapes", "config"}; of an adapter: {"adapter": the same, "base": the same}.
 
     Tensors are taken by name, in whatever files they lie. Raises UserError for files that cannot be read, and where
     an adapter's base

@@ -145,8 +145,9 @@ def default_device() -> torch.device:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trained) parameters, a shared one counted once; global sizes where they are sharded. In 4 bits a weight
-    counts as one, too.
+    """(all, trained) parameters, a shared one counted once; global sizes where they are sharded.
+
+    In 4 bits a weight counts as one, too.
     """
     parameters = list(model.parameters())
     extra = sum(

@@ -27,8 +27,9 @@ from lead_engine.model.shards import local_part, shards_integers, whole
 
 FLAG = "--lora.quantize nf4"
 CONFIG = "quantization_config.json"
-"""Beside an adapter that was trained on a 4-bit base: the arguments of `transformers.BitsAndBytesConfig` that load that
-base.
+"""The file beside an adapter that says that its base is in 4 bits.
+
+It holds the arguments of `transformers.BitsAndBytesConfig` that load that base.
 """
 _BLOCK, _NESTED_BLOCK = 64, 256
 
@@ -175,8 +176,9 @@ def _levels() -> Tensor:
 
 
 def quantize_blocks(model: PreTrainedModel, *, sharded: bool) -> None:
-    """Put an NF4Linear, not yet filled, in the place of every frozen linear layer of the decoder's blocks; what is
-    trained stays as it is.
+    """Put an NF4Linear, not yet filled, in the place of every frozen linear layer of the blocks.
+
+    Layers that are trained stay as they are.
 
     Raises UserError where bitsandbytes is missing, where torch's FSDP cannot shard integers, and for blocks whose
     weights cannot all be quantised.
@@ -193,8 +195,9 @@ def quantize_blocks(model: PreTrainedModel, *, sharded: bool) -> None:
 
 @torch.no_grad()
 def round_blocks(model: PreTrainedModel) -> None:
-    """Replace the weights that `quantize_blocks` would quantise by what they are in 4 bits, in their own dtype, in
-    place.
+    """Replace the weights that `quantize_blocks` would quantise by their values in 4 bits.
+
+    In place, in their own dtype.
     """
     levels = _levels()
     for _, layer in _linear_layers(model):

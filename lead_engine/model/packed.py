@@ -1,5 +1,4 @@
-"""A Hugging Face causal language model whose forward takes a packed micro-batch and returns the loss, a sample at a
-time.
+"""A Hugging Face causal language model that takes a packed micro-batch and returns the loss.
 
 The final norm and the LM head become one module whose forward *is* the loss, applied to the rows that predict a
 response token and to no others. Under FSDP it is a unit of its own, so the head's weight is an ordinary unsharded
@@ -144,8 +143,10 @@ class PackedLM(nn.Module):
         return self.head.projection.weight is self.decoder.embed_tokens.weight
 
     def hidden(self, batch: PackedBatch, held: Held | None = None) -> Tensor:
-        """Last block's output, before the final norm: [T, H]. held: what the host knows of the batch, whose samples
-        then lie in its first slots; with it no attention kernel is launched for slots that are empty.
+        """Last block's output, before the final norm: [T, H].
+
+        held: what the host knows of the batch, whose samples then lie in its first slots; with it no attention kernel
+        is launched for slots that are empty.
         """
         # Compiled blocks take the shapes that every micro-batch has: others would be compiled anew.
         known = None if self.compiled else held
@@ -168,15 +169,18 @@ class PackedLM(nn.Module):
         signature: tuple[Tensor, Tensor] | None = None,
         held: Held | None = None,
     ) -> HeadLoss:
-        """Loss of one micro-batch; see `lead_kernels.linear_cross_entropy` for the result (its T is the batch's R rows
-        here), and `hidden` for `held`.
+        """Loss of one micro-batch.
+
+        See `lead_kernels.linear_cross_entropy` for the result (its T is the batch's R rows here), and `hidden` for
+        `held`.
         """
         head_loss: HeadLoss = self.head(self.hidden(batch, held), batch, token_weight, signature)
         return head_loss
 
     def checkpoint_names(self) -> dict[str, str]:
-        """Name of a parameter or persistent buffer -> its name in transformers; adapters' own keep a name with `lora_`
-        in it.
+        """Name of a parameter or persistent buffer -> its name in transformers.
+
+        Adapters' own keep a name with `lora_` in it.
         """
         parameters = [name for name, _ in self.named_parameters(remove_duplicate=False)]
         return {name: self._checkpoint_name(name) for name in (*parameters, *self.persistent_buffers())}

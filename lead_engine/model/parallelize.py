@@ -20,8 +20,9 @@ from lead_engine.model.shards import shards_integers
 def parallelize(
     model: PackedLM, runtime: RuntimeConfig, dtype: torch.dtype, mesh: DeviceMesh | None, *, trainable: bool = True
 ) -> None:
-    """Wrap a model in place, from the inside out: blocks recomputed and compiled (where it is trained), sharded (with a
-    mesh).
+    """Wrap a model in place, from the inside out.
+
+    Blocks are recomputed and compiled (where the model is trained), then sharded (with a mesh).
     """
     model.compiled = trainable and runtime.compile
     for block in model.decoder.layers if trainable else ():
@@ -93,10 +94,11 @@ def shard(model: PackedLM, mesh: DeviceMesh, dtype: torch.dtype, *, offload: boo
 
 
 class _OneBuffer:
-    """FSDP's buffers for a reduction on one rank: it asks for one to fill and one for the sum, which get the same memory.
+    """FSDP's buffers for a reduction on one rank.
 
-    Copying a tensor to itself does nothing, so the sum is there at once. The interface is
-    `torch.distributed.fsdp`'s `ReduceScatter`; its communication is never called with one rank.
+    FSDP asks for one to fill and one for the sum, which get the same memory. Copying a tensor to itself does nothing,
+    so the sum is there at once. The interface is `torch.distributed.fsdp`'s `ReduceScatter`; its communication is never
+    called with one rank.
     """
 
     def __init__(self) -> None:
@@ -123,8 +125,9 @@ def keep_gathered(model: PackedLM) -> None:
 
 
 def end_of_step(model: PackedLM, last: bool) -> None:
-    """Tell a sharded model, before a micro-batch's backward pass, whether the step ends with it: then gradients are
-    reduced, and units that stay gathered are freed.
+    """Tell a sharded model, before a micro-batch's backward pass, whether the step ends with it.
+
+    Then gradients are reduced, and units that stay gathered are freed.
     """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)

@@ -1,5 +1,4 @@
-"""Activation checkpointing: which of a block's activations are kept for the backward pass, and which are computed
-again.
+"""Activation checkpointing: which of a block's activations are kept, and which are computed again.
 
 `full` keeps a block's input and nothing else. `selective` also keeps what costs most to compute, the outputs of matrix
 products and of attention kernels, and computes norms, rotary embeddings and elementwise work again. Gradients are those
@@ -33,8 +32,9 @@ KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._flash_attention_forward.default,
 }
-"""Operators whose outputs `selective` keeps. Not bmm and baddbmm: those make attention scores, of which there are L x
-L.
+"""Operators whose outputs `selective` keeps.
+
+Not bmm and baddbmm: those make attention scores, of which there are L x L.
 """
 KEPT_BY_NAME = (
     "torch_attn::_varlen_attn",
@@ -46,8 +46,9 @@ KEPT_BY_NAME = (
 
 
 def recompute(block: nn.Module, mode: Checkpointing) -> None:
-    """Make `block` recompute in its backward pass, in place; `none` leaves it alone. Forward passes without gradients
-    run as they are.
+    """Make `block` recompute in its backward pass, in place; `none` leaves it alone.
+
+    Forward passes without gradients run as they are.
     """
     if mode == "none":
         return

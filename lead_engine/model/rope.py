@@ -17,8 +17,9 @@ from lead_engine.base.errors import UserError
 
 
 def settle_rope(decoder: nn.Module, max_length: int) -> None:
-    """Make every rotary embedding of a decoder the one that each sample would get alone, in place. max_length: longest
-    sample in tokens.
+    """Make every rotary embedding of a decoder the one that each sample would get alone, in place.
+
+    max_length: longest sample in tokens.
 
     Raises UserError where that cannot be had.
     """
@@ -46,8 +47,9 @@ def settle_rope(decoder: nn.Module, max_length: int) -> None:
 
 
 class LongRope(nn.Module):
-    """Longrope (Phi-3) a sample at a time: one set of frequencies for samples of up to `limit` tokens, another for
-    longer ones.
+    """Longrope (Phi-3), a sample at a time.
+
+    One set of frequencies for samples of up to `limit` tokens, another for longer ones.
     """
 
     def __init__(self, rotary: Any, limit: int):

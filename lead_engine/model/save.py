@@ -79,8 +79,9 @@ def _save_adapter(model: PackedLM, building: Path, base: Path, rank: int) -> Non
 
 
 def _save_whole(model: PackedLM, building: Path, rank: int) -> None:
-    """One parameter is whole at a time, on the device, and on rank 0's host only the files that are begun and not
-    finished.
+    """Write a whole model.
+
+    One parameter is whole at a time, on the device; rank 0's host holds only the files that are begun and not finished.
     """
     aliases, files = weights.aliases_of(model), _Files(building, model.stored) if rank == 0 else None
     for name, tensor in weights.base_tensors(model):
@@ -128,8 +129,9 @@ class _Files:
             self.begun.clear()
 
     def finish(self) -> None:
-        """Files of which nothing was trained, and the index. Raises OSError, SafetensorError or UserError for what
-        could not be written.
+        """Files of which nothing was trained, and the index.
+
+        Raises OSError, SafetensorError or UserError for what could not be written.
         """
         if self.failure is not None:
             raise self.failure

@@ -1,5 +1,6 @@
-"""Losses of a store's samples under a model: forward passes only, over packed micro-batches, on one rank or dealt to
-many.
+"""Losses of a store's samples under a model: forward passes over packed micro-batches.
+
+On one rank, or dealt to many.
 
 `prepare`, `eval`, the methods that score the pool again, and the held-out losses of a run in training all go through
 here.
@@ -32,8 +33,9 @@ ROW_QUANTUM = 128
 def score_store(
     model: PackedLM, store: TokenStore, ids: Tensor | None = None, *, batch: BatchConfig, description: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(mean NLL per response token fp32 [n], response tokens int64 [n]) of the samples `ids` (int64 [n]; default: all),
-    on the CPU.
+    """Mean NLL of samples under a model that this process has whole.
+
+    ids: int64 [n]; default: all. Returns (mean NLL per response token fp32 [n], response tokens int64 [n]), on the CPU.
 
     For a model that this process has whole; `score_together` is for one that ranks share.
     description: text of a progress bar over tokens; None shows none.
@@ -54,8 +56,9 @@ def score_together(
     description: str | None = None,
     before_each: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Mean NLL per response token of the samples `ids` (int64 [n], on the host): fp32 [n] on the store's device, alike
-    on all ranks.
+    """Mean NLL per response token of samples, under a model that ranks share.
+
+    ids: int64 [n], on the host. Returns fp32 [n] on the store's device, alike on all ranks.
 
     Micro-batches are dealt to the ranks in turn. Under FSDP a forward pass gathers parameters, so all ranks do equally
     many; the last may be empty. Every micro-batch is the same whatever the number of ranks, and so are the results but
@@ -169,8 +172,9 @@ def _groups(store: TokenStore, ids: Tensor, batch: BatchConfig) -> list[np.ndarr
 
 
 def num_rows(rows: np.ndarray) -> int:
-    """Rows of a micro-batch whose samples have `rows` response tokens, rounded up so that the head sees few different
-    shapes.
+    """Rows of a micro-batch whose samples have `rows` response tokens.
+
+    They are rounded up, so that the head sees few different shapes.
     """
     return -(-max(1, int(rows.sum())) // ROW_QUANTUM) * ROW_QUANTUM
 

@@ -31,8 +31,9 @@ def is_scratch(model: str) -> bool:
 def make_scratch(
     model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_length: int = 4096
 ) -> None:
-    """Write a randomly initialised model and its tokenizer to `folder` in Hugging Face format; the folder appears
-    whole.
+    """Write a randomly initialised model and its tokenizer in Hugging Face format.
+
+    The folder appears whole.
 
     Raises UserError for an unknown name.
     """

@@ -1,5 +1,6 @@
-"""Attention over packed samples one sample at a time, for the CPU: reading the segments' bounds waits for nothing
-there.
+"""Attention over packed samples, one sample at a time, for the CPU.
+
+Reading the segments' bounds waits for nothing there.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ def _causal(
 def traceable_segment_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    """The same as one operator, which torch.compile takes into its graph unopened: a loop over
-    bounds cannot be traced.
+    """The same as one operator, which torch.compile takes into its graph unopened.
+
+    A loop over bounds cannot be traced.
     """
     return segment_attention(query, key, value, cu_seqlens.tolist(), scaling, window).contiguous()
 

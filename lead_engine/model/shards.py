@@ -9,8 +9,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """(this rank's storage, its place in the whole parameter); the parameter itself and all of it where it is not
-    sharded.
+    """This rank's storage of a parameter, and its place in the whole parameter.
+
+    The parameter itself and all of it, where it is not sharded.
     """
     if not isinstance(parameter, DTensor):
         return parameter, tuple(slice(0, n) for n in parameter.shape)

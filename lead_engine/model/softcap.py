@@ -1,5 +1,6 @@
-"""Soft-capped attention (Gemma 2): softmax over `cap * tanh(score / cap)`, which neither SDPA nor torch's varlen kernel
-computes.
+"""Soft-capped attention (Gemma 2): softmax over `cap * tanh(score / cap)`.
+
+Neither SDPA nor torch's varlen kernel computes it.
 
 On a CPU, and under a mask, the products are written out. On a GPU that would cost heads x T x T scores a layer, several
 times over for the backward pass (T = 8192, 8 heads, fp32: 2 GiB each); FlexAttention fuses cap, window and segments
@@ -17,8 +18,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float | None, softcap: float) -> Tensor:
-    """Under a bool mask [L, L], softmax in fp32: q [1, heads, L, D], k and v [1, kv_heads, L,
-    D] -> [1, heads, L, D].
+    """Attention under a bool mask [L, L], softmax in fp32.
+
+    q [1, heads, L, D], k and v [1, kv_heads, L, D] -> [1, heads, L, D].
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -45,8 +47,9 @@ def flex_capped_attention(
 
 
 def packed_blocks(segment: Tensor, window: int | None) -> BlockMask:
-    """FlexAttention's mask: causal within a segment and a window. segment: int [T], the segment of each token; nothing
-    is read from it.
+    """FlexAttention's mask: causal within a segment and a window.
+
+    segment: int [T], the segment of each token; nothing is read from it.
     """
 
     def visible(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:

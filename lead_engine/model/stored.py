@@ -151,8 +151,9 @@ def read(checkpoint: Checkpoint, pieces: list[Piece], local: Tensor, place: tupl
 
 
 def _overlap(index: Index, place: tuple[slice, ...]) -> tuple[Index, tuple[slice, ...]] | None:
-    """What a stored tensor at `index` of a whole has in common with the part `place`: (where in the part, where in the
-    stored tensor).
+    """The overlap of a stored tensor at `index` of a whole with the part `place`.
+
+    Returns (where in the part, where in the stored tensor); None if there is none.
     """
     here, there = [], []
     for entry, span in zip(index, place, strict=True):
@@ -180,8 +181,9 @@ class _Array:
 def _rename(
     stored: str, shapes: Shapes, transforms: list[Any], prefix: str
 ) -> tuple[str | None, WeightConverter | None, str | None]:
-    """(transformers' name for a stored tensor, the converter it goes through, the pattern it matched); (None, ...) if
-    there is none.
+    """Find transformers' name for a stored tensor.
+
+    Returns (name, the converter it goes through, the pattern it matched); (None, ...) if there is no name.
     """
     name = stored
     for transform in transforms:

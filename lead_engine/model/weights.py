@@ -23,8 +23,9 @@ SINGLE = "model.safetensors"
 
 
 def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype, frozen: torch.dtype | None = None) -> None:
-    """Give meta parameters storage on `device` in `dtype`; buffers (rotary tables) and integers keep their values and
-    dtype.
+    """Give meta parameters storage on `device` in `dtype`.
+
+    Buffers (rotary tables) and integers keep their values and dtype.
 
     frozen: dtype of those that are not trained. Where FSDP casts parameters for computing anyway, they may as well be
     stored in that dtype.
@@ -47,8 +48,9 @@ def materialise(model: PackedLM, device: torch.device, dtype: torch.dtype, froze
 
 
 def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
-    """Fill parameters and persistent buffers from a Hugging Face folder, and the adapter's from its folder. Sets
-    `model.stored`.
+    """Fill parameters and persistent buffers from a Hugging Face folder, and the adapter's from its folder.
+
+    Sets `model.stored`.
 
     Raises UserError naming the file for a file that cannot be read, a tensor that is missing or has another shape.
     """
@@ -69,9 +71,7 @@ def load(model: PackedLM, base: Path, adapter_folder: Path | None) -> None:
 
 
 def _name_strangers(model: PackedLM) -> None:
-    """Warn of stored tensors that the model has no place for, unless that is as it should be: biases that config.json
-    forgot, say.
-    """
+    """Warn of stored tensors that the model has no place for: biases that config.json forgot, say."""
     stored, text = model.stored, model.config.get_text_config()
     strangers = [
         name for name in stored.file_of if name not in stored.dtype_of and not name.endswith("rotary_emb.inv_freq")
@@ -85,8 +85,9 @@ def _name_strangers(model: PackedLM) -> None:
 
 
 def base_tensors(model: PackedLM) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (a shared one once) and persistent buffers that are the base model's, not an adapter's. A weight in 4
-    bits: its codes.
+    """Parameters (a shared one once) and persistent buffers that are the base model's, not an adapter's.
+
+    A weight in 4 bits: its codes.
     """
     scales = {f"{name}.scale_codes" for name, _ in nf4.layers(model)}
     for name, parameter in model.named_parameters():
@@ -96,8 +97,9 @@ def base_tensors(model: PackedLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def aliases_of(model: PackedLM) -> dict[str, list[str]]:
-    """Name of each base tensor -> its names in transformers: one, or for a weight that
-    embedding and head share both.
+    """Name of each base tensor -> its names in transformers.
+
+    There is one name, or two for a weight that embedding and head share.
     """
     names, by_identity = model.checkpoint_names(), defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -130,8 +132,9 @@ def _fill(tensor: Tensor | nf4.NF4Linear, checkpoint: Checkpoint, aliases: list[
 
 
 def gather_adapter(model: PackedLM, rank: int) -> dict[str, Tensor]:
-    """Whole adapter tensors by their names in peft's file, on the CPU, on rank 0 ({} elsewhere); a collective over all
-    ranks.
+    """Whole adapter tensors by their names in peft's file; a collective over all ranks.
+
+    On the CPU of rank 0; {} elsewhere.
     """
     names, tensors = model.checkpoint_names(), {}
     for name, parameter in model.named_parameters():

@@ -1,5 +1,6 @@
-"""AdamW whose moments are held in 8 bits (bitsandbytes' blockwise dynamic quantisation, arXiv 2110.02861), over FSDP2's
-shards.
+"""AdamW with moments in 8 bits, over FSDP2's shards.
+
+The quantisation is bitsandbytes' blockwise dynamic one (arXiv 2110.02861).
 
 bitsandbytes' own AdamW8bit knows no DTensor, counts steps on the host, and cuts blocks of 256 out of whatever flat
 piece of a parameter it is given. Here a block never crosses a row, and FSDP shards rows; so codes and scales are
@@ -25,15 +26,14 @@ from torch.optim.adamw import adamw
 from lead_engine.model.bnb import bitsandbytes_functional
 
 _BLOCKS = (64, 128, 256)
-"""Block sizes; rows shorter than a block are padded to one. bitsandbytes' GPU kernels know none below 64, its optimizer
-takes 256.
+"""Block sizes; rows shorter than a block are padded to one.
+
+bitsandbytes' GPU kernels know none below 64, its optimizer takes 256.
 """
 _SMALL = 4096
 """Parameters of fewer numbers keep fp32 moments, as bitsandbytes' do; so do vectors, of any size."""
 _PIECE = 1 << 24
-"""Numbers whose moments are fp32 at a time: bounds the scratch memory to about 250 MiB whatever
-the parameters' sizes.
-"""
+"""Numbers whose moments are fp32 at a time: bounds the scratch memory to about 250 MiB."""
 
 
 class _Piece(NamedTuple):
@@ -47,8 +47,10 @@ class _Piece(NamedTuple):
 
 
 class _Moment(NamedTuple):
-    """A moment in fp32 [n, c] (`level` None), or codes uint8 [n, c], scales fp32 [n, k] and the 256 levels that codes
-    stand for.
+    """A moment: fp32 [n, c], or 8-bit codes.
+
+    `values`: the moment itself (`levels` is None), or codes uint8 [n, c]; `scales`: fp32 [n, k]; `levels`: the 256
+    numbers that codes stand for.
     """
 
     values: Tensor
@@ -153,8 +155,9 @@ class AdamW8bit(torch.optim.Optimizer):
             yield _Piece(value[rows], gradient[rows], state["step"], (first, second))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but codes stay uint8 (torch's own makes all state the parameter's dtype). Raises ValueError for
-        foreign state.
+        """As torch's, but codes stay uint8 (torch's own makes all state the parameter's dtype).
+
+        Raises ValueError for foreign state.
         """
         super().load_state_dict({**state_dict, "state": {}})
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

@@ -34,8 +34,9 @@ from lead_engine.training.trainer import Trainer
 
 @dataclass
 class TrainingSetup:
-    """A trainer that has not started, and what it was built from. `lead-engine train` and the Python API's Session
-    drive it.
+    """A trainer that has not started, and what it was built from.
+
+    `lead-engine train` and the Python API's Session drive it.
     """
 
     config: TrainConfig

@@ -96,9 +96,7 @@ class RunCallbacks:
             raise
 
     def stop_on_signal(self, progress: Progress) -> None:
-        """If any rank got a signal to stop: write a checkpoint of what was trained since the start, and raise
-        `Stopped`.
-        """
+        """Write a checkpoint of what was trained since the start and raise `Stopped`, if any rank got a signal."""
         trained = progress != self.start
         if trained:
             enter_phase("agreeing whether to stop", progress.round, progress.step)

@@ -68,8 +68,9 @@ class Checkpoints:
         progress: Progress,
         notes: dict[str, Any] | None = None,
     ) -> bool:
-        """Start writing; returns once the tensors are copied. `parts`: name -> object with state_dict(); `notes`: JSON,
-        for the marker.
+        """Start writing; returns once the tensors are copied.
+
+        `parts`: name -> object with state_dict(); `notes`: JSON, for the marker.
 
         False, with a warning, if nothing can be written there.
         """
@@ -117,8 +118,9 @@ class Checkpoints:
     def load(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, Any]
     ) -> tuple[Progress, dict[str, Any]]:
-        """Load the newest whole checkpoint into the objects given: (where it stands, its notes); (Progress(), {}) if
-        there is none at all.
+        """Load the newest whole checkpoint into the objects given.
+
+        Returns where it stands and its notes; (Progress(), {}) if there is no checkpoint at all.
 
         One that is damaged is named in a warning, and the one before it is taken. Raises UserError if there are some,
         but none is whole.
@@ -219,8 +221,9 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _make_folder(path: Path, bytes_needed: int) -> None:
-    """An empty folder. OSError if the disk has no room for so much: filling it up would stop the run's logs, and other
-    runs, too.
+    """Make an empty folder.
+
+    OSError if the disk has too little room: filling it up would stop the run's logs, and other runs, too.
     """
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)

@@ -55,8 +55,9 @@ class Summing(io.IOBase):
 
 
 class SummingFiles(dcp_files.FileSystem):
-    """The local file system; `written`: name -> (bytes, CRC-32) of what this rank has written, `error`: the first that
-    a file gave.
+    """The local file system, with checksums of what is written to it.
+
+    `written`: name -> (bytes, CRC-32) of this rank's files; `error`: the first that a file gave.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
-"""Which options of `train` go together: what cannot is refused before anything is loaded, each with its reason and the
-way out.
+"""Which options of `train` go together.
+
+Unsupported combinations raise an error before anything is loaded, with the reason and the way out.
 
 `AXES` and `REFUSED` say the same to a reader: docs/COMBINATIONS.md is made of them (`python -m
 lead_engine.training.combinations`), and tests/invariants/test_combinations.py trains every pair that is not refused,
@@ -23,8 +24,9 @@ from lead_engine.config import PrepareConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Rule:
-    """Something that cannot be: where `applies`, the run ends with `message`, formatted with `config` and `ranks`
-    (their number).
+    """An unsupported combination: where `applies`, the run ends with `message`.
+
+    The message is formatted with `config` and `ranks` (their number).
     """
 
     applies: Callable[[TrainConfig | PrepareConfig, int, torch.device], bool]
@@ -99,9 +101,10 @@ AXES: dict[str, dict[str, Options]] = {
         "full pool": {"method": "full"},
     },
 }
-"""Axis -> value -> the options of TrainConfig that it is. Of `model`, it is the folder that differs. `loss` and `ifd`
-order the pool once, by numbers of `prepare`; `random-matched` imitates another run: to all other axes they are
-`random`.
+"""Axis -> value -> the options of TrainConfig that it is.
+
+Of `model`, it is the folder that differs. `loss` and `ifd` order the pool once, by numbers of `prepare`;
+`random-matched` imitates another run: to all other axes they are `random`.
 """
 
 
@@ -136,8 +139,9 @@ REFUSED = [
         "experts are one three-dimensional weight; train with --lora.quantize none",
     ),
 ]
-"""What depends on the model is refused once its config.json is read, before its weights are: in model/adapter.py and
-model/nf4.py.
+"""Combinations that depend on the model are refused in model/adapter.py and model/nf4.py.
+
+They raise an error once config.json is read, before the weights are.
 """
 
 

@@ -12,8 +12,9 @@ Mark = Any
 
 
 class DeviceTimer:
-    """Seconds of device time between `start` and `stop`, summed over any number of pairs; on a CPU, of the host's
-    clock.
+    """Seconds of device time between `start` and `stop`, summed over any number of pairs.
+
+    On a CPU, the host's clock.
 
     `with timer:` starts and stops it.
     """
@@ -39,8 +40,9 @@ class DeviceTimer:
         self.stop()
 
     def take(self) -> float:
-        """Seconds of the intervals that are over and were not taken yet. What a GPU has not finished is left for a
-        later call.
+        """Seconds of the intervals that are over and were not taken yet.
+
+        What a GPU has not finished is left for a later call.
         """
         finished = [interval for interval in self._intervals if not self._cuda or interval[1].query()]
         self._intervals = [interval for interval in self._intervals if interval not in finished]

@@ -1,5 +1,6 @@
-"""Process group, ranks and devices: the same code under torchrun (gloo or NCCL) and as a plain process (a group of
-one).
+"""Process group, ranks and devices: the same code under torchrun and as a plain process.
+
+Under torchrun the backend is gloo or NCCL; a plain process is a group of one.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ BEHIND_WATCHDOG = timedelta(seconds=60)
 """How much later than the watchdog, which knows who is missing, a collective gives up by itself."""
 Result = TypeVar("Result")
 PATIENT = timedelta(days=7)
-"""For host collectives in which ranks wait while rank 0 works, for how long nobody knows. The watchdog looks after
-them.
+"""For host collectives in which ranks wait while rank 0 works, for how long nobody knows.
+
+The watchdog looks after them.
 """
 
 
@@ -65,8 +67,9 @@ class Ranks:
         return values
 
     def first_problem(self, problem: str | None) -> str | None:
-        """The problem of the first rank that has one, on all ranks; None if no rank has. Not while a checkpoint is
-        being written.
+        """The problem of the first rank that has one, on all ranks; None if no rank has.
+
+        Not while a checkpoint is being written.
         """
         problems: list[str | None] = self.everyone(problem)
         return next(filter(None, problems), None)
@@ -179,8 +182,9 @@ def _attempt() -> str:
 
 
 def data_mesh(ranks: Ranks, replicate: int) -> DeviceMesh:
-    """The mesh to shard a model over: all ranks, or (HSDP) `replicate` groups of neighbouring ranks with a whole model
-    each.
+    """The mesh to shard a model over: all ranks, or `replicate` groups of them.
+
+    In HSDP each group of neighbouring ranks holds a whole model.
 
     Neighbours usually share a machine: parameters are gathered within a group, and only gradients' shards cross to the
     others.

@@ -12,15 +12,17 @@ from torch import Tensor
 
 
 def loss_gradient(sample_nll: Tensor) -> Tensor:
-    """What a micro-batch's backward pass begins with, 0-d fp32: 1, or NaN if a sample's loss
-    (fp32 [B]) is not finite.
+    """The gradient that a micro-batch's backward pass begins with, 0-d fp32.
+
+    It is 1, or NaN if a sample's loss (fp32 [B]) is not finite.
     """
     return torch.where(sample_nll.isfinite().all(), 1.0, torch.nan)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """`optimizer.step()`, which changes nothing, not a bit of parameters, moments and step counters, where `skip` (0-d
-    bool) holds.
+    """Take an optimizer step, unless `skip` (0-d bool) holds.
+
+    A skipped step changes not a bit of parameters, moments and step counters.
 
     By the protocol of `torch.amp.GradScaler`: an optimizer that knows it reads `found_inf` (0-d fp32, 1.0: skip) on the
     device.
@@ -31,8 +33,9 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 def check_can_skip(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError for one of torch's optimizers that would ignore `found_inf`, and so train on NaN. Others are taken at
-    their word.
+    """ValueError for one of torch's optimizers that would ignore `found_inf`, and so train on NaN.
+
+    Others are taken at their word.
     """
     if type(optimizer).__module__.startswith("torch.optim") and not getattr(
         optimizer, "_step_supports_amp_scaling", False

@@ -72,8 +72,9 @@ class Peak:
 
 
 def find_peak(given: float, device: torch.device) -> Peak:
-    """The peak of one rank's device: `given` TFLOP/s if above 0 (--runtime.peak-tflops), else its data sheet's where it
-    is known.
+    """The peak of one rank's device in TFLOP/s.
+
+    It is `given` if above 0 (--runtime.peak-tflops), else its data sheet's where that is known.
     """
     if given > 0:
         return Peak(given, "--runtime.peak-tflops")
@@ -100,8 +101,9 @@ class ModelFlops:
     per_row: int
     """LM head, for each response token."""
     attention: tuple[tuple[int | None, int], ...]
-    """(window, FLOPs for each pair of query and visible key), the layers of one window
-    together; None: the whole past.
+    """(window, FLOPs for each pair of query and visible key), summed over layers of one window.
+
+    A window of None is the whole past.
     """
 
     @staticmethod
@@ -153,8 +155,10 @@ class _Matrix:
 
 
 def _matrices(module: nn.Module, text: PretrainedConfig) -> Iterator[tuple[str, _Matrix]]:
-    """What multiplies a token, each once: linear layers (by their features: a 4-bit weight is stored flat), other
-    two-dimensional parameters that are no table (routers), and stacks of experts, of which a token meets some.
+    """The matrices that a token is multiplied with, each once.
+
+    Linear layers (by their features: a 4-bit weight is stored flat), other two-dimensional parameters that are no table
+    (routers), and stacks of experts, of which a token meets some.
     """
     for name, owner in module.named_modules():
         if isinstance(owner, nn.Linear):
@@ -176,8 +180,9 @@ def _number_of_experts(text: PretrainedConfig) -> int:
 
 
 def _inputs_without_gradient(model: PackedLM) -> set[str]:
-    """Names (in the decoder) of linear layers whose input depends on nothing trained: what reads the first block's
-    input, where the embedding and the norm before it are frozen.
+    """Names (in the decoder) of linear layers whose input depends on nothing trained.
+
+    They read the first block's input, where the embedding and the norm before it are frozen.
     """
     first = model.decoder.layers[0]
     norm = getattr(first, "input_layernorm", None)

@@ -79,8 +79,9 @@ class HeldOut:
             setattr(self, name, Mark(*value) if name in ("lowest", "kept") and value else value)
 
     def look(self, done: Progress, bar: Bar) -> None:
-        """Evaluate if it is time: before training, and at the end of the first round that has reached each multiple of
-        --eval-every. Keeps the model if it is the best so far, and sets `stops`.
+        """Evaluate before training, and at the end of the first round that reaches a multiple of --eval-every.
+
+        Keeps the model if it is the best so far, and sets `stops`.
         """
         every, patience = self.setup.config.eval_every, self.setup.config.patience
         if self.data is None or not (self.last < 0 or (every and done.step // every > self.last // every)):

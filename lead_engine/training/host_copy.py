@@ -1,5 +1,6 @@
-"""Reading the device without waiting for it: values are copied behind the work that makes them,
-and read a round later.
+"""Reads the device without waiting for it.
+
+Values are copied behind the work that makes them, and read a round later.
 """
 
 from __future__ import annotations

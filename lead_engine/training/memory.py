@@ -22,8 +22,9 @@ _BLOCKS_8BIT = (64, 128, 256)
 
 
 def used_bytes(device: torch.device) -> int:
-    """On a GPU the most that tensors took there so far (a counter of the host's: nothing waits); on a CPU what the
-    process holds now.
+    """Bytes in use: on a GPU the most that tensors took so far, on a CPU what the process holds now.
+
+    The GPU's number is a counter of the host's: reading it waits for nothing.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -64,8 +65,9 @@ def total_bytes(device: torch.device) -> int:
 
 
 def fits_gathered(needed: Estimate, gathered: int, total: int) -> bool:
-    """Whether weights may stay gathered through a step: half of the memory is left for activations, whose size nobody
-    knows yet.
+    """Whether weights may stay gathered through a step.
+
+    Half of the memory is left for activations, whose size nobody knows yet.
     """
     return 2 * (sum(needed) + gathered) <= total
 

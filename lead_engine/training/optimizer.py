@@ -15,9 +15,7 @@ from lead_engine.model.bnb import bitsandbytes_functional
 from lead_engine.training.adamw8bit import AdamW8bit
 
 _CHUNK = 1 << 22
-"""Numbers multiplied at a time by `inner_product`: bounds its scratch memory to 16 MiB whatever
-the parameter's size.
-"""
+"""Numbers that `inner_product` multiplies at a time: bounds its scratch memory to 16 MiB."""
 
 
 def check_available(config: OptimizerConfig) -> None:
@@ -43,8 +41,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def learning_rate(config: OptimizerConfig, progress: float) -> float:
-    """Learning rate after a share `progress` in [0, 1] of the token budget: linear warm-up, then decay to final_lr *
-    lr.
+    """Learning rate after a share `progress` in [0, 1] of the token budget.
+
+    Linear warm-up, then decay to final_lr * lr.
 
     Warm-up starts at a tenth of the peak: the very first step trains too.
     """
@@ -56,8 +55,9 @@ def learning_rate(config: OptimizerConfig, progress: float) -> float:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale gradients in place to a global norm of at most max_norm: (norm before, factor applied), 0-d tensors, the
-    same on every rank.
+    """Scale gradients in place to a global norm of at most max_norm.
+
+    Returns (norm before, factor applied): 0-d tensors, the same on every rank.
 
     A norm that is not finite leaves gradients that are good for nothing: see training/finite.py.
     """

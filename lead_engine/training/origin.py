@@ -54,8 +54,9 @@ def base_tokenizer(config: TrainConfig, base: Path) -> PreTrainedTokenizerBase:
 
 
 def run_parts(config: TrainConfig, base: Path, tokenizer: PreTrainedTokenizerBase) -> Parts:
-    """{"pool", "model", "tokenizer"}, and "match" (the run that is imitated). Reads every byte of the base: on one
-    rank.
+    """{"pool", "model", "tokenizer"}, and "match" (the run that is imitated).
+
+    Reads every byte of the base: on one rank.
 
     Raises UserError where the pool has another tokenizer than the model, or the run that is imitated another pool.
     """
@@ -70,8 +71,9 @@ def run_parts(config: TrainConfig, base: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def match_parts(config: TrainConfig, pool: Parts) -> Parts:
-    """{"match"} of a run that imitates another, else nothing. UserError where that was trained on another pool than
-    `pool`.
+    """{"match"} of a run that imitates another, else nothing.
+
+    UserError where that was trained on another pool than `pool`.
     """
     match = config.selection.match
     if match is None:
@@ -85,8 +87,9 @@ def match_parts(config: TrainConfig, pool: Parts) -> Parts:
 
 
 def check_same(before: Parts | None, now: Parts, pool: Path, what: str, way_out: str) -> None:
-    """UserError "WHAT: made from something else: ..." that says what a run was made from and what is there now differ
-    in. before: None for an older version's run.
+    """Raise UserError where a run was made from other things than are there now.
+
+    The message is "WHAT: made from something else: ..." and says which. before: None for an older version's run.
     """
     if before is None:
         warn(

@@ -120,8 +120,9 @@ def _paragraphs(path: Path) -> list[str]:
 def _blocks(
     paragraphs: list[tuple[Path, list[str]]], tokenizer: PreTrainedTokenizerBase, block: int, names: list[str]
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Each file as consecutive blocks of `block` tokens, ended by an end-of-text token; adds each block's name to
-    `names`.
+    """Each file as blocks of `block` tokens, ended by an end-of-text token.
+
+    Adds each block's name to `names`.
     """
     end: Any = tokenizer.eos_token_id
     if TEXT_END in tokenizer.get_vocab():

@@ -114,8 +114,9 @@ def _finite(value: Tensor) -> float | None:
 def round_line(
     finished: Round, values: RoundValues, method: str, state: PoolState, names: Sequence[str], capacity: int
 ) -> dict[str, Any]:
-    """What a round selected, and what the method made of it. `cluster` is None where a round is
-    drawn from all of them.
+    """What a round selected, and what the method made of it.
+
+    `cluster` is None where a round is drawn from all of them.
     """
     plan, stats, before, after = values.plan, values.stats, finished.before, finished.after
     slots = plan.sample_ids.flatten()

@@ -52,8 +52,9 @@ class Header(NamedTuple):
 
 
 def read_header(plan: Plan, selector: Selector) -> Header:
-    """Copy a plan's sizes to the host: S x M x 4 integers. This is the one point of a round where the host waits for
-    the device.
+    """Copy a plan's sizes to the host: S x M x 4 integers.
+
+    This is the one point of a round where the host waits for the device.
     """
     tokens, rows, samples, longest = selector.sizes(plan).cpu().tolist()
     held = [[Held(*sizes) for sizes in zip(*step, strict=True)] for step in zip(samples, tokens, longest, strict=True)]

@@ -1,6 +1,4 @@
-"""What a run leaves on disk while it trains: configuration, a line per step and per round; and what it sends to
-trackers.
-"""
+"""What a run writes while it trains: configuration, a line per step and round, and lines for trackers."""
 
 from __future__ import annotations
 
@@ -76,8 +74,9 @@ class RunFolder:
             _same_configuration(existing, config)
 
     def open(self, steps: int, rounds: int) -> None:
-        """Open the logs to go on after `steps` steps and `rounds` rounds; lines past them (of a run that was killed)
-        are dropped.
+        """Open the logs to go on after `steps` steps and `rounds` rounds.
+
+        Lines past them, of a run that was killed, are dropped.
 
         Call once every rank has built its RunFolder: the configuration written here is what their checks look for.
         """
@@ -179,8 +178,9 @@ def _reopen(path: Path, counter: str, done: int) -> tuple[TextIO, list[dict[str,
 
 
 def _same_configuration(path: Path, config: TrainConfig) -> None:
-    """Refuse to resume under other options: the result would be neither run. Where it runs may change, and what is
-    compared by contents may have moved.
+    """Refuse to resume under other options: the result would be neither run.
+
+    Where it runs may change, and what is compared by contents may have moved.
     """
     free = ("resume", "out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "wandb", "mlflow", "runtime")
     for name, before, now in changed_options(path, config, free):

@@ -1,5 +1,6 @@
-"""Losses of the pool under the model in training, for methods that measure them again: forward passes only, on all
-ranks.
+"""Losses of the pool under the model in training, for methods that measure them again.
+
+Forward passes only, on all ranks.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class PoolScorer:
         self.seconds = 0.0
 
     def given(self, ids: Tensor) -> Tensor:
-        """Mean NLL of the answers given their instructions: fp32 [n], on the training device, for ids int64 [n] on the
-        host.
+        """Mean NLL of the answers given their instructions.
+
+        ids: int64 [n] on the host. Returns fp32 [n] on the training device.
         """
         return self._score(self.store, ids, "scoring the pool again")
 

@@ -25,8 +25,9 @@ PAUSE = 2.0
 
 
 class Stopped(SystemExit):
-    """The run ended because of a signal, as it was asked to; the exit status is 128 + the signal's number, as shells
-    have it.
+    """The run ended because of a signal.
+
+    The exit status is 128 + the signal's number, as in shells.
     """
 
     def __init__(self, number: int) -> None:
@@ -34,8 +35,9 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Within this context the signals are only noted, until `agreed` is asked. Does nothing outside of the main thread,
-    where Python allows no handlers.
+    """Within this context the signals are only noted, until `agreed` is asked.
+
+    Does nothing outside of the main thread, where Python allows no handlers.
 
     A thread reads them from a pipe that Python's C handler writes to, since the main thread may be waiting for another
     rank or the device.
@@ -64,8 +66,9 @@ class StopSignals:
             os.close(self._write)  # ends the thread
 
     def agreed(self) -> int:
-        """The number of a signal that any rank has got, 0 if none has: a collective, with the same result on every
-        rank.
+        """The number of a signal that any rank has got, 0 if none has; a collective.
+
+        The result is the same on every rank.
         """
         if self._ranks.size == 1:
             return self._noted

@@ -100,8 +100,9 @@ _COUNTER = {"train": "step", "selection": "round", "eval": "step"}
 
 
 class Mlflow:
-    """An MLflow run named as the run folder, on the store that MLFLOW_TRACKING_URI names. A thread of its own talks to
-    the store, a batch a round, so that a slow one does not hold up training.
+    """An MLflow run named as the run folder, on the store that MLFLOW_TRACKING_URI names.
+
+    A thread of its own talks to the store, a batch a round, so that a slow one does not hold up training.
     """
 
     def __init__(self, config: TrainConfig, run_id: str) -> None:

@@ -48,9 +48,7 @@ class Callbacks(Protocol):
         """Whether the evaluations say that more training does not help."""
 
     def log(self, finished: Round) -> None:
-        """Take a round whose steps were launched, and write the lines of the round before it, which has left the
-        device.
-        """
+        """Take a round whose steps were launched, and write the lines of the round before it."""
 
     def log_last(self) -> None:
         """Write the lines of the round that `log` was given last."""
@@ -98,8 +96,9 @@ class Trainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def train(self, start: Progress, callbacks: Callbacks) -> Progress:
-        """Train from `start` until the budget is spent, no sample is left, or evaluations stop the run; where it stands
-        then.
+        """Train until the budget is spent, no sample is left, or evaluations stop the run.
+
+        start: where to go on from. Returns where the run stands at the end.
         """
         done = start
         callbacks.stop_on_signal(done)
@@ -120,8 +119,9 @@ class Trainer:
             start = finished.after
 
     def train_round(self, progress: Progress) -> Round | None:
-        """One round after `progress`; None if the budget is spent or no sample is left. Does not wait for its last
-        step.
+        """One round after `progress`; None if the budget is spent or no sample is left.
+
+        Does not wait for its last step.
         """
         if progress.tokens >= self.budget:
             return None
@@ -218,8 +218,9 @@ class Trainer:
         return losses
 
     def _update_weights(self, number: int, rate: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Clip the gradient and step: (gradient norm, whether the step was skipped, <gradient, update> where it is
-        measured).
+        """Clip the gradient and take the optimizer's step.
+
+        Returns (gradient norm, whether the step was skipped, <gradient, update> where it is measured).
 
         All 0-d, the same on every rank.
         """

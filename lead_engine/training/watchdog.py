@@ -40,8 +40,9 @@ class _Heard:
 
 
 class Watchdog:
-    """Two threads of one rank: one talks to the store, which may not answer; one watches the time, which must not wait
-    for it.
+    """Two threads of one rank: one talks to the store, the other watches the time.
+
+    The store may not answer, and the thread that watches must not wait for it.
 
     `store`: shared by all ranks, a connection for this object alone; `timeout` in seconds. Others are asked for from
     half of it on.
@@ -91,8 +92,9 @@ class Watchdog:
                 self._end()
 
     def _silent(self, seconds: float) -> list[int]:
-        """Other ranks that were not heard of for so long. A store that does not answer says nothing of anyone but who
-        holds it.
+        """Other ranks that were not heard of for so long.
+
+        A store that does not answer says nothing of anyone but who holds it.
         """
         now = time.monotonic()
         if now - self._last_answer > max(seconds, 2 * self.refresh):
