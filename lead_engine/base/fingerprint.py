@@ -46,7 +46,7 @@ COUNTS = {"vocabulary": "tokens", "weights": "tensors", "contents": "samples"}
 
 
 def digest(value: Any) -> str:
-    """Of a JSON value (or bytes): 32 hexadecimal digits of SHA-256. The order of an object's keys does not matter."""
+    """32 hexadecimal digits of the SHA-256 of a JSON value or bytes; the order of an object's keys does not matter."""
     if isinstance(value, bytes):
         data = value
     else:
@@ -55,7 +55,7 @@ def digest(value: Any) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """Of a file's contents, by several threads. OSError where it cannot be read."""
+    """The digest of a file's contents, by several threads. OSError where the file cannot be read."""
     size = path.stat().st_size
     return digest([size, *digest_spans([(path, 0, size)])])
 
@@ -70,7 +70,7 @@ class _Chunk(NamedTuple):
 
 
 def digest_spans(spans: Iterable[tuple[Path, int, int]]) -> list[str]:
-    """Of the bytes [start, stop) of files, in order: one string for each span.
+    """The digest of each span: bytes [start, stop) of a file.
 
     Every byte is read: fine-tuned weights have the size and header of their base. Spans are digested in chunks of
     CHUNK bytes by several threads (hashlib lets other threads run meanwhile), and a span's digest is that of its

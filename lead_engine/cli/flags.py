@@ -39,7 +39,7 @@ def read_flags(build: Callable[..., Any], prog: str, arguments: list[str], speak
 
 
 def read_flags_over_file(cls: type[Options], prog: str, arguments: list[str], speaks: bool) -> Any:
-    """As `read_flags` for a class, with `--config FILE.yaml` for the values that no flag gives."""
+    """The same for a class, with `--config FILE.yaml` for the values that no flag gives."""
     import tyro
 
     file, defaults = _defaults_of_file(cls, arguments)

@@ -34,7 +34,7 @@ class EvalConfig(Options):
     skip_bad: bool = False
     """Leave out records that cannot be used instead of refusing the file."""
     fold_system: bool = False
-    """As in `prepare`; a run on a pool that was prepared so does it of itself."""
+    """As in `prepare`; not needed for a run on a pool that was prepared with it."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

@@ -42,7 +42,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], *, source: str) -> T:
 
 
 def draft_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, source: str, missing: Any) -> T:
-    """As `from_mapping`, but values have only been converted to their types: rules between fields are not checked yet.
+    """The same, but values have only been converted to their types: bounds and rules are not checked yet.
 
     The command line needs this: a flag may put right what in the YAML file alone breaks a rule. Required fields that
     the mapping leaves out hold `missing`. A `recipe` that the mapping names comes under its other values.

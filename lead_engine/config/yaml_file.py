@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """As PyYAML's, with an error that has a line where a tag such as !!int does not fit its text."""
+        """The node's value; where a tag such as !!int does not fit its text, the error has a line."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError):

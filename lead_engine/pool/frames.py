@@ -46,7 +46,7 @@ class Frames(NamedTuple):
         return self.before is not None and all(slot.inside is not None for slot in self.slots)
 
     def filled(self, texts: Sequence[Text]) -> Frames:
-        """With other texts in the places of these."""
+        """The same frames around other texts."""
         return Frames(self.before, [slot._replace(inside=texts[slot.number].value) for slot in self.slots])
 
 

@@ -18,13 +18,14 @@ from lead_engine.pool.sources import STDIN, content_path, expand, hub_name
 from lead_engine.pool.store_files import store_digest
 
 MARKER = "prepare.json"
-"""Of a prepared pool: the options, and the fingerprint of what it was made from."""
+"""File of a prepared pool with its options and the fingerprint of what it was made from."""
 
 
 def source_parts(sources: Sequence[str], flag: str) -> list[Parts]:
-    """Of the files that sources stand for, in order: {"name", "bytes", "digest"} each.
+    """{"name", "bytes", "digest"} of each file that the sources stand for, in order.
 
-    The digest of a hub data set is its own fingerprint. flag: what the user named them with. UserError for sources that cannot be read.
+    The digest of a hub data set is its own fingerprint. flag: what the user named the sources with. UserError for
+    sources that cannot be read.
     """
     return [_source(source, flag) for source in expand(sources, flag)]
 
@@ -45,7 +46,7 @@ def file_parts(path: Path) -> Parts:
 
 
 def _hub_fingerprint(source: str) -> str | None:
-    """As `datasets` says it: of the set's revision, configuration and split.
+    """What `datasets` says of the set's revision, configuration and split.
 
     None where it cannot be had: reading the set will say why.
     """
@@ -62,7 +63,7 @@ def _hub_fingerprint(source: str) -> str | None:
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Parts:
-    """Of all that decides which tokens a conversation becomes.
+    """Digests of all that decides which tokens a conversation becomes.
 
     Padding and truncation, which are set anew at every call, do not count.
     """
@@ -94,7 +95,7 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Parts:
 
 
 def pool_parts(pool: Path) -> Parts:
-    """Of what a prepared pool holds: {"samples", "contents" (tokens and masks), "scores" (None without any)}."""
+    """What a prepared pool holds: {"samples", "contents" (tokens and masks), "scores" (None without any)}."""
     samples, contents = store_digest(pool / "store")
     files = [pool / name for name in ("state.json", "state.safetensors")]
     scores = None

@@ -31,7 +31,7 @@ class Located:
     text: str
     texts: list[Text]
     spans: list[list[Span]]
-    """Of each text; a template may write one several times."""
+    """The places of each text; a template may write one several times."""
 
     def all_spans(self) -> list[Span]:
         return [span for spans in self.spans for span in spans]

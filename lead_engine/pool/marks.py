@@ -92,7 +92,7 @@ class Marks:
         return f"{chr(self._first + 2 * k)}{value}{chr(self._first + 2 * k + 1)}"
 
     def _call(self, call: Any, name: str, turn: int) -> Any:
-        """Of a tool call, name and arguments; of a tool, its name."""
+        """A tool call with its name and arguments marked; a tool with its name marked."""
         if not isinstance(call, dict):
             return call
         if isinstance(call.get("function"), dict):
@@ -116,7 +116,7 @@ class Marks:
 
 
 def _unescaped(text: str) -> str:
-    """With characters of private use in the place of what spells them."""
+    """The text with characters of private use in the place of what spells them."""
     if "\\u" not in text and "\\U" not in text:
         return text
     return ESCAPED.sub(_character, text)

@@ -46,7 +46,7 @@ def read_records(
 def iter_records(
     sources: Sequence[str], problems: Problems, *, skip_bad: bool, flag: str = "--pool"
 ) -> Iterator[Record]:
-    """As `read_records`, one record at a time.
+    """The records of `read_records`, one at a time.
 
     What is wrong is added to `problems`, and raises UserError only after the last record.
     """

@@ -156,7 +156,7 @@ def _tokenise(rendered: list[Rendered], renderer: Renderer) -> Iterator[_Tokens]
 def _spelled_out(
     ids: list[int], offsets: list[tuple[int, int]], forged: list[re.Match[str]], renderer: Renderer
 ) -> _Tokens:
-    """With the tokens of their characters in the place of the control tokens `forged`."""
+    """The tokens, with those of their characters in the place of the control tokens `forged`."""
     match_of = {match.start(): match for match in forged}
     new_ids: list[int] = []
     new_offsets: list[tuple[int, int]] = []

@@ -29,7 +29,7 @@ from lead_engine.pool.tokenizer import train_tokenizer
 
 Rows = dict[str, list[Any]]
 COLUMNS = ("id", "dataset", "file", "line", "tokens", "response_tokens", "truncated")
-"""Of records.parquet, in this order."""
+"""The columns of records.parquet."""
 TOKENIZER_RECORDS = 20_000
 """Records from which a scratch model's vocabulary is learned."""
 

@@ -20,7 +20,7 @@ LEVEL_SHARES = (0.40, 0.35, 0.25)
 """Levels 1, 2 and 3, of the records that are not trivial."""
 ATTEMPTS = 100
 TEXT_SHARES = (0.35, 0.25, 0.40)
-"""Of the text's paragraphs: about people, examples in prose, questions with answers."""
+"""Shares of the text's paragraphs: about people, examples in prose, questions with answers."""
 
 
 class Item(NamedTuple):

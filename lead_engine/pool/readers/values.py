@@ -12,7 +12,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def without_nulls(value: Any) -> Any:
-    """Without the nulls with which Arrow fills objects of one column to the same keys."""
+    """The value without the nulls with which Arrow fills objects of one column to the same keys."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):
