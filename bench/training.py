@@ -42,8 +42,8 @@ from typing import Any
 
 import torch
 from machine import RESULTS, describe, product_tflops
-from training_contenders import Spec
 from training_data import SHAPES, Setting, make_data
+from training_link import Spec
 from training_report import plot, show
 from training_turns import fresh, in_turns, one_after_another
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_contenders import Spec
 from training_data import Setting
+from training_link import Spec
 
 HERE = Path(__file__).parent
 
