@@ -41,7 +41,7 @@ from pathlib import Path
 
 import lead_kernels
 from lead_kernels.backend import KernelBuild, warps
-from lead_kernels.sass import elements, innermost_loops
+from lead_kernels.compiled_code import elements, innermost_loops, usage_on_cuda, usage_on_hip
 
 ALIGNED = ":16"
 MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
@@ -120,7 +120,7 @@ def all_builds() -> list[KernelBuild]:
 
 
 def with_sizes_of_one(builds: Sequence[KernelBuild]) -> list[KernelBuild]:
-    """The builds as Triton compiles them where every size is 1: an integer argument of 1 becomes a constant of the compiler.
+    """The builds as Triton compiles them where every size is 1: an integer argument of 1 is a constant to it.
 
     Such a constant is no tensor: `size.to(tl.int64)`, say, does not compile. Arguments that the kernel keeps from being
     specialised stay as they are, as do those that the launch makes multiples of 16; builds without others are left out.
@@ -130,37 +130,16 @@ def with_sizes_of_one(builds: Sequence[KernelBuild]) -> list[KernelBuild]:
         fixed = {parameter.name for parameter in build.kernel.params if parameter.do_not_specialize}
         ones = [name for name, kind in build.signature.items() if re.fullmatch(r"[iu]\d+", kind) and name not in fixed]
         if ones:
-            kinds = {
-                name: f"{kind}{ALIGNED}" if kind[0] == "*" and ALIGNED not in kind else kind
-                for name, kind in build.signature.items()
-            }
-            signature = kinds | dict.fromkeys(ones, "constexpr")
+            signature = dict(build.signature)
+            for name, kind in build.signature.items():
+                if kind[0] == "*" and ALIGNED not in kind:
+                    signature[name] = f"{kind}{ALIGNED}"
+            signature |= dict.fromkeys(ones, "constexpr")
             constants = dict(build.constants) | dict.fromkeys(ones, 1)
             found.append(
                 replace(build, name=f"{build.name}, sizes 1", signature=signature, constants=constants, columns=0)
             )
     return found
-
-
-def _usage_on_cuda(log: str) -> tuple[int, int, int]:
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    registers = re.findall(r"Used (\d+) registers", log)
-    if not frames or not registers:
-        raise RuntimeError("ptxas reported no registers: this Triton does not know TRITON_DUMP_PTXAS_LOG")
-    stack, stores, loads = (sum(column) for column in zip(*(map(int, frame) for frame in frames), strict=True))
-    return max(map(int, registers)), stores + loads, stack
-
-
-def _usage_on_hip(asm: str) -> tuple[int, int, int]:
-    def field(name: str) -> int:
-        return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", asm))
-
-    scratch = field("private_segment_fixed_size")
-    return (
-        field("vgpr_count") + field("agpr_count"),
-        field("vgpr_spill_count") + field("sgpr_spill_count") + scratch,
-        scratch,
-    )
 
 
 def _may_be_aligned(kind: str) -> bool:
@@ -190,7 +169,7 @@ def _compile(build: KernelBuild, target: Target, aligned: bool) -> Usage:
     with contextlib.redirect_stdout(log):  # ptxas's report, and on an error the whole program
         kernel = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.wave), options=options)
     code = kernel.asm["ptx"] if target.backend == "cuda" else kernel.asm["amdgcn"]
-    registers, spills, stack = _usage_on_cuda(log.getvalue()) if target.backend == "cuda" else _usage_on_hip(code)
+    registers, spills, stack = usage_on_cuda(log.getvalue()) if target.backend == "cuda" else usage_on_hip(code)
     matrix = next((name for name in MATRIX_INSTRUCTIONS if name in code), "-")
     instructions = None
     if build.columns and target.backend == "cuda":

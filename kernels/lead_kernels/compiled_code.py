@@ -1,8 +1,32 @@
-"""Instructions of a compiled kernel's loops, read from NVIDIA's disassembly."""
+"""What a compiled kernel takes: registers and spills by the compilers' reports, instructions by the disassembly."""
 
 from __future__ import annotations
 
 import re
+
+
+def usage_on_cuda(log: str) -> tuple[int, int, int]:
+    """(registers, bytes of spills, bytes of stack) from ptxas's report."""
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.findall(r"Used (\d+) registers", log)
+    if not frames or not registers:
+        raise RuntimeError("ptxas reported no registers: this Triton does not know TRITON_DUMP_PTXAS_LOG")
+    stack, stores, loads = (sum(column) for column in zip(*(map(int, frame) for frame in frames), strict=True))
+    return max(map(int, registers)), stores + loads, stack
+
+
+def usage_on_hip(asm: str) -> tuple[int, int, int]:
+    """(registers, spilled registers and bytes of scratch, bytes of scratch) from AMD's assembly."""
+
+    def field(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", asm))
+
+    scratch = field("private_segment_fixed_size")
+    return (
+        field("vgpr_count") + field("agpr_count"),
+        field("vgpr_spill_count") + field("sgpr_spill_count") + scratch,
+        scratch,
+    )
 
 
 def innermost_loops(sass: str) -> list[list[str]]:
