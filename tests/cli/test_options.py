@@ -177,6 +177,12 @@ def test_every_number_has_bounds_and_every_default_keeps_them(cls: type[Options]
         (lambda: build(TrainConfig, batch={"capacity": 3}), "--batch.capacity 3: must be at least 16"),
         (lambda: build(TrainConfig, out=""), "--out '': must be the name of a file or folder"),
         (lambda: build(EvalConfig, data=("a", 3)), r"--data\[1\] 3: must be text"),
+        (lambda: build(config.StudyConfig, seeds=[1, 1]), r"seeds \[1, 1\]: must be at least one seed, each once"),
+        (lambda: build(config.StudyConfig, seeds=[]), r"seeds \[\]: must be at least one seed, each once"),
+        (
+            lambda: build(EvalConfig, max_length=2048, batch={"capacity": 1024}),
+            "--max-length 2048: must be at most --b",
+        ),
     ],
 )
 def test_refusals_say_what_it_must_be(make: Any, message: str) -> None:
