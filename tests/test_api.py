@@ -161,7 +161,7 @@ def test_three_lines_bring_it_into_trainers(make_model, make_pool, tmp_path, mon
     trainer = execute(code)["trainer"]
     log = [line for line in trainer.state.log_history if "loss" in line]
     assert 1 <= len(log) <= trainer.args.max_steps == 2
-    assert log[-1]["lead_tokens"] <= 0.4 * int(trainer._lead_lengths.sum())
+    assert log[-1]["lead_tokens"] <= 0.4 * int(trainer.lead_rows.lengths.sum())
     scope = execute(program("from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollator"))
     assert int(scope["visits"].sum()) > 20
     assert (tmp_path / "OUT2" / "checkpoint-2" / "lead_selection.safetensors").exists()

@@ -1,6 +1,6 @@
-"""What the user's rows are, row for row: how long, what is learned, how they start and end, and a hash of it all.
+"""Measures of every row: length, tokens to learn, first and last tokens, and a hash of tokens and mask.
 
-The hash stands for a row's tokens and mask: it tells rows that are not the pool's, or not a checkpoint's.
+The hash tells rows that are not the pool's, or not those of a checkpoint's run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lead_engine.base.errors import UserError
@@ -19,15 +20,17 @@ from lead_engine.pool.store import TokenStore
 
 ROWS = 10_000
 """Rows read at a time."""
+Flat = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.int64]]
+"""Rows one behind the other: tokens [T], which of them are learned bool [T], and bounds int64 [n + 1] of the n rows."""
 
 
 class Measured(NamedTuple):
-    """N rows; everything on the host."""
+    """Measures of N rows, on the host."""
 
     lengths: Tensor
     """int64 [N], tokens."""
     counts: Tensor
-    """int64 [N], tokens to learn; a row's first token is predicted by nothing."""
+    """int64 [N], tokens to learn; never a row's first token, which nothing predicts."""
     hashes: Tensor
     """int64 [N], of tokens and mask."""
     first: Tensor
@@ -37,9 +40,9 @@ class Measured(NamedTuple):
     largest: Tensor
     """int64 [N], the largest token id; -1 in an empty row."""
 
-    def of(self, places: Tensor) -> Measured:
-        """The rows at `places`, in that order."""
-        return Measured(*(values[places] for values in self))
+    def of(self, rows: Tensor) -> Measured:
+        """The measures of some rows, in the order given. rows: int64 row numbers."""
+        return Measured(*(values[rows] for values in self))
 
     @property
     def digest(self) -> str:
@@ -48,9 +51,9 @@ class Measured(NamedTuple):
 
 
 def measure(dataset: Any, collate: Collator) -> Measured:
-    """Every row, by Arrow's buffers where there are labels, else one at a time through the collator.
+    """Measure every row: from Arrow's buffers where they hold labels, else one at a time through the collator.
 
-    UserError where there is none, or naming one whose labels are not as many as its tokens.
+    Raises UserError if there are no rows, or naming a row with other counts of tokens and labels.
     """
     columns = getattr(dataset, "column_names", None) or ()
     if {"input_ids", "labels"} <= set(columns) and dataset.format["type"] != "custom":
@@ -64,16 +67,16 @@ def measure(dataset: Any, collate: Collator) -> Measured:
 
 
 def measure_store(store: TokenStore) -> Measured:
-    """Every sample of a pool."""
+    """Measure every sample of a pool."""
     parts = []
     for start in range(0, store.num_samples, ROWS):
         bounds = store.offsets[start : start + ROWS + 1].numpy()
-        place = slice(int(bounds[0]), int(bounds[-1]))
-        parts.append(_measure(store.tokens[place].numpy(), store.response[place].numpy(), bounds - bounds[0]))
+        part = slice(int(bounds[0]), int(bounds[-1]))
+        parts.append(_measure(store.tokens[part].numpy(), store.response[part].numpy(), bounds - bounds[0]))
     return Measured(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _arrow(dataset: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _arrow(dataset: Any) -> Iterator[Flat]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -91,51 +94,57 @@ def _arrow(dataset: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         start += len(lengths)
 
 
-def _collated(dataset: Any, collate: Collator) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _collated(dataset: Any, collate: Collator) -> Iterator[Flat]:
     for start in range(0, len(dataset), ROWS):
         found = [one_sample(dataset[i], collate) for i in range(start, min(start + ROWS, len(dataset)))]
         tokens, labels = (torch.cat(values).numpy() for values in zip(*found, strict=True))
         yield tokens, labels != -100, np.cumsum([0, *(len(row) for row, _ in found)])
 
 
-def _measure(tokens: np.ndarray, learn: np.ndarray, bounds: np.ndarray) -> Measured:
-    """tokens [T], learn bool [T] of rows that lie one behind the other; bounds int64 [n + 1]."""
+def _measure(tokens: NDArray[Any], learned: NDArray[np.bool_], bounds: NDArray[np.int64]) -> Measured:
+    """Measure rows that lie one behind the other; see `Flat`."""
     tokens, lengths = tokens.astype(np.int64), np.diff(bounds)
-    place = np.arange(len(tokens)) - np.repeat(bounds[:-1], lengths)
-    learn = learn & (place > 0)
-    mixed = _mix((tokens * 2 + learn).astype(np.uint64) ^ _mix(place.astype(np.uint64) + np.uint64(1)))
-    hashes, counts = (_sums(values, bounds) for values in (mixed, learn.astype(np.int64)))
-    learned = np.flatnonzero(learn)
-    ends = counts.cumsum()
-    first = [np.where(lengths > k, _at(tokens, bounds[:-1] + k), -1) for k in (0, 1)]
-    last = [np.where(counts > k, _at(tokens, _at(learned, ends - 1 - k)), -1) for k in (1, 0)]
+    place_in_row = np.arange(len(tokens)) - np.repeat(bounds[:-1], lengths)
+    learned = learned & (place_in_row > 0)
+    # Each token is hashed with its mask and its place, so that a row's sum of hashes depends on their order.
+    hashed = _mix((tokens * 2 + learned).astype(np.uint64) ^ _mix(place_in_row.astype(np.uint64) + np.uint64(1)))
+    hashes = _sums(hashed, bounds).view(np.int64)
+    counts = _sums(learned.astype(np.int64), bounds)
+    first = [np.where(lengths > k, _take(tokens, bounds[:-1] + k), -1) for k in (0, 1)]
+    learned_at, ends = np.flatnonzero(learned), counts.cumsum()
+    last = [np.where(counts > k, _take(tokens, _take(learned_at, ends - 1 - k)), -1) for k in (1, 0)]
     largest = np.full(len(lengths), -1)
-    some = lengths > 0
-    if some.any():
-        largest[some] = np.maximum.reduceat(tokens, bounds[:-1][some])
-    found = (lengths, counts, hashes.view(np.int64), np.stack(first, 1), np.stack(last, 1), largest)
+    filled = lengths > 0
+    if filled.any():  # reduceat takes no empty segments
+        largest[filled] = np.maximum.reduceat(tokens, bounds[:-1][filled])
+    found = (lengths, counts, hashes, np.stack(first, 1), np.stack(last, 1), largest)
     return Measured(*(torch.from_numpy(np.ascontiguousarray(values)) for values in found))
 
 
-def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """values at places; anything where a place is none."""
-    return values[places.clip(0, len(values) - 1)] if len(values) else np.zeros(len(places), values.dtype)
+def _take(values: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
+    """values[places], and any value where a place lies outside: the caller masks those."""
+    if not len(values):
+        return np.zeros(len(places), values.dtype)
+    taken: NDArray[Any] = values[places.clip(0, len(values) - 1)]
+    return taken
 
 
-def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+def _sums(values: NDArray[Any], bounds: NDArray[np.int64]) -> NDArray[Any]:
+    """The sum of each row's values, modulo 2^64."""
     total = np.concatenate([np.zeros(1, values.dtype), values.cumsum(dtype=values.dtype)])
-    return total[bounds[1:]] - total[bounds[:-1]]
+    sums: NDArray[Any] = total[bounds[1:]] - total[bounds[:-1]]
+    return sums
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """uint64 to uint64, one to one, every bit on every bit (splitmix64's last step)."""
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash uint64 to uint64, one to one; every bit depends on every bit (the last step of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def check_against_pool(rows: Measured, pool: Measured) -> None:
-    """UserError naming the first row that is not the pool's sample of that place, or the difference in number."""
+    """Raise UserError if the numbers of rows differ, or naming the first row that is not the pool's sample."""
     if len(rows.lengths) != len(pool.lengths):
         raise UserError(
             f"train_dataset: {len(rows.lengths):,} rows, but the pool has {len(pool.lengths):,} samples; give the "
@@ -146,44 +155,46 @@ def check_against_pool(rows: Measured, pool: Measured) -> None:
     if not len(differs):
         return
     i = int(differs[0])
-    mine, theirs = ((int(of.lengths[i]), int(of.counts[i])) for of in (rows, pool))
-    what = f"{mine[0]} tokens, {mine[1]} of them to learn; the pool's sample has {theirs[0]} and {theirs[1]}"
-    if mine == theirs:
-        both = f"({mine[0]} tokens, {mine[1]} to learn, in both)"
+    length, count = int(rows.lengths[i]), int(rows.counts[i])
+    pool_length, pool_count = int(pool.lengths[i]), int(pool.counts[i])
+    if (length, count) == (pool_length, pool_count):
+        both = f"({length} tokens, {count} to learn, in both)"
         what = f"other tokens, or others of them to learn, than the pool's sample {both}"
+    else:
+        what = f"{length} tokens, {count} of them to learn; the pool's sample has {pool_length} and {pool_count}"
     raise UserError(
         f"train_dataset: row {i} has {what}; {len(differs):,} rows differ. Prepare the pool with the same tokenizer, "
-        "template and --max-length, or train on selection.dataset(), or give no pool: then the trainer's own rows are "
+        "template and --max-length, or train on selection.dataset(), or give no pool, to have the trainer's own rows "
         "scored"
     )
 
 
 def check_learnable(counts: Tensor) -> None:
-    """UserError naming the first row in which nothing is to be learned: it would train nothing, in silence."""
+    """Raise UserError naming the first row without a token to learn, which would train nothing and say nothing."""
     empty = (counts == 0).nonzero()
     if len(empty):
         raise UserError(
             f"train_dataset: row {int(empty[0])} has no token to learn (all labels are -100); {len(empty):,} such "
-            "rows. Raise max_length, mend the mask, or leave them out"
+            "rows. Raise max_length, correct the mask, or leave them out"
         )
 
 
 def complaints(rows: Measured, tokenizer: Any, stops: Sequence[int]) -> list[str]:
-    """What a user should hear of how rows start and end; it may be meant so. stops: ids that end a generation."""
+    """Warnings about how rows start and end, which may be intended. stops: token ids that end a generation."""
     said, total = [], len(rows.lengths)
     special = torch.tensor(sorted({*stops, *getattr(tokenizer, "all_special_ids", ())}), dtype=torch.int64)
     endless = ~torch.isin(rows.last, special).any(1)
     if len(special) and endless.any():
         said.append(
             f"train_dataset: {int(endless.sum()):,} of {total:,} rows (the first: {int(endless.nonzero()[0])}) end in "
-            "no special token that is learned, so they do not teach the model to stop: there is no end of turn or eos, "
-            "a mask or max_length cuts it off, or pad_token is the eos token"
+            "no special token that is learned, so they do not teach the model to stop: they have no end of turn or eos "
+            "token, a mask or max_length cuts it off, or pad_token is the eos token"
         )
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
-        return said
-    found = {"do not start with": rows.first[:, 0] != bos, "start twice with": (rows.first == bos).all(1)}
-    for what, wrong in found.items():
+        return said  # this tokenizer puts no start token before a text
+    starts = {"do not start with": rows.first[:, 0] != bos, "start twice with": (rows.first == bos).all(1)}
+    for what, wrong in starts.items():
         if wrong.any():
             said.append(
                 f"train_dataset: {int(wrong.sum()):,} of {total:,} rows (the first: {int(wrong.nonzero()[0])}) {what} "

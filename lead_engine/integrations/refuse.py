@@ -1,77 +1,133 @@
-"""What cannot be right together with a selection that follows every sample's loss: refused before the first step, with the way out."""
+"""Trainers, arguments and data sets that LEAD cannot work with raise an error that says what to change."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lead_engine.base.errors import UserError
 
+Check = tuple[str, Callable[[Any], bool]]
+"""What is wrong and the way out, and whether it is so; an error names the argument first."""
+
+
+def _on(name: str) -> Callable[[Any], bool]:
+    """Whether a trainer's arguments have the option and set it. Some options exist in SFTConfig alone."""
+    return lambda args: bool(getattr(args, name, False))
+
+
+def _liger_computes_the_loss(args: Any) -> bool:
+    config = getattr(args, "liger_kernel_config", None) or {}
+    return _on("use_liger_kernel")(args) and bool(config.get("fused_linear_cross_entropy", True))
+
+
+def _steps_in_backward(args: Any) -> bool:
+    optimizer = _optimizer(args)
+    return "lomo" in optimizer or "layerwise" in optimizer
+
+
+def _optimizer(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _sampling(args: Any) -> str:
+    return str(getattr(args, "train_sampling_strategy", "random"))
+
+
+WRONG_ARGUMENTS: tuple[Check, ...] = (
+    (
+        "packing=True: the losses of merged samples cannot be told apart; padding_free=True keeps them apart",
+        _on("packing"),
+    ),
+    (
+        "train_sampling_strategy='{sampling}': the selection decides the order of samples; leave it out",
+        lambda args: _sampling(args) != "random",
+    ),
+    (
+        "group_by_length=True: the selection decides the order of samples; leave it out",
+        _on("group_by_length"),
+    ),
+    (
+        "use_liger_kernel=True: Liger's fused loss replaces the forward that returns per-sample losses; add "
+        "liger_kernel_config={{'fused_linear_cross_entropy': False}}",
+        _liger_computes_the_loss,
+    ),
+    (
+        "label_smoothing_factor: utility is the plain loss; leave it at 0",
+        _on("label_smoothing_factor"),
+    ),
+    (
+        "loss_type: utility is the plain loss; use 'nll'",
+        lambda args: getattr(args, "loss_type", "nll") != "nll",
+    ),
+    (
+        "fp16=True: the trainer scales gradients and skips steps without telling; use bf16=True or neither",
+        _on("fp16"),
+    ),
+    (
+        "dataloader_num_workers: a round is known only when the one before it is over; leave it at 0",
+        lambda args: args.dataloader_num_workers > 0,
+    ),
+    (
+        "torch_compile=True: every batch has another number of learned tokens, and the model would be compiled for "
+        "each; leave it out",
+        _on("torch_compile"),
+    ),
+    (
+        "auto_find_batch_size=True: a round is planned for one batch size; leave it out",
+        _on("auto_find_batch_size"),
+    ),
+    (
+        "optim='{optimizer}': it steps while it goes backward, so the gradient of the whole step never exists; use "
+        "another optimizer",
+        _steps_in_backward,
+    ),
+    (
+        "accelerator_config: split_batches=True changes the meaning of per_device_train_batch_size; leave it out",
+        lambda args: _on("split_batches")(getattr(args, "accelerator_config", None)),
+    ),
+    (
+        "deepspeed: its optimizer does not show the gradients; use DDP, or `lead-engine train`, which shards",
+        _on("deepspeed"),
+    ),
+    (
+        "fsdp: it shards the LM head's weight, which the loss needs whole; use DDP, or `lead-engine train`, which "
+        "shards",
+        _on("fsdp"),
+    ),
+)
+"""In the order in which they are checked; an error begins with "args."."""
+
 
 def refuse_arguments(args: Any) -> None:
-    """UserError for a trainer's arguments that lose samples' identities, or whose loss or step is another. None: the trainer's defaults."""
+    """Raise UserError for a trainer's arguments that merge or reorder samples, or change the loss or the step.
+
+    args: TrainingArguments or a subclass; None for the trainer's defaults, which are fine.
+    """
     if args is None:
         return
-    liger = getattr(args, "use_liger_kernel", False)
-    fused = (getattr(args, "liger_kernel_config", None) or {}).get("fused_linear_cross_entropy", True)
-    strategy = getattr(args, "train_sampling_strategy", "random")
-    optim = getattr(args.optim, "value", str(args.optim))
-    wrong = {
-        "packing=True: merged samples' losses cannot be told apart; padding_free=True keeps them apart": getattr(
-            args, "packing", False
-        ),
-        f"train_sampling_strategy='{strategy}': the order of samples is the selection's; leave it out": strategy
-        != "random",
-        "group_by_length=True: the order of samples is the selection's; leave it out": getattr(
-            args, "group_by_length", False
-        ),
-        "use_liger_kernel=True: Liger's fused loss takes the place of the forward that gives per-sample losses; add "
-        "liger_kernel_config={'fused_linear_cross_entropy': False}": liger and fused,
-        "label_smoothing_factor: utility is the plain loss; leave it at 0": bool(
-            getattr(args, "label_smoothing_factor", 0)
-        ),
-        "loss_type: utility is the plain loss; take 'nll'": getattr(args, "loss_type", "nll") != "nll",
-        "fp16=True: gradients are scaled, and steps skipped, where nobody sees it; take bf16=True or neither": args.fp16,
-        "dataloader_num_workers: a round is known once the one before it is over; leave it at 0": args.dataloader_num_workers
-        > 0,
-        "torch_compile=True: batches hold another number of learned tokens each, for which all would be compiled anew; "
-        "leave it out": getattr(args, "torch_compile", False),
-        "auto_find_batch_size=True: a round is planned for one batch size; leave it out": args.auto_find_batch_size,
-        f"optim='{optim}': it steps while it goes backward, so no gradient of the whole step is left to measure; take another": "lomo"
-        in optim
-        or "layerwise" in optim,
-        "accelerator_config: split_batches=True gives per_device_train_batch_size another meaning; leave it out": bool(
-            getattr(getattr(args, "accelerator_config", None), "split_batches", False)
-        ),
-        "deepspeed: its optimizer keeps gradients to itself; take DDP, or `lead-engine train`, which shards": bool(
-            args.deepspeed
-        ),
-        "fsdp: the LM head's weight is sharded where its loss is computed; take DDP, or `lead-engine train`, which shards": bool(
-            args.fsdp
-        ),
-    }
-    for reason, holds in wrong.items():
-        if holds:
-            raise UserError(f"args.{reason}")
+    for message, is_wrong in WRONG_ARGUMENTS:
+        if is_wrong(args):
+            raise UserError("args." + message.format(sampling=_sampling(args), optimizer=_optimizer(args)))
 
 
-OWN = ("transformers.trainer", "trl.trainer.sft_trainer")
-"""Where the loss and the sampler that LEAD takes the place of are at home."""
+OWNERS = ("transformers.trainer", "trl.trainer.sft_trainer")
+"""The modules whose loss and sampler LEAD may replace."""
 
 
 def refuse_class(cls: type) -> None:
-    """UserError for trainers whose loss or order of samples is their own: LEAD's would silently take its place."""
+    """Raise UserError for a trainer class with a loss or an order of samples of its own, which LEAD would replace."""
     for name in ("compute_loss", "get_train_dataloader", "_get_train_sampler"):
-        home = getattr(cls, name).__module__
-        if home not in OWN:
+        module = getattr(cls, name).__module__
+        if module not in OWNERS:
             raise UserError(
-                f"selection.trainer({cls.__name__}): has a {name} of its own ({home}), which would be replaced; give Trainer, SFTTrainer, "
-                "or a class that leaves loss and sampler as they are"
+                f"selection.trainer({cls.__name__}): has a {name} of its own ({module}), which LEAD would replace; "
+                "give Trainer, SFTTrainer, or a class that leaves loss and sampler as they are"
             )
 
 
 def refuse_dataset(dataset: Any) -> None:
-    """UserError for data sets without rows that can be asked for by number."""
+    """Raise UserError for data sets without a length and rows by number."""
     if isinstance(dataset, Mapping):
         names = ", ".join(map(str, dataset))
         raise UserError(f"train_dataset: holds several ({names}); give one of them, dataset['train']")
@@ -83,23 +139,41 @@ def refuse_dataset(dataset: Any) -> None:
         raise UserError("train_dataset: has no rows")
 
 
+WRONG_TRAINERS: tuple[Check, ...] = (
+    (
+        "model_init: makes another model when training starts; give the model itself",
+        lambda trainer: trainer.model_init is not None,
+    ),
+    (
+        "a model spread over several devices (device_map): give every process a whole one",
+        lambda trainer: bool(trainer.is_model_parallel),
+    ),
+    (
+        "train_dataset: has images; LEAD selects by text alone",
+        lambda trainer: bool(getattr(trainer, "_is_vision_dataset", False)),
+    ),
+    (
+        "compute_loss_func: LEAD computes the loss, sample by sample; leave it out",
+        lambda trainer: trainer.compute_loss_func is not None,
+    ),
+    (
+        "several GPUs in one process (nn.DataParallel): start the script with torchrun or accelerate launch",
+        lambda trainer: trainer.args.n_gpu > 1,
+    ),
+    (
+        "accelerate's configuration names DeepSpeed or FSDP; use DDP, or `lead-engine train`, which shards",
+        lambda trainer: bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled),
+    ),
+    (
+        "tensor, context and sequence parallelism split samples or the LM head; use DDP",
+        lambda trainer: max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1,
+    ),
+)
+"""In the order in which they are checked."""
+
+
 def refuse_trainer(trainer: Any) -> None:
-    """UserError for what only the built trainer knows."""
-    if trainer.model_init is not None:
-        raise UserError("model_init: makes another model when training starts; give the model itself")
-    if trainer.is_model_parallel:
-        raise UserError("a model spread over several devices (device_map): give every process a whole one")
-    if getattr(trainer, "_is_vision_dataset", False):
-        raise UserError("train_dataset: has images; LEAD goes by text alone")
-    if trainer.compute_loss_func is not None:
-        raise UserError("compute_loss_func: the loss is computed here, a sample at a time; leave it out")
-    if trainer.args.n_gpu > 1:
-        raise UserError(
-            "several GPUs in one process (nn.DataParallel): start the script with torchrun or accelerate launch"
-        )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise UserError(
-            "accelerate's configuration names DeepSpeed or FSDP; take DDP, or `lead-engine train`, which shards"
-        )
-    if max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
-        raise UserError("tensor, context and sequence parallelism split samples or the LM head; take DDP")
+    """Raise UserError for what only the built trainer knows: its model, its devices, its way of parallelism."""
+    for message, is_wrong in WRONG_TRAINERS:
+        if is_wrong(trainer):
+            raise UserError(message)

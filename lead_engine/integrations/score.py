@@ -1,12 +1,13 @@
-"""The state of a pool that is nobody's folder: the trainer's own rows, scored by its own model before the first step.
+"""Scores of a trainer's own rows, by its own model, before the first step.
 
-Two forward passes over the rows: the answer given its instruction (initial utility), and the answer alone; their ratio is the difficulty
-(arXiv 2505.07437). Where `lead-engine prepare` warms a copy of the model up before the second, this does not.
+Two forward passes over the rows: the answer given its instruction (the initial utility) and the answer alone. The ratio
+of the two losses is the difficulty (arXiv 2505.07437). `lead-engine prepare` briefly trains a copy of the model before
+it measures difficulty; this does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from lead_engine.pool.state import PoolState
 from lead_engine.prepare.difficulty import cluster_by_difficulty, difficulty, tasks_by_name
 
 CLUSTERS = 7
-"""At most; fewer where the rows have fewer different difficulties, or are few."""
+"""At most; fewer if the rows are few, or have fewer distinct difficulties."""
+ROWS_A_CLUSTER = 100
+"""At least, on average."""
 Sample = tuple[Tensor, Tensor]
 """Tokens and labels, int64 [n] each."""
 
@@ -31,7 +34,7 @@ def score_rows(
     sample: Callable[[int], Sample],
     lengths: Tensor,
     prompt: list[int],
-    tasks: list[str | None] | None,
+    tasks: Sequence[str | None] | None,
     *,
     batch: int,
     device: torch.device,
@@ -39,14 +42,19 @@ def score_rows(
     world: int = 1,
     seed: int = 0,
 ) -> PoolState:
-    """The state of rows 0 to N - 1. sample(i): a row; prompt: tokens that ask for an answer without an instruction; tasks: names [N]."""
+    """The scores of rows 0 to N - 1, the same on every rank.
+
+    sample(i): row i. lengths: int64 [N], their tokens. prompt: tokens that ask for an answer without an instruction.
+    tasks: their N task names, or None for one task. batch: rows in a forward pass. Raises UserError if a loss is not
+    finite.
+    """
 
     def alone(i: int) -> Sample:
         tokens, labels = sample(i)
         answer = tokens[labels != -100]
         return torch.cat([torch.tensor(prompt), answer]), torch.cat([torch.full((len(prompt),), -100), answer])
 
-    order = lengths.argsort().tolist()  # like lengths together
+    order = lengths.argsort().tolist()  # rows of similar length together, so that little is padded
     groups = [order[start : start + batch] for start in range(0, len(order), batch)][rank::world]
     training = model.training
     model.eval()
@@ -61,13 +69,14 @@ def score_rows(
         )
     ratio = difficulty(given, without)
     dropped = ratio >= 1
-    different = len(ratio[~dropped].unique())
-    if different:
-        clusters = min(CLUSTERS, different, max(1, len(ratio) // 100))
+    distinct = len(torch.unique(ratio[~dropped]))
+    clusters, cluster = 1, torch.zeros(len(ratio), dtype=torch.int64)
+    if distinct:
+        clusters = min(CLUSTERS, distinct, max(1, len(ratio) // ROWS_A_CLUSTER))
         cluster, _ = cluster_by_difficulty(ratio, dropped, clusters, seed)
-    else:
-        clusters, cluster = 1, torch.zeros(len(ratio), dtype=torch.int64)
-    task, names = tasks_by_name(tasks) if tasks else (torch.zeros(len(ratio), dtype=torch.int64), ["all"])
+    task, names = torch.zeros(len(ratio), dtype=torch.int64), ["all"]
+    if tasks:
+        task, names = tasks_by_name([name or "" for name in tasks])  # "" is the task "unnamed"
     return PoolState(given, ratio, without, cluster, task, dropped, names, clusters)
 
 
@@ -80,22 +89,29 @@ def _losses(
     device: torch.device,
     world: int,
 ) -> Tensor:
-    """Mean loss of every row: fp32 [N] on the host, the same on every rank."""
-    found = torch.zeros(count, device=device)
+    """Mean loss of every row: fp32 [N] on the host, the same on every rank. groups: the row numbers of each batch."""
+    losses = torch.zeros(count, device=device)
     for group, batch in _batches(make, groups):
-        where = locate(batch, len(group))
-        call = HeadCall(where.rows.to(device), where.targets.to(device), where.row_slots.to(device), len(group))
+        located = locate(batch, len(group))
+        positions, targets, slots = (x.to(device) for x in (located.positions, located.targets, located.slots))
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        found[torch.tensor(group, device=device)] = model(**inputs, use_cache=False, lead=call).sample_nll
+        head = model(**inputs, use_cache=False, lead=HeadCall(positions, targets, slots, len(group)))
+        losses[torch.tensor(group, device=device)] = head.sample_nll
     if world > 1:
-        dist.all_reduce(found)  # every row was scored by one rank
-    return found.cpu()
+        dist.all_reduce(losses)  # one rank scored each row; the others hold 0 there
+    return losses.cpu()
 
 
 def _batches(make: Callable[[int], Sample], groups: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Any]]]:
     for group in groups:
         samples = [make(i) for i in group]
-        tokens, labels = zip(*samples, strict=True)
-        mask = pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
-        ids, wanted = pad_sequence(tokens, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-100)
-        yield group, {"input_ids": ids, "attention_mask": mask, "labels": wanted}
+        tokens = [sample[0] for sample in samples]
+        labels = [sample[1] for sample in samples]
+        yield (
+            group,
+            {
+                "input_ids": pad_sequence(tokens, batch_first=True),
+                "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
+                "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            },
+        )

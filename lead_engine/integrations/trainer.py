@@ -1,55 +1,45 @@
-"""LEAD in a Hugging Face trainer: the loss, what happens around the optimizer step, and what a checkpoint keeps.
+"""LEAD in a Hugging Face trainer: what a trainer's own methods do otherwise.
 
-    data.py                      rows are read and checked when the trainer is built
-    loop.py                      `PlannedBatches` plans a round when the one before it is over; epochs; where a run ends
-    compute_loss                 the loss op on the last hidden state; one denominator for the whole step, on all ranks
-    training_step                after the backward pass: by-products are collected
-    on_optimizer_step            dL is estimated, statistics of all ranks are gathered, U and visits are updated
-    save_model, train            the selection's state goes into every checkpoint and comes back from it
+    start.py   the rows' scores, the selector and its rounds, when `train` is called
+    data.py    the rows, read and checked when the trainer is built
+    loop.py    plans a round when the one before it is over; counts epochs; ends the run
+    head.py    the loss op on the last hidden state, behind the model's forward
+    step.py    by-products of the backward passes; after the optimizer's step, new utilities and visits
+    rounds.py  the selection's state, which goes into every checkpoint and comes back from it
 
-A sample's identity is never read from a batch: this side knows which rows it asked for, and checks that what the collator made has their
-lengths and masks.
+A sample's identity is never read from a batch: this side knows which rows it asked for, and checks that what the
+collator made has their lengths and masks.
 """
 
 from __future__ import annotations
 
 import inspect
 from copy import copy
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import to_dict
-from lead_engine.integrations.data import ID, WithRows, is_arrow
-from lead_engine.integrations.head import HeadCall, base_of, check, install
-from lead_engine.integrations.loop import AroundTheStep, PlannedBatches, announce
+from lead_engine.integrations.data import ROW_NUMBER, TrainingRows, is_arrow, row_numbers, rows_of_samples
+from lead_engine.integrations.head import HeadCall, base_of, check, install, text_config
+from lead_engine.integrations.loop import PlannedBatches, RoundsCallback, announce
 from lead_engine.integrations.refuse import refuse_arguments, refuse_class, refuse_dataset, refuse_trainer
-from lead_engine.integrations.rounds import LOG, Rounds, checkpoint_folder
-from lead_engine.integrations.rows import one_sample
-from lead_engine.integrations.score import score_rows
-from lead_engine.integrations.selection import Selection
+from lead_engine.integrations.rounds import Rounds, checkpoint_folder
+from lead_engine.integrations.settings import Settings
+from lead_engine.integrations.start import measure_scores, scores_of_the_start, start_rounds
+from lead_engine.integrations.step import StepObserver
 from lead_engine.pool.state import PoolState
-from lead_engine.pool.tokenizer import generation_prompt_ids
-from lead_engine.selection.loss_change import make_loss_change
 from lead_engine.selection.methods import METHODS
-from lead_engine.selection.plan import Layout
-from lead_engine.selection.selector import Selector
-from lead_engine.training.optimizer import inner_product
-
-SCORES = "lead_scores"
-"""Folder in the trainer's output folder: the scores of its own rows, where no pool was given."""
+from lead_kernels import HeadLoss
 
 
-def with_lead(cls: type, selection: Selection) -> type:
-    """`cls` with LEAD in it. UserError unless it is a Trainer."""
+def with_lead(cls: type, settings: Settings) -> type:
+    """`cls` with LEAD in it. Raises UserError unless it is a Trainer whose loss and order of samples are Trainer's."""
     if not (isinstance(cls, type) and issubclass(cls, Trainer)):
         name = getattr(cls, "__name__", cls)
         raise UserError(
@@ -58,175 +48,163 @@ def with_lead(cls: type, selection: Selection) -> type:
     refuse_class(cls)
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
         raise UserError(
-            "lead_engine.integrations: needs transformers 5.19 or later (in older ones a loss cannot say how it is scaled)"
+            "lead_engine.integrations: needs transformers 5.19 or later (older versions have no way to tell a trainer "
+            "that the loss is already divided by the step's tokens)"
         )
-    return type(f"Lead{cls.__name__}", (_WithLead, cls), {"lead_selection": selection, "__doc__": cls.__doc__})
+    return type(f"Lead{cls.__name__}", (_WithLead, cls), {"lead_settings": settings, "__doc__": cls.__doc__})
 
 
-class _WithLead(WithRows):
+class _WithLead(Trainer):
     """Comes before a trainer class; see `Selection.trainer`."""
 
+    lead_settings: Settings
+    lead_rows: TrainingRows
+    """The rows to choose from, once the trainer is built with a train_dataset."""
     lead_rounds: Rounds
     """The run's selection, once `train` was called: `.selector.samples.utility`, `.visits`, `.round`, `.tokens`."""
     loss_is_scaled_for_ga = True
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    _lead_step: StepObserver
+    _lead_pending: tuple[HeadLoss, HeadCall] | None = None
+    """Between a micro-batch's forward and backward pass."""
     _lead_running = False
+    _lead_checked = False
+    _lead_steps_from_budget = False
+    _lead_num_given: int
+    """Rows of the user's data set, before the trainer prepares it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        parameters = inspect.signature(super().__init__).parameters
-        given = inspect.signature(super().__init__).bind(*args, **kwargs)
-        named = given.arguments
-        if "train_dataset" not in parameters:  # a class of the user's that hands keywords on
-            named = named.setdefault(next(name for name, p in parameters.items() if p.kind == p.VAR_KEYWORD), {})
-        dataset = named.get("train_dataset")
-        if dataset is None and self.lead_selection.store is not None:
-            dataset = self.lead_selection.dataset()
-        refuse_arguments(named.get("args"))
+        signature = inspect.signature(super().__init__)
+        given = signature.bind(*args, **kwargs)
+        arguments = given.arguments
+        if "train_dataset" not in signature.parameters:  # a class of the user's that hands its keywords on
+            keywords = next(name for name, p in signature.parameters.items() if p.kind == p.VAR_KEYWORD)
+            arguments = arguments.setdefault(keywords, {})
+        dataset = arguments.get("train_dataset")
+        if dataset is None and self.lead_settings.store is not None:
+            dataset = self.lead_settings.dataset()
+        refuse_arguments(arguments.get("args"))
         if dataset is not None:
             refuse_dataset(dataset)
             if is_arrow(dataset):
-                dataset = dataset.add_column(ID, np.arange(len(dataset)))
-            named["train_dataset"], self._lead_given = dataset, len(dataset)
+                dataset = dataset.add_column(ROW_NUMBER, np.arange(len(dataset)))
+            arguments["train_dataset"] = dataset
+            self._lead_num_given = len(dataset)
         super().__init__(*given.args, **given.kwargs)
         refuse_trainer(self)
         install(self.model)
-        self.callback_handler.callbacks.insert(0, AroundTheStep(self))
-        self.args = copy(self.args)  # what is set in it here is no business of the user's next trainer
+        self.args = copy(self.args)  # max_steps is set in it, which must not reach the user's next trainer
         if self.train_dataset is not None:
-            self._lead_read_rows()
+            self.lead_rows = self._lead_read_rows()
+            self.lead_rows.check(self.model, self._lead_tokenizer, self.lead_settings)
             self._lead_set_steps()
+
+    # --- before a run ---
+
+    def _lead_read_rows(self) -> TrainingRows:
+        """The rows as the trainer will train them: without the columns that its model does not read."""
+        dataset: Any = self.train_dataset
+        if not is_arrow(dataset):
+            collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+            return TrainingRows(dataset, collate)
+        numbers = row_numbers(dataset)
+        self.train_dataset = dataset.remove_columns(ROW_NUMBER)
+        rows = self._remove_unused_columns(self.train_dataset, description="training")
+        if self.lead_settings.store is None:
+            return TrainingRows(rows, self.data_collator)
+        return TrainingRows(rows, self.data_collator, rows_of_samples(numbers, self._lead_num_given))
+
+    @property
+    def _lead_tokenizer(self) -> Any:
+        """The trainer's or, if it was given none, its collator's; None if there is neither."""
+        given = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        given = getattr(given, "tokenizer", given)  # a processor holds a tokenizer
+        return given if callable(given) and hasattr(given, "all_special_ids") else None
+
+    def _lead_set_steps(self) -> None:
+        """Set max_steps, which the schedule needs before the first step, from the budget unless the user set it."""
+        budget, args = self.lead_settings.budget, self.args
+        self._lead_steps_from_budget = args.max_steps <= 0
+        if not self._lead_steps_from_budget:
+            return
+        if budget is None:
+            raise UserError(
+                "lead(): the length of the run is missing; give lead(budget=...) or max_steps in the trainer's "
+                "arguments; num_train_epochs is not read (budget=1 trains as many tokens as one epoch)"
+            )
+        rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        args.max_steps = max(1, round(budget * len(self.lead_rows.lengths) / rows_a_step))
 
     # --- a run ---
 
-    def _lead_set_steps(self) -> None:
-        budget, args = self.lead_selection.budget, self.args
-        self._lead_own_steps = args.max_steps <= 0
-        if self._lead_own_steps:
-            if budget is None:
-                raise UserError(
-                    "lead(): how long? give lead(budget=...) or max_steps in the trainer's arguments; num_train_epochs "
-                    "is not read (budget=1 trains as many tokens as one epoch)"
-                )
-            together = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-            args.max_steps = max(1, round(budget * len(self._lead_lengths) / together))
-
     def get_train_dataloader(self) -> Any:
-        """While training, what the rounds plan. At other times nothing is planned: all rows, as without LEAD."""
-        return PlannedBatches(self) if self._lead_running else super().get_train_dataloader()
+        """While training, the batches that the rounds plan; at other times all rows, as without LEAD."""
+        if self._lead_running:
+            return PlannedBatches(self, self.lead_rounds, self.lead_rows)
+        return super().get_train_dataloader()
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's; with resume_from_checkpoint the selection goes on from that checkpoint too."""
+        """As the trainer's own; with resume_from_checkpoint the selection goes on from that checkpoint too."""
         if self.train_dataset is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        folder = checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
+            return super().train(cast(Any, resume_from_checkpoint), *args, **kwargs)  # raises the trainer's own error
+        folder = checkpoint_folder(resume_from_checkpoint, self._lead_output_dir)
         self._lead_begin(folder)
         self.args.ignore_data_skip = folder is not None  # the plan says where the data go on
+        callback = RoundsCallback(
+            self.lead_rounds, len(self.lead_rows), self._lead_before_update, self._lead_after_update
+        )
+        self.callback_handler.callbacks.insert(0, callback)
         self._lead_running = True
         try:
             return super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:
             self._lead_running = False
+            self.callback_handler.callbacks.remove(callback)
 
     def _lead_begin(self, checkpoint: Path | None) -> None:
-        selection, args = self.lead_selection, self.args
-        seed = args.seed if selection.seed is None else selection.seed
-        layout = Layout(
-            steps=selection.options.round_steps,
-            micro_batches=args.gradient_accumulation_steps * args.world_size,
-            slots=args.per_device_train_batch_size,
-            capacity=args.per_device_train_batch_size * int(self._lead_lengths.max()),
+        settings, args = self.lead_settings, self.args
+        hidden_size = text_config(base_of(self.model)).hidden_size
+        state = self._lead_scores(checkpoint)
+        self.lead_rounds = start_rounds(settings, self.lead_rows, state, args, hidden_size, checkpoint)
+        self._lead_step = StepObserver(
+            self.lead_rounds,
+            self.model,
+            num_slots=args.per_device_train_batch_size,
+            world=args.world_size,
+            with_metrics=hasattr(self, "_metrics"),  # SFTTrainer reports entropy and token accuracy
         )
-        options = (
-            selection.options
-            if METHODS[selection.method].uses_loss_change
-            else replace(selection.options, loss_change="none")
-        )
-        state = selection.state() or self._lead_score(checkpoint, seed=seed)
-        selector = Selector(
-            state,
-            self._lead_lengths,
-            self._lead_counts,
-            method=selection.method,
-            config=options,
-            layout=layout,
-            seed=seed,
-            device=args.device,
-        )
-        hidden_size = base_of(self.model).config.get_text_config().hidden_size
-        change = make_loss_change(options, hidden_size, selector.method.num_arms, args.device, seed)
-        tokens = int(self._lead_lengths.sum())
-        budget = None if selection.budget is None else round(selection.budget * tokens)
-        identity = {
-            "samples": len(self._lead_lengths),
-            "tokens": tokens,
-            "method": selection.method,
-            "options": to_dict(options),
-            "budget": budget,
-            "seed": seed,
-            "layout": asdict(layout),
-            "ranks": args.world_size,
-            "the hash of all rows": self._lead_measured.digest,
-            "the hash of their scores": state.digest(),
-        }
-        log = Path(args.output_dir) / LOG if self.is_world_process_zero() else None
-        self.lead_rounds = Rounds(
-            selector, change, budget=budget, identity=identity, rank=args.process_index, world=args.world_size, log=log
-        )
-        self.lead_rounds.begin() if checkpoint is None else self.lead_rounds.load(checkpoint)
-        if checkpoint is None and not self.lead_rounds.ahead():
-            short = budget is not None and budget < int(self._lead_lengths.min())
-            why = f"the budget is {budget:,} tokens, the shortest row has more" if short else "no row can be chosen"
-            raise UserError(f"lead(budget={selection.budget}): there is nothing to train: {why}")
-        self._lead_checked, self._lead_pending, self._lead_losses, self._lead_metrics = False, None, [], []
+        self._lead_checked, self._lead_pending = False, None
         self._lead_count_tokens()
-        announce(self, budget)
+        announce(
+            args,
+            len(self.lead_rows),
+            settings.budget,
+            self.lead_rounds.budget,
+            steps_from_budget=self._lead_steps_from_budget,
+        )
 
-    def _lead_score(self, checkpoint: Path | None, *, seed: int) -> PoolState:
-        """The scores of the trainer's own rows: measured, or those of the run's start, beside its checkpoints."""
-        folder, args = Path(self.args.output_dir) / SCORES, self.args
-        if not METHODS[self.lead_selection.method].needs_scores:
-            return PoolState.unscored(len(self._lead_lengths))
+    def _lead_scores(self, checkpoint: Path | None) -> PoolState:
+        """The scores of the rows: the pool's, those that an interrupted run began with, or measured now."""
+        settings, args, num_rows = self.lead_settings, self.args, len(self.lead_rows.lengths)
+        prepared = settings.state()
+        if prepared is not None:
+            return prepared
+        if not METHODS[settings.method].needs_scores:
+            return PoolState.unscored(num_rows)
         if checkpoint is not None:
-            began = checkpoint.parent / SCORES
-            if not PoolState.exists(began):
-                raise UserError(
-                    f"resume_from_checkpoint {checkpoint}: the rows' scores are not beside it ({began}), so the run "
-                    "cannot go on as it began; put that folder back"
-                )
-            state = PoolState.load(began)
-            if state.num_samples != len(self._lead_lengths):
-                raise UserError(
-                    f"resume_from_checkpoint {checkpoint}: the run began with {state.num_samples:,} rows, train_dataset "
-                    f"has {len(self._lead_lengths):,}; give the rows that it began with"
-                )
-            if self.is_world_process_zero() and not PoolState.exists(folder):
-                state.save(folder)  # beside the checkpoints to come, too
-            return state
-        tokenizer = self._lead_tokenizer
-        config = base_of(self.model).config.get_text_config()
-        if getattr(tokenizer, "chat_template", None):
-            prompt = generation_prompt_ids(tokenizer)
-        else:
-            starts = [
-                getattr(owner, name, None) for name in ("bos_token_id", "eos_token_id") for owner in (tokenizer, config)
-            ]
-            prompt = [next((token for token in starts if isinstance(token, int)), 0)]
-        names = getattr(self.train_dataset, "column_names", None) or []
+            save = self.is_world_process_zero()
+            return scores_of_the_start(checkpoint, num_rows, self._lead_output_dir, save=save)
+        dataset: Any = self.train_dataset
+        has_tasks = "dataset" in (getattr(dataset, "column_names", None) or [])
+        tasks = dataset["dataset"][:] if has_tasks else None
+        seed = args.seed if settings.seed is None else settings.seed
         with self.accelerator.autocast():
-            state = score_rows(
-                self.model,
-                lambda i: one_sample(self._lead_rows[i], self._lead_collate),
-                self._lead_lengths,
-                prompt,
-                self.train_dataset["dataset"][:] if "dataset" in names else None,
-                batch=args.per_device_eval_batch_size,
-                device=args.device,
-                rank=args.process_index,
-                world=args.world_size,
-                seed=seed,
-            )
-        if self.is_world_process_zero():
-            state.save(folder)
-        return state
+            return measure_scores(self.model, self.lead_rows, self._lead_tokenizer, tasks, args, seed)
+
+    @property
+    def _lead_output_dir(self) -> str:
+        return str(self.args.output_dir)
 
     # --- a step ---
 
@@ -239,113 +217,59 @@ class _WithLead(WithRows):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        where = inputs.pop("lead")
-        inputs["use_cache"] = False  # with a cache, sdpa takes position_ids for the places of one long sample
-        change, slots = self.lead_rounds.change, self.args.per_device_train_batch_size
-        # DDP averages gradients over the ranks; the denominator counts all of them.
-        weight = self.args.world_size / self.lead_rounds.rows
-        call = HeadCall(
-            where["rows"],
-            where["targets"],
-            where["row_slots"],
-            slots,
-            weight,
-            change.signature,
-            change.wants_hidden,
-            with_metrics=hasattr(self, "_metrics"),
-        )
+        located = inputs.pop("lead")
+        inputs["use_cache"] = False  # with a cache, sdpa reads position_ids as positions in one long sample
+        call = self._lead_step.call(located)
         if not self._lead_checked:
-            check(self.model, inputs, call, where["flattened"])
+            check(self.model, inputs, call, located["flattened"])
             self._lead_checked = True
-        head = model(**inputs, lead=call)
+        head: HeadLoss = model(**inputs, lead=call)
         self._lead_pending = (head, call)
-        loss = head.loss * torch.where(
-            head.sample_nll.isfinite().all(), 1.0, torch.nan
-        )  # so that all ranks' gradients tell of it
+        # NaN reaches the gradients of all ranks, so all of them stop, whichever rank has the sample.
+        loss = head.loss * torch.where(head.sample_nll.isfinite().all(), 1.0, torch.nan)
         return (loss, head) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch, forward and backward, and its by-products."""
+        """One micro-batch, forward and backward; then its by-products are collected."""
         loss = super().training_step(*args, **kwargs)
         if self._lead_pending is not None:
-            (head, call), self._lead_pending = self._lead_pending, None
-            hidden, gradient = call.kept if call.kept else (None, None)
-            gradient = gradient if gradient is None else gradient / self.args.world_size
-            shares = head.sample_tokens / self.lead_rounds.rows
-            self.lead_rounds.change.collect(head, shares, hidden, gradient, call.row_slots)
-            self._lead_losses.append(head.sample_nll.detach())
-            if call.with_metrics:
-                right = (head.predicted == call.targets).sum()
-                found = (head.entropy.sum(), right, head.sample_tokens.sum())
-                self._lead_metrics.append(torch.stack([value.double() for value in found]))
-            if len(self._lead_losses) == self.lead_rounds.accumulation:  # of the whole step, and not yet clipped
-                self._lead_norm = get_total_norm([p.grad for p in self._lead_trained() if p.grad is not None]).float()
+            head, call = self._lead_pending
+            self._lead_pending = None
+            self._lead_step.collect(head, call)
         return loss
 
-    def _lead_trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def _lead_before_update(self) -> None:
+        self._lead_step.before_update(float(self.optimizer.param_groups[0]["lr"]))
 
-    def _lead_before_step(self) -> None:
-        self._lead_check_finite()
-        self._lead_rate = float(self.optimizer.param_groups[0]["lr"])
-        measured = self.lead_rounds.change.wants_first_order(self.lead_rounds.steps_done)
-        self._lead_before = inner_product(self._lead_trained()) if measured else None
-
-    def _lead_check_finite(self) -> None:
-        """UserError before an optimizer step on a gradient that is not finite, which would ruin every weight. Reads the device, as the
-        trainer does at every loss.
-        """
-        if bool(self._lead_norm.isfinite()):
-            return
-        bad = []
-        for place, losses in enumerate(self._lead_losses):
-            ids = self.lead_rounds.ids(place)
-            bad += [i for i, fine in zip(ids, losses.isfinite().tolist(), strict=False) if not fine]
-        rows = (
-            f"the loss of train_dataset's rows {bad}" if bad else "the gradient, on rows whose losses are finite here,"
-        )
-        raise UserError(
-            f"step {self.lead_rounds.steps_done}: {rows} is not a finite number; look at the rows, lower learning_rate, or go on from the "
-            "last checkpoint without them"
-        )
-
-    def _lead_after_step(self) -> None:
-        first_order, norm, longest = None, self._lead_norm, self.args.max_grad_norm
-        if self._lead_before is not None:
-            factor = (longest / (norm + 1e-6)).clamp(max=1.0) if longest and longest > 0 else 1.0
-            # Gradients were scaled by `factor`; every rank has all parameters, so nothing is summed over the ranks.
-            first_order = ((inner_product(self._lead_trained()) - self._lead_before) / factor).float()
-        losses, self._lead_losses = self._lead_losses, []
-        self.lead_rounds.observe(losses, self._lead_rate, first_order, norm)
-        self.lead_rounds.end_step()
+    def _lead_after_update(self) -> None:
+        self._lead_step.after_update(self.args.max_grad_norm)
         self._lead_count_tokens()
-        if self._lead_metrics:
-            self._lead_note_metrics()
+        for entropy, accuracy in self._lead_step.token_metrics():
+            metrics = self._lead_sft_metrics()
+            metrics["entropy"].append(entropy)
+            metrics["mean_token_accuracy"].append(accuracy)
 
-    def _lead_note_metrics(self) -> None:
-        """SFTTrainer's entropy and token accuracy, which its own loss notes: means over a micro-batch, on all ranks."""
-        found, self._lead_metrics = torch.stack(self._lead_metrics), []
-        for entropy, right, tokens in self.lead_rounds.sum_over_ranks(found).tolist():
-            if tokens:
-                self._metrics["train"]["entropy"].append(entropy / tokens)
-                self._metrics["train"]["mean_token_accuracy"].append(right / tokens)
+    def _lead_sft_metrics(self) -> dict[str, list[float]]:
+        """SFTTrainer's own collection for its next line of the log, which its own loss would fill."""
+        metrics: dict[str, list[float]] = getattr(self, "_metrics")["train"]  # noqa: B009  only SFTTrainer has it
+        return metrics
 
     def _lead_count_tokens(self) -> None:
-        """SFTTrainer's num_tokens, which its own loss counts: all ranks' tokens so far, also before a resumption."""
+        """Set SFTTrainer's num_tokens: the tokens of all ranks so far, those before a resumption too."""
         if hasattr(self, "_total_train_tokens"):
             self._total_train_tokens = self.lead_rounds.tokens
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._lead_sft_metrics()["num_tokens"] = [self.lead_rounds.tokens]
 
     # --- files ---
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the trainer's; a checkpoint also gets the selection's state, before what marks it as whole."""
+        """As the trainer's own; into a checkpoint goes the selection's state, before what marks it as whole."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR):
             self.lead_rounds.save(Path(output_dir))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the trainer's, with the last round's number, reward and the tokens trained so far."""
+        """As the trainer's own, with the last round's number and reward and the tokens trained so far."""
         if "loss" in logs and hasattr(self, "lead_rounds"):
             logs = {**logs, **self.lead_rounds.last, "lead_tokens": self.lead_rounds.tokens}
         super().log(logs, *args, **kwargs)

@@ -222,7 +222,7 @@ def test_rows_are_those_that_trl_makes(sft, make_model, row, options) -> None:
     plain, trainer = (sft(cls, dataset, **make) for cls in (SFTTrainer, lead().trainer(SFTTrainer)))
     assert trainer.train_dataset.column_names == plain.train_dataset.column_names
     assert trainer.train_dataset.to_list() == plain.train_dataset.to_list()
-    assert trainer._lead_counts.tolist() == [
+    assert trainer.lead_rows.counts.tolist() == [
         sum(x != -100 for x in labels[1:]) for labels in plain.train_dataset["labels"]
     ]
 

@@ -61,7 +61,7 @@ def make_trainer(make_model, make_args, load):
 
 def head_of(trainer: Any, ids: list[int]) -> Any:
     """What our loss path makes of these rows under the model as it is."""
-    batch = trainer._prepare_inputs(trainer._lead_batch(ids))
+    batch = trainer._prepare_inputs(trainer.lead_rows.batch(ids))
     with torch.no_grad():
         trainer.model.eval()
         return trainer.compute_loss(trainer.model, batch, return_outputs=True)[1], batch
@@ -75,9 +75,9 @@ def test_completion_only_losses_are_trls_own(make_trainer, records, options) -> 
     assert rounds.ahead()
     ids = rounds.ids(0)
     head, batch = head_of(trainer, ids)
-    rows = rounds.rows  # of both micro-batches
+    rows = rounds.response_tokens  # of both micro-batches
     inputs = {name: value for name, value in batch.items() if name != "lead"}
-    assert 0 < rows < sum(trainer._lead_lengths[ids]) * 2 - 8 * 2  # prompts are not learned
+    assert 0 < rows < sum(trainer.lead_rows.lengths[ids]) * 2 - 8 * 2  # prompts are not learned
     with torch.no_grad():
         theirs = trainer.model(**inputs, fused_lm_head=True)
         loss = SFTTrainer.compute_loss(trainer, trainer.model, dict(inputs), num_items_in_batch=torch.tensor(rows))
@@ -87,10 +87,11 @@ def test_completion_only_losses_are_trls_own(make_trainer, records, options) -> 
     else:
         starts = [i * (batch["labels"].shape[1] - 1) for i in range(len(ids) + 1)]
     expected = [
-        -log_probs[a:b].sum() / trainer._lead_counts[i] for i, a, b in zip(ids, starts[:-1], starts[1:], strict=True)
+        -log_probs[a:b].sum() / trainer.lead_rows.counts[i]
+        for i, a, b in zip(ids, starts[:-1], starts[1:], strict=True)
     ]
     torch.testing.assert_close(head.sample_nll, torch.stack(expected), rtol=0, atol=5e-6)
-    assert head.sample_tokens.tolist() == trainer._lead_counts[ids].tolist()
+    assert head.sample_tokens.tolist() == trainer.lead_rows.counts[ids].tolist()
     torch.testing.assert_close(head.loss, loss, rtol=0, atol=5e-6)
     torch.testing.assert_close(head.entropy.sum(), theirs.entropy.sum(), rtol=1e-5, atol=0)
     assert int((head.predicted == batch["lead"]["targets"]).sum()) == int(theirs.is_top1.sum())
@@ -170,7 +171,7 @@ def test_rows_are_scored_where_there_is_no_pool(make_trainer, records, make_mode
     torch.testing.assert_close(state.utility[[3, 17, 40]], head.sample_nll[:3], rtol=0, atol=1e-5)
     visits = trainer.lead_rounds.selector.samples.visits[:-1]
     assert int(visits.sum()) in range(24, 33)
-    lengths = trainer._lead_lengths
+    lengths = trainer.lead_rows.lengths
     assert int((visits * lengths).sum()) == trainer.lead_rounds.tokens <= 0.6 * int(lengths.sum())
 
 
@@ -184,8 +185,8 @@ def test_a_row_with_nothing_to_learn_is_named_and_never_a_silent_zero(make_train
     with pytest.raises(UserError, match=r"row \d+ was left out by the trainer"):
         make_trainer(lead(pool), records, max_length=12)
     trainer = make_trainer(lead(), records, max_length=40)
-    assert len(trainer._lead_lengths) <= 60
-    assert (trainer._lead_counts > 0).all()
+    assert len(trainer.lead_rows.lengths) <= 60
+    assert (trainer.lead_rows.counts > 0).all()
 
 
 def test_samples_that_see_each_other_are_refused(make_trainer, make_pool) -> None:

@@ -117,7 +117,7 @@ def first_batch(trainer):
     trainer._lead_begin(None)
     assert trainer.lead_rounds.ahead()
     ids = trainer.lead_rounds.ids(0)
-    batch = trainer._prepare_inputs(trainer._lead_batch(ids))
+    batch = trainer._prepare_inputs(trainer.lead_rows.batch(ids))
     with torch.no_grad(), trainer.accelerator.autocast():
         trainer.model.eval()
         return ids, trainer.compute_loss(trainer.model, batch, return_outputs=True)[1], batch
@@ -152,7 +152,7 @@ def test_losses_are_those_of_the_models_logits(make_pool, make_model, make_args,
         torch.nn.init.normal_(trainer.model.get_output_embeddings().bias)
     ids, head, batch = first_batch(trainer)
     torch.testing.assert_close(head.sample_nll, by_logits(trainer.model, batch), rtol=0, atol=1e-5)
-    assert head.sample_tokens.tolist() == trainer._lead_counts[ids].tolist()
+    assert head.sample_tokens.tolist() == trainer.lead_rows.counts[ids].tolist()
 
 
 def test_a_head_that_is_more_than_a_product_is_found_out(make_pool, make_model, make_args, load, collator) -> None:
@@ -363,7 +363,7 @@ def test_other_methods_follow_too(make_pool, make_model, make_args, load, collat
     trainer = lead(budget=1.0).trainer(Trainer)(
         model=load(folder), args=make_args(), data_collator=pad, train_dataset=Rows()
     )
-    assert trainer._lead_counts.tolist() == [n - 1 for n in trainer._lead_lengths.tolist()]
+    assert trainer.lead_rows.counts.tolist() == [n - 1 for n in trainer.lead_rows.lengths.tolist()]
     trainer.train()
     assert trainer.state.global_step <= trainer.args.max_steps == 5
 
