@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lead_engine import report
 from lead_engine.config import CompareConfig, ReportConfig
-from lead_engine.study.run import run_study
+from lead_engine.study.compare import run_study
 
 
 def run(config: CompareConfig) -> None:

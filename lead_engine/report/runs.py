@@ -18,8 +18,8 @@ from lead_engine.base.errors import UserError
 from lead_engine.base.files import read_json, read_lines
 from lead_engine.config.yaml_file import read_yaml
 from lead_engine.evaluation.outputs import RESULT, read_result, read_samples
-from lead_engine.study.results import mean_over_samples
-from lead_engine.study.runs import budget_name
+from lead_engine.study.outcome import mean_over_samples
+from lead_engine.study.plan import budget_name
 
 Array = NDArray[Any]
 UTILITY = ("initial", "final", "visits", "cluster", "task")

@@ -1,4 +1,4 @@
-"""Two variants against each other: paired by seed, at each budget that both have and pooled over those budgets."""
+"""Two variants against each other: paired by seed, at each budget that both have, and pooled over those budgets."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ MEASURES = {"overall": "overall", "macro": "macro", "per_sample": "mean over sam
 UNEQUAL_TOKENS = 0.02
 """Runs of a pair whose token counts differ by more than this share are not at equal budget."""
 NO_WIDTH = 1e-9
-"""An interval as narrow as this is not precise: its runs did not differ between seeds, so they are one observation."""
+"""An interval this narrow shows no precision: its runs did not differ between seeds, so they are one observation."""
 RESAMPLES = 2000
-"""Of the bootstrap over held-out samples; a study has many pairs, and its interval is shown to three digits."""
+"""Of the bootstrap over held-out samples; few, for a study has many pairs and shows its intervals to three digits."""
 
-Groups = Mapping[tuple[str, float | None], Sequence["Outcome"]]
+GroupKey = tuple[str, float | None]
+"""A variant and a budget; None for the whole pool."""
+Groups = Mapping[GroupKey, Sequence[Outcome]]
+Pairing = dict[int, tuple[Outcome, Outcome]]
+"""seed -> the runs of both variants."""
 
 
 def pairs_of(
@@ -31,40 +35,49 @@ def pairs_of(
 
 
 def compare_all(groups: Groups, pairs: Sequence[tuple[str, str]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Each pair's comparisons, one per budget that both have and, for more than one, one pooled over them; and warnings.
+    """Compare each pair at every budget that both have and, if there are several, pooled over them; and warnings.
 
-    A comparison: {"a", "b", "budgets": [shares], "pooled": bool, "seeds": [shared by both], a paired 95 % interval of a - b
-    for every measure, "over_samples": interval over held-out samples or None, "tasks": {name: mean difference},
-    "verdicts": {measure: words}, "sentence"}. Pairs without a common budget (`full`) or seed have none.
+    A comparison: {"a", "b": the variants,
+     "budgets": [shares of the pool], "pooled": whether there are several,
+     "seeds": [those that both have],
+     "overall", "macro", "per_sample": 95 % interval of a - b over seeds,
+     "over_samples": 95 % interval of a - b in overall loss over held-out samples, or None if pooled,
+     "tasks": {name: mean difference},
+     "verdicts": {measure: words}, "sentence": all of it in words}
+
+    A pair without a common budget (such as `full`) or without a common seed has no comparison.
     """
-    comparisons, warnings = [], []
+    comparisons: list[dict[str, Any]] = []
+    warnings: list[str] = []
     for a, b in pairs:
-        matched = {budget: found for name, budget in groups if name == a and (found := _match(groups, a, b, budget))}
-        comparisons += [_at_one_budget(a, b, budget, pairing) for budget, pairing in matched.items()]
-        warnings += [warning for budget, pairing in matched.items() if (warning := _unequal(a, b, budget, pairing))]
-        everywhere = set.intersection(*map(set, matched.values())) if matched else set()
-        if len(matched) > 1 and everywhere:
-            comparisons.append(_pooled(a, b, matched, sorted(everywhere)))
+        matched = _match(groups, a, b)
+        for budget, pairing in matched.items():
+            comparisons.append(_at_one_budget(a, b, budget, pairing))
+            warnings += _unequal(a, b, budget, pairing)
+        if len(matched) > 1:
+            seeds = set.intersection(*(set(pairing) for pairing in matched.values()))
+            if seeds:
+                comparisons.append(_pooled(a, b, matched, sorted(seeds)))
     return comparisons, warnings
 
 
-Pairing = dict[int, tuple["Outcome", "Outcome"]]
-"""seed -> the two runs."""
-
-
-def _match(groups: Groups, a: str, b: str, budget: float | None) -> Pairing:
-    if budget is None:
-        return {}
-    theirs = {outcome.run.seed: outcome for outcome in groups.get((b, budget), [])}
-    return {mine.run.seed: (mine, theirs[mine.run.seed]) for mine in groups[a, budget] if mine.run.seed in theirs}
+def _match(groups: Groups, a: str, b: str) -> dict[float, Pairing]:
+    """The pairs of runs at every budget at which both variants have runs of the same seed."""
+    matched: dict[float, Pairing] = {}
+    for name, budget in groups:
+        if name != a or budget is None:
+            continue
+        of_b = {outcome.run.seed: outcome for outcome in groups.get((b, budget), [])}
+        pairing = {mine.run.seed: (mine, of_b[mine.run.seed]) for mine in groups[a, budget] if mine.run.seed in of_b}
+        if pairing:
+            matched[budget] = pairing
+    return matched
 
 
 def _at_one_budget(a: str, b: str, budget: float, pairing: Pairing) -> dict[str, Any]:
     pairs = list(pairing.values())
     intervals = {
-        measure: paired_interval(
-            [getattr(x, measure) for x, _ in pairs], [getattr(y, measure) for _, y in pairs]
-        ).to_json()
+        measure: paired_interval([x.loss(measure) for x, _ in pairs], [y.loss(measure) for _, y in pairs]).to_json()
         for measure in MEASURES
     }
     samples = pairs[0][0].samples
@@ -75,17 +88,15 @@ def _at_one_budget(a: str, b: str, budget: float, pairing: Pairing) -> dict[str,
 
 
 def _pooled(a: str, b: str, matched: Mapping[float, Pairing], seeds: list[int]) -> dict[str, Any]:
-    """The mean over budgets within each of the seeds first, so that one seed is one observation."""
+    """Pool over budgets: first the mean over budgets within each seed, so that one seed is one observation."""
     by_seed = [[pairing[seed] for pairing in matched.values()] for seed in seeds]
-    intervals = {
-        measure: mean_interval(
-            [np.mean([getattr(x, measure) - getattr(y, measure) for x, y in pairs]) for pairs in by_seed]
-        ).to_json()
-        for measure in MEASURES
-    }
-    names = by_seed[0][0][0].tasks
+    intervals = {}
+    for measure in MEASURES:
+        of_seeds = [float(np.mean([x.loss(measure) - y.loss(measure) for x, y in pairs])) for pairs in by_seed]
+        intervals[measure] = mean_interval(of_seeds).to_json()
+    every_pair = [pair for pairs in by_seed for pair in pairs]
     tasks = {
-        task: float(np.mean([x.tasks[task] - y.tasks[task] for pairs in by_seed for x, y in pairs])) for task in names
+        task: float(np.mean([x.tasks[task] - y.tasks[task] for x, y in every_pair])) for task in by_seed[0][0][0].tasks
     }
     return _comparison(a, b, list(matched), seeds, intervals, None, tasks)
 
@@ -114,12 +125,16 @@ def _comparison(
 
 
 def verdict(interval: Mapping[str, Any]) -> str:
-    """What an interval of a difference in loss shows. From one seed, or from seeds that changed nothing, there is none."""
+    """What an interval of a difference in loss shows: nothing if it comes from one seed or from runs that are equal."""
     if interval["low"] is None:
         return "no verdict from one seed"
     if interval["high"] - interval["low"] <= NO_WIDTH:
         return "no verdict from equal runs"
-    return "better" if interval["high"] < 0 else "worse" if interval["low"] > 0 else "no difference shown"
+    if interval["high"] < 0:
+        return "better"
+    if interval["low"] > 0:
+        return "worse"
+    return "no difference shown"
 
 
 def sentence(comparison: Mapping[str, Any]) -> str:
@@ -129,32 +144,32 @@ def sentence(comparison: Mapping[str, Any]) -> str:
         f"{title} {verdict(comparison[m])} ({signed(comparison[m]['mean'])} {bracket(comparison[m])})"
         for m, title in MEASURES.items()
     ]
-    seeds = len(comparison["seeds"])
     mean = ", mean over budgets" if comparison["pooled"] else ""
-    return (
-        f"{comparison['a']} against {comparison['b']} at {where} of the pool{mean}: {', '.join(told)}; {seeds} seed{'s' * (seeds != 1)}"
-        + ("" if seeds > 1 else "; run more seeds")
-    )
+    num_seeds = len(comparison["seeds"])
+    seeds = f"{num_seeds} seeds" if num_seeds > 1 else "1 seed; run more seeds"
+    pair = f"{comparison['a']} against {comparison['b']}"
+    return f"{pair} at {where} of the pool{mean}: {', '.join(told)}; {seeds}"
 
 
 def signed(value: float) -> str:
-    """-0.0312"""
+    """A difference with its sign, as in "-0.0312"."""
     return f"{value:+.4f}"
 
 
 def bracket(interval: Mapping[str, Any]) -> str:
-    """[-0.0312, +0.0041]"""
-    return "[-]" if interval["low"] is None else f"[{signed(interval['low'])}, {signed(interval['high'])}]"
+    """The bounds of an interval, as in "[-0.0312, +0.0041]"; "[-]" if it has none."""
+    if interval["low"] is None:
+        return "[-]"
+    return f"[{signed(interval['low'])}, {signed(interval['high'])}]"
 
 
-def _unequal(a: str, b: str, budget: float, pairing: Pairing) -> str | None:
-    """A sentence if two variants were compared at a budget that turned out not to be equal."""
-    mine, theirs = (
-        float(np.mean([pair[side].summary["tokens_trained"] for pair in pairing.values()])) for side in (0, 1)
-    )
-    if abs(mine - theirs) <= UNEQUAL_TOKENS * theirs:
-        return None
-    return (
-        f"{a} trained {mine:,.0f} tokens at {100 * budget:g} %, {b} {theirs:,.0f}: "
+def _unequal(a: str, b: str, budget: float, pairing: Pairing) -> list[str]:
+    """A warning if the two variants did not train about as many tokens; else none."""
+    tokens_a = float(np.mean([x.summary["tokens_trained"] for x, _ in pairing.values()]))
+    tokens_b = float(np.mean([y.summary["tokens_trained"] for _, y in pairing.values()]))
+    if abs(tokens_a - tokens_b) <= UNEQUAL_TOKENS * tokens_b:
+        return []
+    return [
+        f"{a} trained {tokens_a:,.0f} tokens at {100 * budget:g} %, {b} {tokens_b:,.0f}: "
         "the budgets are not equal, and the difference is not due to the choice of samples alone"
-    )
+    ]

@@ -1,4 +1,4 @@
-"""Several tasks at a time, each a row of child processes one after another."""
+"""Several tasks at a time, each a series of child processes."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """`steps` starts a child, gives it, and is asked for the next when that one has ended well."""
+    """A named series of child processes."""
 
     name: str
     steps: Iterator[Child]
+    """Starts a child and yields it; the next one is asked for when that child has ended without an error."""
     after: str | None = None
-    """A task that has to be complete before this one starts."""
+    """The task that has to be complete before this one starts."""
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, completed: Callable[[Task], None]) -> None:
-    """Run the tasks, `jobs` at a time, in their order as far as `after` allows; `completed` is called after each.
+    """Run the tasks, `jobs` at a time, in their order as far as `after` allows; call `completed` after each.
 
-    When one fails, those under way are let finish (they would lose what they have done) and no other is started; then its
-    UserError is raised. An interrupt ends all children first.
+    When a task fails, no other is started, but those under way may finish, because they would lose what they have done;
+    then the first failure's UserError is raised. An interrupt ends all children first.
     """
-    crew = _Crew(list(tasks), jobs, completed)
+    queue = _Queue(list(tasks), jobs, completed)
     try:
-        while crew.busy:
-            if not (crew.start_next() or crew.go_on_with_ended()):
+        while queue.busy:
+            if not (queue.start_next() or queue.advance_ended()):
                 time.sleep(POLL_SECONDS)
     except BaseException:
-        end(crew.running.values())
+        end(queue.running.values())
         raise
-    if crew.failure is not None:
-        raise crew.failure
+    if queue.failure is not None:
+        raise queue.failure
 
 
-class _Crew:
+class _Queue:
+    """Tasks that wait, run and are complete, and the first failure."""
+
     def __init__(self, waiting: list[Task], jobs: int, completed: Callable[[Task], None]):
         self.waiting, self.jobs, self.completed = waiting, jobs, completed
         self.running: dict[Task, Child] = {}
@@ -53,7 +56,7 @@ class _Crew:
         return bool(self.running or (self.waiting and self.failure is None))
 
     def start_next(self) -> bool:
-        """Start the first task that may start now; whether there was one."""
+        """Start the first task that may start now. Returns whether there was one."""
         if self.failure is not None or len(self.running) >= self.jobs:
             return False
         ready = next((task for task in self.waiting if task.after is None or task.after in self.complete), None)
@@ -67,8 +70,8 @@ class _Crew:
         self._next_step(ready)
         return True
 
-    def go_on_with_ended(self) -> bool:
-        """Start the next step of every task whose child has ended; whether there was one."""
+    def advance_ended(self) -> bool:
+        """Start the next step of every task whose child has ended. Returns whether there was one."""
         ended = False
         for task, child in list(self.running.items()):
             try:

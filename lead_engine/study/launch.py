@@ -1,7 +1,8 @@
-"""Starting the engine's own commands as processes, with their output in a log file.
+"""Child processes that run the engine's own commands, with their output in a log file.
 
-A command of one rank is forked from a server process that has imported the engine once: importing torch and transformers
-takes seconds of processor time, which short runs would pay twice each. Commands under torchrun are started afresh.
+A command of one rank is forked from a server process that has imported the engine once, because importing torch and
+transformers takes seconds of processor time, which a short run would pay twice (train, eval). Commands under torchrun
+are new processes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pathlib import Path
 from lead_engine.base.errors import UserError
 
 SHOWN_LINES = 15
+"""Of a failed command's log, in the error message."""
 GRACE_SECONDS = 20.0
+"""Between the request to end and the use of force."""
 PRELOADED = [
     "lead_engine.cli",
     "lead_engine.config.from_yaml",
@@ -33,8 +36,8 @@ PRELOADED = [
     "torch.utils.tensorboard",
     "tyro",
 ]
-"""What `train` and `eval` import. Nothing of it may start threads or touch a GPU on import: neither survives a fork. (The thread
-of pyarrow's allocator does: jemalloc starts it anew.)"""
+"""What `train` and `eval` import. None of these modules may start threads or touch a GPU on import, because neither
+survives a fork. (The thread of pyarrow's allocator does: jemalloc starts it again.)"""
 ENGINE = ["-m", "lead_engine"]
 
 
@@ -49,8 +52,8 @@ class Child:
     process: subprocess.Popen[bytes] | BaseProcess
 
     def finished(self) -> bool:
-        """Whether it has ended. Raises UserError with the log's last lines if it failed."""
-        status = self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
+        """Whether the process has ended. Raises UserError with the log's last lines if it failed."""
+        status = self._status()
         if status is None:
             return False
         if status != 0:
@@ -61,19 +64,24 @@ class Child:
         return True
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long for the end, however it ends; whether it came."""
+        """Wait at most so long for the process to end. Returns whether it has."""
         if isinstance(self.process, subprocess.Popen):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
-            return self.process.poll() is not None
-        self.process.join(seconds)
-        return self.process.exitcode is not None
+        else:
+            self.process.join(seconds)
+        return self._status() is not None
+
+    def _status(self) -> int | None:
+        """The exit status; minus the signal's number if one ended it; None while it runs."""
+        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
 
 def start(command: list[str], log: Path, what: str, threads: int | None = None) -> Child:
-    """Start a command; its output is added to `log`. `threads`: most that it may compute with; None leaves that to torch.
+    """Start a command whose output is appended to `log`.
 
-    The server that forks is started by the first command and keeps that one's environment and number of threads.
+    what: the command in the words of an error message. threads: the most that it may compute with; None leaves that to
+    torch. The first command starts the server that forks, which keeps that command's environment and threads.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -90,7 +98,7 @@ def start(command: list[str], log: Path, what: str, threads: int | None = None) 
 
 
 def end(children: Iterable[Child]) -> None:
-    """End children that are still running: politely, and after some seconds by force."""
+    """Ask the children that still run to end; kill those that have not after `GRACE_SECONDS`."""
     children = list(children)
     for child in children:
         child.process.terminate()
@@ -102,7 +110,7 @@ def end(children: Iterable[Child]) -> None:
 
 
 def threads_of(jobs: int, ranks: int) -> int | None:
-    """Threads for each of `jobs` x `ranks` processes at a time, so that they share the cores; None: one job may use them as it likes."""
+    """Threads for each of `jobs` x `ranks` processes that share the cores; None for one job, which torch may decide."""
     if jobs == 1:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -110,13 +118,13 @@ def threads_of(jobs: int, ranks: int) -> int | None:
 
 
 def child_environment(threads: int | None) -> dict[str, str]:
-    """This process's environment without what a launcher may have put there for it; children start afresh."""
+    """This process's environment without a launcher's variables, so that a child is not taken for one of its ranks."""
     launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     dropped = {name for name in os.environ if name in launcher or name.startswith("TORCHELASTIC")}
     kept = {name: os.environ[name] for name in os.environ.keys() - dropped} | {"PYTHONUNBUFFERED": "1"}
     if threads is not None:
-        told = kept.get("OMP_NUM_THREADS", "")
-        kept["OMP_NUM_THREADS"] = str(min(threads, int(told)) if told.isdigit() else threads)
+        set_by_user = kept.get("OMP_NUM_THREADS", "")
+        kept["OMP_NUM_THREADS"] = str(min(threads, int(set_by_user)) if set_by_user.isdigit() else threads)
     return kept
 
 
@@ -124,9 +132,8 @@ def _fork(arguments: list[str], log: Path, environment: dict[str, str]) -> BaseP
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run_command, args=(arguments, str(log)))
-    with _environment(
-        environment
-    ):  # the server inherits it when the first process starts it: before torch is imported there
+    # The first start also starts the server, which inherits the environment before it imports torch.
+    with _environment(environment):
         process.start()
     return process
 
@@ -148,16 +155,18 @@ def _set_environment(values: dict[str, str]) -> None:
 
 
 def _run_command(arguments: list[str], log: str) -> None:
-    """In the forked process: one command of the engine, which ends the process with its exit status."""
+    """Run one command of the engine in the forked process, which ends with the command's exit status."""
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2))  # noqa: SIM115
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115  open until the process ends
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = ["lead-engine", *arguments]
     runpy.run_module("lead_engine", run_name="__main__", alter_sys=True)
 
 
 def _tail(log: Path, start: int) -> str:
+    """The log's last lines, of those that the command itself wrote."""
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode("utf-8", errors="replace").splitlines()

@@ -18,8 +18,8 @@ from lead_engine.evaluation.outputs import read_samples
 from lead_engine.pool.procedural import make_pool
 from lead_engine.study import run as study_run
 from lead_engine.study.launch import start
-from lead_engine.study.results import Outcome
-from lead_engine.study.runs import check_unchanged, config_text, eval_command, plan_runs, train_command
+from lead_engine.study.outcome import Outcome
+from lead_engine.study.plan import check_unchanged, config_text, eval_command, plan_runs, train_command
 from lead_engine.study.tables import group_rows, markdown
 from lead_engine.study.variants import read_study
 
@@ -123,7 +123,7 @@ def test_a_study_from_yaml_to_verdict_and_once_more(
     lead = results["groups"][0]
     assert f"{lead['overall']['mean']:.4f} [{lead['overall']['low']:.4f}, " in rows[2][5]
 
-    # The same command again has nothing to train. A run that was killed is gone on with; a lost evaluation is made again.
+    # The same command again has nothing to train. A killed run is resumed; a lost evaluation is repeated.
     in_process.clear()
     compare.run(config)
     assert in_process == ["report report"]

@@ -7,16 +7,21 @@ import pytest
 from scipy import stats
 
 from lead_engine.study.contrasts import compare_all, pairs_of, verdict
-from lead_engine.study.results import _repeated, summing_up
+from lead_engine.study.results import equal_seeds, summing_up
 
 TOKENS = np.array([10, 30, 20])
 
 
-def outcome(variant: str, budget: float | None, seed: int, shift: float, trained: int = 1000) -> SimpleNamespace:
+class FakeOutcome(SimpleNamespace):
+    def loss(self, measure: str) -> float:
+        return getattr(self, measure)
+
+
+def outcome(variant: str, budget: float | None, seed: int, shift: float, trained: int = 1000) -> FakeOutcome:
     """A run whose loss is `shift` above [1, 2, 3] on every held-out sample."""
     nll = np.array([1.0, 2.0, 3.0]) + shift
     tasks = {"x": float(np.average(nll[:2], weights=TOKENS[:2])), "y": float(nll[2])}
-    return SimpleNamespace(
+    return FakeOutcome(
         run=SimpleNamespace(variant=variant, budget=budget, seed=seed),
         samples=SimpleNamespace(nll=nll, tokens=TOKENS, tasks=["x", "x", "y"]),
         summary={"tokens_trained": trained},
@@ -115,9 +120,9 @@ def test_seeds_that_change_nothing_are_told_and_give_no_verdict() -> None:
     both = groups({("a", 0.1): dict.fromkeys(range(3), 0.2), ("b", 0.1): dict.fromkeys(range(3), 0.0)})
     (each,), _ = compare_all(both, [("a", "b")])
     assert each["verdicts"]["overall"] == "no verdict from equal runs"
-    told = _repeated(both)
+    told = equal_seeds(both)
     assert [line.partition(":")[0] for line in told] == ["a at 10 %", "b at 10 %"]
-    assert _repeated(groups(SHIFTS)) == []
+    assert equal_seeds(groups(SHIFTS)) == []
 
 
 def test_pairs_are_all_against_the_reference_and_then_the_contrasts_each_once() -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lead_engine.base.errors import UserError
-from lead_engine.study.runs import StudyRun, plan_runs
+from lead_engine.study.plan import StudyRun, plan_runs
 from lead_engine.study.variants import read_study
 
 

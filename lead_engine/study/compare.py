@@ -1,6 +1,6 @@
-"""A whole study: variants x budgets x seeds at equal budget, a process per run, and their paired comparison.
+"""`lead-engine compare`: train and evaluate every run of a study, a process each, and compare the variants in pairs.
 
-What is complete is kept, what is half done is resumed, so the same command can be repeated until all is done.
+Complete runs are kept and interrupted ones resumed, so the same command can be repeated until all is done.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from lead_engine.evaluation.origin import why_again
 from lead_engine.evaluation.outputs import read_result
 from lead_engine.study.jobs import Task, run_tasks
 from lead_engine.study.launch import Child, start, threads_of
-from lead_engine.study.results import read_base, read_outcome, summarise_study
-from lead_engine.study.runs import (
+from lead_engine.study.outcome import read_base, read_outcome
+from lead_engine.study.plan import (
     StudyRun,
     base_config,
     check_unchanged,
     config_text,
     eval_command,
+    evaluation_folder,
     plan_runs,
     train_command,
 )
+from lead_engine.study.results import summarise_study
 from lead_engine.study.tables import markdown, show
 from lead_engine.study.variants import Study, read_study
 
@@ -34,16 +36,17 @@ RESULTS = "results.json"
 
 
 def run_study(config: CompareConfig) -> None:
-    """Make the runs that are missing, then write OUT/results.json and OUT/results.md, and print the tables.
+    """Make the missing runs, write OUT/results.json and OUT/results.md, and print the tables.
 
-    Raises UserError for a study that cannot be read, for runs made with other options, and for a run that fails.
+    Raises UserError for a study that cannot be read, for runs that were made with other options, and for a run that
+    fails.
     """
     study = read_study(config.config)
     runs = plan_runs(study, config.out)
     check_unchanged(runs)
     base = base_config(study.options, config.out)
     _make_all(study, runs, base, config.out / "runs")
-    untrained = None if base is None else read_base(base.out)
+    untrained = None if base is None else read_base(evaluation_folder(base))
     results = summarise_study(study, [read_outcome(each) for each in runs], untrained)
     write_text(config.out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(config.out / "results.md", markdown(results))
@@ -51,26 +54,26 @@ def run_study(config: CompareConfig) -> None:
 
 
 def _make_all(study: Study, runs: list[StudyRun], base: EvalConfig | None, folder: Path) -> None:
-    """Train and evaluate whatever is missing. The base first: it shows at once whether held-out files can be read."""
+    """Train and evaluate what is missing. The base comes first: it shows whether the held-out files can be read."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = study.options.jobs
     results = {each.name: each.evaluate for each in runs}
     with console.progress(len(runs) + (base is not None), "runs") as bar:
 
         def completed(task: Task) -> None:
-            bar.advance(loss=read_result(results[task.name].out)["loss"]["overall"])
+            bar.advance(loss=read_result(evaluation_folder(results[task.name]))["loss"]["overall"])
 
         if base is not None:
             results["base"] = base
-            run_tasks([Task("base", _evaluate_base(base, folder / "base.log", threads_of(jobs, 1)))], 1, completed)
-        run_tasks(
-            [Task(each.name, _make(each, jobs, study.options.ranks), each.after) for each in runs], jobs, completed
-        )
+            task = Task("base", _evaluate_base(base, folder / "base.log", threads_of(jobs, 1)))
+            run_tasks([task], 1, completed)
+        tasks = [Task(each.name, _make(each, jobs, study.options.ranks), each.after) for each in runs]
+        run_tasks(tasks, jobs, completed)
 
 
 def _evaluate_base(base: EvalConfig, log: Path, threads: int | None) -> Iterator[Child]:
     why = why_again(base)
-    if why != []:
+    if why is None or why:
         console.say(f"base: evaluating the untrained model{_again(why)}")
         yield start(eval_command(base), log, "evaluating the base", threads)
 
@@ -84,11 +87,11 @@ def _make(run: StudyRun, jobs: int, ranks: int) -> Iterator[Child]:
         if not run.trained:
             raise UserError(f"training {run.name} ended without {run.folder / 'summary.json'}; see {run.log}")
     why = why_again(run.evaluate)
-    if why != []:
+    if why is None or why:
         console.say(f"{run.name}: evaluating{_again(why)}")
         yield start(eval_command(run.evaluate), run.log, f"evaluating {run.name}", threads_of(jobs, 1))
 
 
 def _again(why: list[str] | None) -> str:
-    """ " again: ..." where a result is there that does not hold any more."""
+    """The reasons in words, if there is a result that no longer holds; nothing if there is none yet."""
     return f" again: {'; '.join(why)}" if why else ""

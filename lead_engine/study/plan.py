@@ -1,4 +1,4 @@
-"""A study as a list of runs: what each is called, where it lies, and which command lines make it."""
+"""The runs of a study: each one's name, folder, configuration and command lines."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from lead_engine.training.origin import base_folder, base_tokenizer, check_same,
 from lead_engine.training.run_folder import changed_options
 
 COMPLETE = "summary.json"
-"""What `train` writes last."""
-WHERE_IT_RUNS = ("out", "resume", "runtime", "checkpoint_every", "keep_checkpoints")
-"""Options of `train` that leave the result what it is."""
+"""The file that `train` writes last."""
+WITHOUT_EFFECT = ("out", "resume", "runtime", "checkpoint_every", "keep_checkpoints")
+"""Options of `train` that do not change the result."""
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One training run of a study. `budget` is a share of the pool's tokens; None for `full`, which takes all of it."""
+    """One training run of a study."""
 
     variant: str
     method: Method
     budget: float | None
+    """A share of the pool's tokens; None for `full`, which trains on all of it."""
     seed: int
     folder: Path
     train: TrainConfig
     evaluate: EvalConfig
+    """How the trained model is evaluated."""
 
     @property
     def name(self) -> str:
@@ -45,7 +47,7 @@ class StudyRun:
 
     @property
     def after(self) -> str | None:
-        """Name of the run that has to be complete before this one starts: the one that it imitates."""
+        """The name of the run that has to be complete before this one starts, because this one imitates it."""
         match = self.train.selection.match
         return None if match is None else match.name
 
@@ -67,9 +69,9 @@ class StudyRun:
 
 
 def plan_runs(study: Study, out: Path) -> list[StudyRun]:
-    """Every run of the study; all variants of one seed stand together, so that pairs are complete early.
+    """Every run of the study; all variants of one seed come together, so that pairs are complete early.
 
-    Raises UserError where two runs would share a folder, and for a pool that is none.
+    Raises UserError if two runs would share a folder, and for a pool that is not prepared.
     """
     seeds = dict.fromkeys(
         [*study.options.seeds, *(seed for variant in study.variants for seed in variant.options.seeds)]
@@ -91,17 +93,19 @@ def plan_runs(study: Study, out: Path) -> list[StudyRun]:
 
 
 def budget_name(budget: float | None, epochs: int = 1) -> str:
-    """0.025 -> "2.5pct"; `full`'s None -> "100pct" for each epoch."""
-    return f"{100 * (epochs if budget is None else budget):g}pct"
+    """A budget as part of a folder's name: "2.5pct" for 0.025; for `full`'s None, "100pct" times its epochs."""
+    share = epochs if budget is None else budget
+    return f"{100 * share:g}pct"
 
 
 def run_folder(out: Path, variant: str, budget: float | None, epochs: int, seed: int) -> Path:
-    """Where a run of the study lies."""
+    """The folder of a run of the study."""
     return out / "runs" / f"{variant}-{budget_name(budget, epochs)}-s{seed}"
 
 
 def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | None, seed: int) -> StudyRun:
-    options = without_unread(variant.options, TRAIN, variant.options.default_of)  # the study's own, which others read
+    # The study's options reach every variant; those that only other variants read would be refused by `train`.
+    options = without_unread(variant.options, TRAIN, variant.options.default_of)
     folder = run_folder(out, variant.name, budget, options.epochs, seed)
     selection = options.selection
     if options.match is not None:
@@ -126,7 +130,7 @@ def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | N
 
 
 def eval_config(study: StudyConfig, model: str, out: Path) -> EvalConfig:
-    """How every model of the study is evaluated: at the length that its pool was prepared with."""
+    """How every model of the study is evaluated: with records cut where the pool's were."""
     return EvalConfig(
         model=model,
         data=study.heldout,
@@ -138,8 +142,14 @@ def eval_config(study: StudyConfig, model: str, out: Path) -> EvalConfig:
     )
 
 
+def evaluation_folder(config: EvalConfig) -> Path:
+    """Where an evaluation of the study is written; `eval_config` always sets it."""
+    assert config.out is not None
+    return config.out
+
+
 def base_config(study: StudyConfig, out: Path) -> EvalConfig | None:
-    """Evaluation of the untrained base; None for a scratch model that only the runs themselves make."""
+    """How the untrained base is evaluated; None for a scratch model, which every run makes for itself."""
     model = study.model
     if model.startswith("scratch:"):
         if not own_model(study.pool, model):
@@ -149,7 +159,7 @@ def base_config(study: StudyConfig, out: Path) -> EvalConfig | None:
 
 
 def pool_max_length(pool: Path) -> int:
-    """--max-length that the pool was prepared with. UserError if the folder is no prepared pool."""
+    """The --max-length that the pool was prepared with. Raises UserError if the folder is no prepared pool."""
     options = pool / "prepare.json"
     if not (pool / "summary.json").exists() or not options.exists():
         raise UserError(f"pool {pool}: not a prepared pool; make one with `lead-engine prepare --out {pool}`")
@@ -163,18 +173,19 @@ def pool_max_length(pool: Path) -> int:
 
 
 def check_unchanged(runs: Sequence[StudyRun]) -> None:
-    """UserError if a run's folder holds a run of other options, or from another pool or base: the comparison would mix
-    two studies.
+    """Raise UserError if a run's folder holds a run with other options or from another pool or base.
+
+    The comparison would mix two studies.
     """
     known: dict[tuple[Path, Path], Parts] = {}
     for run in runs:
         if not run.started:
             continue
         path, way_out = run.folder / "config.yaml", "give another --out, or delete the run's folder"
-        for key, before, now in changed_options(path, run.train, WHERE_IT_RUNS):
+        for key, before, now in changed_options(path, run.train, WITHOUT_EFFECT):
             raise UserError(f"{path}: this run was made with {key} = {before}, the study now says {now}; {way_out}")
         base = base_folder(run.train)
-        if not base.is_dir():  # a scratch model of the run's own, deleted since
+        if not base.is_dir():  # the run made a scratch model for itself, which has been deleted since
             continue
         if (run.train.pool, base) not in known:
             known[run.train.pool, base] = run_parts(run.train, base, base_tokenizer(run.train, base))
@@ -187,24 +198,26 @@ def check_unchanged(runs: Sequence[StudyRun]) -> None:
 
 
 def train_command(run: StudyRun, ranks: int) -> list[str]:
-    """The command line that trains the run, or goes on with what is half done; its options are in `run.config_file`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    resume = ["--resume"] if run.started else []
-    return [sys.executable, *launcher, "-m", "lead_engine", "train", "--config", str(run.config_file), *resume]
+    """The command line that trains the run, or resumes it; its options are in `run.config_file`."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "lead_engine", "train", "--config", str(run.config_file)]
+    return [*command, "--resume"] if run.started else command
 
 
 def config_text(config: TrainConfig) -> str:
     """The YAML for `train --config`."""
     values = to_dict(config)
     del values["resume"]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def eval_command(config: EvalConfig) -> list[str]:
     """The command line of an evaluation."""
-    assert config.out is not None
     flags: dict[str, Any] = {
-        "--out": config.out,
+        "--out": evaluation_folder(config),
         "--generate": config.generate,
         **({"--max-new-tokens": config.max_new_tokens} if config.generate else {}),
         "--max-length": config.max_length,
