@@ -1,14 +1,16 @@
-"""lead_engine: fine-tune a language model on the part of an instruction pool that is worth it, chosen while the model trains.
+"""lead_engine: fine-tune a language model on the part of an instruction pool that is worth it, chosen as it trains.
 
-What is imported from here is the public interface (docs/API.md): names, arguments and results stay as they are through a major version.
-Everything else may change. Nothing is imported before it is asked for, so `import lead_engine` needs no torch and takes milliseconds.
+This module is the public interface (docs/API.md): names, arguments and results stay through a major version. Everything
+else may change. Each name is imported when it is first used, so `import lead_engine` needs no torch and takes
+milliseconds.
 
-    whole runs     prepare_pool, train, evaluate      what the commands of the same names do, from a config
-    round by round Session, RoundReport               a run that you drive yourself
-    your own loop  TokenStore, PoolState, Selector, Layout, Plan, RoundStats, make_loss_change, LossChange; and the head, from lead_kernels
-    options        PrepareConfig, TrainConfig, EvalConfig and their parts BatchConfig, SelectionConfig, OptimizerConfig, LoraConfig,
-                   RuntimeConfig; every option is also a flag of the command line
-    errors         UserError                          the one exception for what the caller can mend
+    whole runs      prepare_pool, train, evaluate: the commands of the same names, from a config
+    round by round  Session, RoundReport: a run that you drive yourself
+    your own loop   TokenStore, PoolState, Selector, Layout, Plan, RoundStats, make_loss_change, LossChange; and the
+                    head, from lead_kernels
+    options         PrepareConfig, TrainConfig, EvalConfig and their parts BatchConfig, SelectionConfig,
+                    OptimizerConfig, LoraConfig, RuntimeConfig; every option is also a flag of the command line
+    errors          UserError, the one exception for what the caller can correct
 
 `lead_engine.integrations` brings the selection into Hugging Face's Trainer and TRL's SFTTrainer.
 """

@@ -1,4 +1,4 @@
-"""The functions and the session that `import lead_engine` offers: the command line's parts, to be called."""
+"""What `import lead_engine` offers: the commands as functions, and a training run that the caller drives."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def prepare_pool(config: PrepareConfig) -> None:
-    """`lead-engine prepare`: records to the folder `config.out` of tokens, difficulty, initial utility, clusters and tasks.
+    """`lead-engine prepare`: make the prepared pool `config.out` from records.
 
-    Goes on where an earlier call was ended; does nothing where it was finished. Under torchrun all ranks call it.
-    UserError for records, models and options that cannot be used, and where an earlier call had other options, sources
-    or model (by their contents).
+    The folder holds tokens, difficulty, initial utility, clusters and tasks. An interrupted call is resumed, a finished
+    one not repeated. Under torchrun all ranks call it. Raises UserError for records, models and options that cannot be
+    used, and if an earlier call had other options, sources or another model (by their contents).
     """
     from lead_engine.prepare import run
 
@@ -34,10 +34,10 @@ def prepare_pool(config: PrepareConfig) -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """`lead-engine train`: a prepared pool and a model to the run folder `config.out`, whose `model/` is in Hugging Face format.
+    """`lead-engine train`: tune a model on a prepared pool, into the run folder `config.out`.
 
-    Under torchrun all ranks call it. UserError for whatever the caller can mend, among it a run folder that exists (`resume=True` goes
-    on with it).
+    The folder's `model/` is in Hugging Face format. Under torchrun all ranks call it. Raises UserError for whatever the
+    caller can correct, such as a run folder that exists already (`resume=True` resumes it).
     """
     from lead_engine.training.train import run
 
@@ -45,10 +45,11 @@ def train(config: TrainConfig) -> None:
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """`lead-engine eval`, without its printing: held-out loss in nats per response token, and exact match if asked for.
+    """`lead-engine eval` without its output: held-out loss in nats per response token, and exact match if asked for.
 
-    Returns {"loss": {"overall": float, "macro": float, "tasks": {name: {"loss", "samples", "tokens"}}}, "exact_match": None or shares,
-    "problems": counts by kind, "options": those that decide the result}; writes it to `config.out`, or to RUN/eval for a run folder.
+    Returns {"loss": {"overall": float, "macro": float, "tasks": {name: {"loss", "samples", "tokens"}}},
+    "exact_match": None or shares, "problems": counts by kind, "options": those that decide the result}, and writes it
+    to `config.out` or, for a run folder, to RUN/eval. Raises UserError for models and files that cannot be read.
     """
     from lead_engine.evaluation.evaluate import evaluate as measure
 
@@ -56,31 +57,31 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 class RoundReport(NamedTuple):
-    """What a round did. Sample ids are places in the pool: 0 to N - 1."""
+    """What a round did. Sample ids number the pool's samples from 0 to N - 1."""
 
     round: int
     cluster: int | None
-    """The difficulty cluster drawn; None where a round is drawn from all of them (the default)."""
+    """The difficulty cluster drawn; None if the round's samples come from all of them (the default)."""
     sample_ids: list[list[int]]
-    """Those trained, of every optimizer step."""
+    """The samples that each optimizer step trained on."""
     losses: list[float]
-    """Mean loss of every step over its response tokens, in nats, before the step. Where it is not finite, the step was skipped."""
+    """Each step's mean loss over its response tokens, in nats, before the step; a step was skipped if not finite."""
     tokens: int
-    """Trained in this round: prompts, answers and template."""
+    """Trained on in this round: prompts, answers and template."""
     reward: float
-    """What the bandit learned from it, in [-1, 1]."""
+    """The bandit's reward, in [-1, 1]."""
 
 
 class Session:
-    """A training run that the caller drives, without a run folder: nothing is written but what `save` writes.
+    """A training run that the caller drives, without a run folder: only `save` writes files.
 
         with Session(config) as session:
             for report in session.rounds():
                 ...                          # look, session.evaluate("heldout.jsonl"), stop early
             session.save(Path("MODEL"))
 
-    `config.out`, `resume`, `checkpoint_every`, `eval_data` with what goes with it, and the loggers are not used. Under
-    torchrun all ranks do the same. While the block lasts, torch's process group is this session's.
+    Not used are `config.out`, `resume`, `checkpoint_every`, `eval_data` with its options, and the loggers. Under
+    torchrun all ranks do the same. Inside the block, torch's process group is this session's.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -97,7 +98,7 @@ class Session:
             self._setup = build(self.config, self._ranks)
             self._progress = Progress()
             self._heldout: dict[tuple[tuple[str, ...], bool], HeldOutData] = {}
-            self._stack = stack.pop_all()  # only now: a build that fails leaves the group at once
+            self._stack = stack.pop_all()  # only now, so that a build that fails leaves the process group at once
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -111,7 +112,7 @@ class Session:
 
     @property
     def selector(self) -> Selector:
-        """Plans rounds; `selector.samples` has every sample's utility and visits."""
+        """Plans the rounds; `selector.samples` holds every sample's utility and visits."""
         return self._built.trainer.selector
 
     @property
@@ -121,30 +122,30 @@ class Session:
 
     @property
     def state(self) -> PoolState:
-        """What `prepare_pool` found out about the pool."""
+        """The scores, clusters and tasks that `prepare_pool` computed."""
         return self._built.state
 
     @property
     def budget(self) -> int:
-        """Tokens to train."""
+        """Tokens to train on."""
         return self._built.trainer.budget
 
     def rounds(self) -> Iterator[RoundReport]:
-        """Train, a round at a time, until the budget is spent or no sample is left; called again, go on where it was left.
+        """Train round by round, until the budget is spent or no sample is left. A second call continues the first.
 
-        A report is read from the device, which waits for its round's last step.
+        Reading a round's report waits until the device has finished the round's last step.
         """
         for finished in self._built.trainer.rounds(self._progress):
             self._progress = finished.after
             yield _report(finished)
 
     def evaluate(self, data: str | Path | Sequence[str | Path], *, skip_bad: bool = False) -> dict[str, Any]:
-        """Held-out loss of the model as it is, in nats per response token. What is trained afterwards does not change.
+        """Held-out loss of the model as it is, in nats per response token. Training goes on as it would have without.
 
-        data: files in any form that `prepare` reads. They are tokenised at the first call, by every rank; later calls
-        with the same names use these tokens. Records are cut where the pool's were. Returns {"overall": float,
-        "macro": float, "tasks": {name: {"loss", "samples", "tokens"}}}, alike on all ranks. UserError for records that
-        cannot be used; `skip_bad` leaves those out.
+        data: files in any form that `prepare` reads. Every rank tokenises them at the first call; later calls with the
+        same names use these tokens. Records are cut where the pool's were. skip_bad: leave out records that cannot be
+        used. Returns {"overall": float, "macro": float, "tasks": {name: {"loss", "samples", "tokens"}}}, the same on
+        all ranks. Raises UserError for records that cannot be used.
         """
         from lead_engine.training.heldout import loss_of
         from lead_engine.training.heldout_data import open_temporary
@@ -157,10 +158,13 @@ class Session:
         return loss_of(self._heldout[names, skip_bad], setup, ranks)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model as it is: Hugging Face format, or a peft adapter. On all ranks; the folder appears whole."""
-        folder = argument(Path, folder, "Session.save(folder)")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self._built.save_model(folder, self._ranks.rank)
+        """Write the model as it is, in Hugging Face format or as a peft adapter; all ranks call it.
+
+        The folder appears when it is complete. Raises UserError for an argument that is no path.
+        """
+        target: Path = argument(Path, folder, "Session.save(folder)")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._built.save_model(target, self._ranks.rank)
 
     @property
     def _built(self) -> TrainingSetup:
@@ -174,10 +178,10 @@ def _report(finished: Round) -> RoundReport:
     ids = [values.plan.sample_ids[step].flatten() for step in finished.header.steps]
     cluster = int(values.plan.cluster)
     return RoundReport(
-        finished.before.round,
-        None if cluster < 0 else cluster,
-        [step_ids[step_ids < finished.dummy].tolist() for step_ids in ids],
-        [float(step.loss) for step in values.steps],
-        finished.after.tokens - finished.before.tokens,
-        float(values.stats.reward),
+        round=finished.before.round,
+        cluster=None if cluster < 0 else cluster,
+        sample_ids=[step_ids[step_ids < finished.dummy].tolist() for step_ids in ids],  # without empty slots
+        losses=[float(step.loss) for step in values.steps],
+        tokens=finished.after.tokens - finished.before.tokens,
+        reward=float(values.stats.reward),
     )

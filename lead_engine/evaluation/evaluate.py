@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -67,17 +66,22 @@ def run(config: EvalConfig) -> None:
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Score (and with `config.generate`, let answer) the held-out records.
+    """Compute the model's loss on the held-out records and, with `config.generate`, its answers to some of them.
 
-    Returns what stands in eval.json: {"loss": {"overall", "macro", "tasks": {name: {"loss", "samples", "tokens"}}},
-    "exact_match": None or `exact_match.summarise`'s result with "prompts_too_long", "problems": counts by kind,
-    "options": the options, "fingerprint": what it was made from (`evaluation/origin.py`)}. Where `output_folder` names
-    one, eval.json, samples.parquet (id, dataset, nll, tokens) and, with generation, answers.jsonl are written there;
-    eval.json last, so that its presence says that all is there.
-    Raises UserError for models and files that cannot be read, and where the loss is not finite.
+    Returns the contents of eval.json:
+
+    {"loss": {"overall", "macro", "tasks": {name: {"loss", "samples", "tokens"}}},
+     "exact_match": None, or the result of `exact_match.summarise` and "prompts_too_long",
+     "problems": counts of unusable records by kind,
+     "options": those that decide the result,
+     "fingerprint": what it was made from (`evaluation/origin.py`)}
+
+    If there is an `output_folder`, writes samples.parquet (id, dataset, nll, tokens), answers.jsonl if answers were
+    generated, and eval.json; that one last, because its presence vouches for the others. Raises UserError for models
+    and files that cannot be read, and if a loss is not finite.
     """
     folder = find_model(config.model)
-    parts = evaluation_parts(config, folder)  # before anything is read: if it changes meanwhile, it shows the next time
+    parts = evaluation_parts(config, folder)  # before anything is read, so that a file changed meanwhile shows later
     records, problems = read_records(config.data, skip_bad=config.skip_bad, flag="--data")
     model, tokenizer = load_for_inference(folder, config.runtime, config.max_length)
     if config.fold_system:
@@ -86,7 +90,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         console.say(note)
     scored = _score(model, tokenizer, records, config, problems)
     del model
-    gc.collect()  # the model is generated with is another object; two of them may not fit
+    gc.collect()  # generation loads the model as another object, and both may not fit into memory
     answers = _answer(folder, tokenizer, scored.records, config) if config.generate else None
     result = {
         "loss": summarise_loss(scored.nll, scored.tokens, scored.tasks),
@@ -102,11 +106,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def output_folder(config: EvalConfig) -> Path | None:
-    """--out; else RUN/eval if --model is a run folder; else none."""
+    """Where to write: --out; else RUN/eval if --model is a run folder; else nowhere, None."""
     if config.out is not None:
         return config.out
     model = Path(config.model)
-    return model / "eval" if find_model(config.model) == model / "model" else None
+    is_run_folder = find_model(config.model) == model / "model"
+    return model / "eval" if is_run_folder else None
 
 
 def show(result: dict[str, Any]) -> None:
@@ -130,10 +135,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 def format_share(share: dict[str, float | None] | None) -> str | None:
-    """ "41.2 % [35.0, 47.7]" of a Wilson interval; None of none."""
-    if share is None or share["mean"] is None:
+    """A share and its interval in percent, as in "41.2 % [35.0, 47.7]"; None if it is not known."""
+    if share is None:
         return None
-    return f"{100 * share['mean']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+    mean, low, high = share["mean"], share["low"], share["high"]
+    if mean is None or low is None or high is None:
+        return None
+    return f"{100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _percent(shares: dict[str, Any] | None) -> tuple[str | None, str | None]:
@@ -152,12 +160,13 @@ def _score(
         TokenStore.write(Path(folder) / "store", samples)
         device = next(model.parameters()).device
         with TokenStore.open(Path(folder) / "store", config.runtime.placement, device) as store:
-            names = {
-                "model": f"--model {config.model}",
-                "source": f"--data {' '.join(config.data)}",
-                "tokens": len(tokenizer),
-            }
-            check_vocabulary(store.max_token_id, rows_of(model.config), **names)
+            check_vocabulary(
+                store.max_token_id,
+                rows_of(model.config),
+                model=f"--model {config.model}",
+                source=f"--data {source}",
+                tokens=len(tokenizer),
+            )
             nll, rows = score_store(model, store, batch=config.batch, description="held-out loss")
     scored = Scored([sample.record for sample in samples], nll.double().numpy(), rows.numpy())
     bad = np.flatnonzero(~np.isfinite(scored.nll))
@@ -179,7 +188,9 @@ class Answers:
 
     questions: list[Question]
     texts: list[str]
+    """The generated answers."""
     too_long: int
+    """Prompts that were skipped."""
 
     def __post_init__(self) -> None:
         self.matches = [compare(text, q.reference) for q, text in zip(self.questions, self.texts, strict=True)]
@@ -202,18 +213,20 @@ class Answers:
 
 def _answer(folder: Path, tokenizer: PreTrainedTokenizerBase, records: list[Record], config: EvalConfig) -> Answers:
     model = load_hf(folder)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = min(config.max_length, (room or torch.iinfo(torch.int64).max) - config.max_new_tokens)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = config.max_length
+    if context:  # prompt and answer must fit into it together
+        longest = min(longest, context - config.max_new_tokens)
     if longest < 1:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: the model's context is {room} tokens; lower it")
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: the model's context is {context} tokens; lower it")
     per_task = config.generate
     questions, too_long = choose_questions(records, tokenizer, per_task=per_task, longest=longest, task_of=task_of)
     prompts = [question.prompt for question in questions]
     largest = max((token for prompt in prompts for token in prompt), default=0)
-    names = {"model": f"--model {config.model}", "source": "a prompt", "tokens": len(tokenizer)}
-    check_vocabulary(largest, rows_of(model.config), **names)
-    places = config.batch.capacity * config.batch.micro_batches
-    texts = generate_answers(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, places=places)
+    rows = rows_of(model.config)
+    check_vocabulary(largest, rows, model=f"--model {config.model}", source="a prompt", tokens=len(tokenizer))
+    batch_tokens = config.batch.capacity * config.batch.micro_batches
+    texts = generate_answers(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, batch_tokens=batch_tokens)
     return Answers(questions, texts, too_long)
 
 
@@ -222,7 +235,7 @@ def _answer(folder: Path, tokenizer: PreTrainedTokenizerBase, records: list[Reco
 
 def _write(folder: Path, result: dict[str, Any], scored: Scored, answers: Answers | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).unlink(missing_ok=True)  # it vouches for the other files, which are about to change
+    (folder / RESULT).unlink(missing_ok=True)  # it vouches for the other files, which change now
     table = pa.table(
         {
             "id": [record.id for record in scored.records],

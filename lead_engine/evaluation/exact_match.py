@@ -1,16 +1,17 @@
-"""Compares generated answers with reference answers: as a whole, and by the final answer alone.
+"""Comparison of generated answers with reference answers: as a whole, and by the final answer alone.
 
 *Whole*: the two texts are equal after `normalise` (case, white space, one trailing period).
 
-*Final*: only for samples whose reference has a final answer, which is looked for in this order:
+*Final*: only for samples whose reference has a final answer. These forms are tried in this order:
   1. `#### X` (GSM8K's form)                           -> X, to the end of the line
   2. `The answer is X` (the form of chain-of-thought data) -> X, to the end of the sentence or line
   3. a last line that is a number, or ends in "= number"  -> that number
 A number that merely ends a sentence ("... in 1815") or a formula is no final answer.
-The generated text gives its final answer by the same two markers, the last one in the text; where it has none and the
-reference's final answer is a number, its last number counts, so that a model is not marked down for the form alone.
-Otherwise it has no final answer and is wrong. Numbers are compared by value ($1,234.00 = 1234); of text around a number
-("#### 12 apples") the last number counts; a choice may stand in brackets: "(A)" = "A".
+
+In the generated text, the same two markers introduce the final answer; the last one counts. Without a marker, the last
+number counts if the reference's final answer is a number, so that a model is not marked down for the form alone.
+Otherwise the text has no final answer and is wrong. Numbers are compared by value ($1,234.00 = 1234). Of text around a
+number ("#### 12 apples") the last number counts. A choice may stand in brackets: "(A)" = "A".
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def normalise(text: str) -> str:
 def parse_number(text: str) -> Decimal | None:
     """The value of a text that is one number, perhaps with currency or percent sign or trailing period; else None."""
     bare = CURRENCY.sub(r"\1", text.strip()).rstrip("%. ")
-    return Decimal(bare.replace(",", "").replace(MINUS, "-")) if NUMBER.fullmatch(bare) else None
+    if not NUMBER.fullmatch(bare):
+        return None
+    return Decimal(bare.replace(",", "").replace(MINUS, "-"))
 
 
 def final_answer(reference: str) -> str | None:
@@ -80,8 +83,8 @@ def summarise(matches: Iterable[tuple[str, Match]]) -> dict[str, object]:
     """Shares with Wilson's 95 % intervals, overall (all samples pooled) and per task.
 
     matches: (task, Match) of every sample. Returns {"overall": SHARES, "tasks": {task: SHARES}} with SHARES =
-    {"whole": {...}, "final": {...} | None}, each {"mean", "low", "high", "n"}; "final" counts only samples whose
-    reference has a final answer, and is None where no sample has.
+    {"whole": {...}, "final": {...} | None}, each {"mean", "low", "high", "n"}. "final" counts only samples whose
+    reference has a final answer, and is None if none has.
     """
     by_task: dict[str, list[Match]] = {}
     for task, match in matches:
@@ -99,8 +102,9 @@ def _shares(matches: list[Match]) -> dict[str, object]:
 
 
 def _marked_answer(text: str) -> str | None:
-    hashes, sentences = HASHES.findall(text), ANSWER_IS.findall(text)
-    return (hashes or sentences or [None])[-1]
+    """What follows the last `####` or, without any, the last `The answer is`."""
+    found: list[str] = HASHES.findall(text) or ANSWER_IS.findall(text)
+    return found[-1] if found else None
 
 
 def _choice(text: str) -> str:

@@ -1,6 +1,4 @@
-"""What an evaluation was made from: held-out files, model and tokenizer, by their contents; and whether one that is
-there still holds.
-"""
+"""What an evaluation was made from (held-out files, model, tokenizer), and whether a result on disk still holds."""
 
 from __future__ import annotations
 
@@ -18,7 +16,10 @@ from lead_engine.pool.identity import source_parts, tokenizer_parts
 
 
 def evaluation_parts(config: EvalConfig, folder: Path) -> Parts:
-    """{"sources", "model", "tokenizer"}; folder: the model's. Reads every byte of them."""
+    """The contents that decide the result: {"sources", "model", "tokenizer"}. folder: the model's.
+
+    Reads every byte of the files.
+    """
     return {
         "sources": source_parts(config.data, "--data"),
         "model": model_parts(folder),
@@ -27,10 +28,9 @@ def evaluation_parts(config: EvalConfig, folder: Path) -> Parts:
 
 
 def why_again(config: EvalConfig) -> list[str] | None:
-    """Why the result in `config.out` does not hold any more, a phrase each: none where it does; None where there is
-    no result.
+    """Why the result in `config.out` no longer holds: a list of phrases, empty if it holds; None if there is no result.
 
-    A result that notes no contents (of an older version) does not.
+    A result of an older version, which noted no contents, does not hold.
     """
     assert config.out is not None
     path = config.out / RESULT

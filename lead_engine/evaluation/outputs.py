@@ -1,4 +1,4 @@
-"""The files that an evaluation leaves, and reading them back."""
+"""The files that an evaluation writes: their names, and reading them back."""
 
 from __future__ import annotations
 
@@ -34,30 +34,36 @@ class Samples(NamedTuple):
 
 
 def comparable_options(config: EvalConfig) -> dict[str, Any]:
-    """The options that decide the result (not where it is written): results with the same ones may be compared."""
+    """The options that decide the result. Results with the same ones may be compared."""
     options = to_dict(config)
-    return {
-        name: options[name] for name in ("data", "generate", "max_new_tokens", "max_length", "skip_bad", "fold_system")
-    }
+    names = ("data", "generate", "max_new_tokens", "max_length", "skip_bad", "fold_system")
+    return {name: options[name] for name in names}
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """The contents of FOLDER/eval.json. UserError if it is missing or is none."""
+    """The contents of FOLDER/eval.json. Raises UserError if it is missing or not an evaluation's result."""
     path = folder / RESULT
     result = read_json(path)
     try:
-        float(result["loss"]["overall"]), float(result["loss"]["macro"]), dict(result["loss"]["tasks"])
+        loss = result["loss"]
+        float(loss["overall"])
+        float(loss["macro"])
+        dict(loss["tasks"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a result of `lead-engine eval`; delete it and evaluate again") from None
     return result
 
 
 def read_samples(folder: Path) -> Samples:
-    """The contents of FOLDER/samples.parquet. UserError if it is missing or damaged."""
+    """The contents of FOLDER/samples.parquet. Raises UserError if it is missing or damaged."""
     path = folder / SAMPLES
     try:
         table = pq.read_table(path, columns=["id", "dataset", "nll", "tokens"])
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); evaluate again") from None
-    columns = [table.column(name) for name in ("id", "dataset", "nll", "tokens")]
-    return Samples(columns[0].to_pylist(), columns[1].to_pylist(), columns[2].to_numpy(), columns[3].to_numpy())
+    return Samples(
+        ids=table.column("id").to_pylist(),
+        tasks=table.column("dataset").to_pylist(),
+        nll=table.column("nll").to_numpy(),
+        tokens=table.column("tokens").to_numpy(),
+    )

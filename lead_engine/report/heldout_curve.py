@@ -1,9 +1,8 @@
-"""Held-out loss as it was measured while a run trained: overall and macro, and each task in a small plot of its own."""
+"""Held-out loss measured while a run trained: overall and macro, and each task in a small plot of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +14,7 @@ from lead_engine.report.runs import Run
 from lead_engine.report.style import GREY, WIDTH, Plot, finish, method_colour, short, tokens_axis
 
 TASKS = 12
-"""Most tasks that get a small plot: those with the most response tokens."""
+"""At most so many tasks have a small plot: those with the most response tokens."""
 COLUMNS = 4
 
 
@@ -31,7 +30,8 @@ def heldout_curve(run: Run) -> Plot:
     colour = method_colour(run.method)
 
     axes = figure.add_subplot(grid[0, :])
-    overall, macro = (_values(losses, lambda loss, key=key: loss[key]) for key in ("overall", "macro"))
+    overall = _values([loss["overall"] for loss in losses])
+    macro = _values([loss["macro"] for loss in losses])
     axes.plot(tokens, macro, color=GREY, marker="o", markersize=3, linewidth=1.2, label="macro")
     axes.plot(tokens, overall, color=colour, marker="o", markersize=4, linewidth=2, label="overall")
     text = "Mean loss over the response tokens of --eval-data, before training, at rounds' ends and at the end."
@@ -43,9 +43,9 @@ def heldout_curve(run: Run) -> Plot:
     tokens_axis(axes)
     axes.legend(loc="upper right", ncols=3)
 
-    for place, name in enumerate(tasks):
-        small = figure.add_subplot(grid[1 + place // COLUMNS, place % COLUMNS])
-        _small(small, name, tokens, _values(losses, lambda loss, name=name: loss["tasks"][name]["loss"]), colour)
+    for index, name in enumerate(tasks):
+        small = figure.add_subplot(grid[1 + index // COLUMNS, index % COLUMNS])
+        _small(small, name, tokens, _values([loss["tasks"][name]["loss"] for loss in losses]), colour)
     if len(tasks) < len(sizes) > 1:
         text += f" Of {len(sizes)} tasks, the {len(tasks)} with the most tokens have a plot."
     return finish("heldout-curve", "Held-out loss while it trained", text, figure)
@@ -60,6 +60,6 @@ def _small(axes: Axes, name: str, tokens: NDArray[np.float64], values: NDArray[n
     tokens_axis(axes, "")
 
 
-def _values(losses: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> NDArray[np.float64]:
-    """One number an evaluation; nan where it was not finite."""
-    return np.array([np.nan if value(loss) is None else value(loss) for loss in losses], dtype=np.float64)
+def _values(losses: Sequence[float | None]) -> NDArray[np.float64]:
+    """One number an evaluation; nan for None, which stands for a loss that was not finite."""
+    return np.array([np.nan if loss is None else loss for loss in losses], dtype=np.float64)

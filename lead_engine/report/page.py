@@ -1,4 +1,4 @@
-"""One HTML page that needs no other file: pictures are embedded, nothing is fetched."""
+"""One HTML page that needs no other file: pictures are embedded, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ summary { cursor: pointer; font-weight: 600; padding: .4rem 0; }
 
 
 def page(collection: Collection, compared: Sequence[Plot], single: Sequence[tuple[Run, Sequence[Plot]]]) -> str:
-    """The whole page. `compared`: plots of all runs together; `single`: each run with its own plots."""
+    """The whole page. compared: plots of all runs together. single: runs with plots of their own."""
     title = "Training report"
     parts = [
         "<!doctype html>",
@@ -67,7 +67,7 @@ def page(collection: Collection, compared: Sequence[Plot], single: Sequence[tupl
 
 
 def plot_html(plot: Plot) -> str:
-    """Title, picture, words; without a picture, the sentence that says why."""
+    """Title, picture and words; without a picture, the sentence that says why."""
     if plot.png is None:
         return f'<h3>{escape(plot.title)}</h3><p class="soft">{escape(plot.text)}</p>'
     data = base64.b64encode(plot.png).decode("ascii")
@@ -77,59 +77,34 @@ def plot_html(plot: Plot) -> str:
 
 def runs_table(collection: Collection) -> str:
     """A row per run: what it cost and what it reached."""
-    columns = [
-        "run",
-        "variant",
-        "method",
-        "budget",
-        "seed",
-        "tokens trained",
-        "different samples",
-        "steps",
-        "time (s)",
-        "selection (s)",
-        "overall",
-        "macro",
-    ]
-    rows: list[list[object]] = []
+    rows = [_run_row(run) for run in collection.runs]
     if collection.base:
         loss = collection.base["loss"]
-        rows.append(
-            [
-                "untrained base",
-                None,
-                None,
-                None,
-                None,
-                0,
-                0,
-                0,
-                None,
-                None,
-                _loss(loss["overall"]),
-                _loss(loss["macro"]),
-            ]
-        )
-    for run in collection.runs:
-        summary, loss = run.summary or {}, (run.evaluation or {}).get("loss", {})
-        tokens = summary.get("tokens_trained", run.metrics[-1]["tokens"] if run.metrics else 0)
-        rows.append(
-            [
-                run.name if run.summary else f"{run.name} (not finished)",
-                run.variant,
-                run.method,
-                "whole pool" if run.budget is None else f"{100 * run.budget:g} %",
-                run.seed,
-                tokens,
-                summary.get("distinct_samples"),
-                summary.get("steps", len(run.metrics)),
-                summary.get("seconds"),
-                summary.get("selection_seconds"),
-                _loss(loss.get("overall")),
-                _loss(loss.get("macro")),
-            ]
-        )
-    return table_html(columns, rows)
+        base: dict[str, object] = dict.fromkeys(rows[0])
+        base |= {"run": "untrained base", "tokens trained": 0, "different samples": 0, "steps": 0}
+        base |= {"overall": _loss(loss["overall"]), "macro": _loss(loss["macro"])}
+        rows.insert(0, base)
+    return table_html(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _run_row(run: Run) -> dict[str, object]:
+    summary = run.summary or {}
+    loss = run.evaluation["loss"] if run.evaluation else {}
+    tokens_so_far = run.metrics[-1]["tokens"] if run.metrics else 0
+    return {
+        "run": run.name if run.summary else f"{run.name} (not finished)",
+        "variant": run.variant,
+        "method": run.method,
+        "budget": "whole pool" if run.budget is None else f"{100 * run.budget:g} %",
+        "seed": run.seed,
+        "tokens trained": summary.get("tokens_trained", tokens_so_far),
+        "different samples": summary.get("distinct_samples"),
+        "steps": summary.get("steps", len(run.metrics)),
+        "time (s)": summary.get("seconds"),
+        "selection (s)": summary.get("selection_seconds"),
+        "overall": _loss(loss.get("overall")),
+        "macro": _loss(loss.get("macro")),
+    }
 
 
 def options_table(run: Run) -> str:
@@ -139,16 +114,19 @@ def options_table(run: Run) -> str:
 
 
 def table_html(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; columns of numbers stand right."""
-    numeric = [any(_is_number(row[i]) for row in rows) and len(columns) > 2 for i in range(len(columns))]
-    head = "".join(f"<th{_class(n)}>{escape(column)}</th>" for column, n in zip(columns, numeric, strict=True))
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{_class(n)}>{escape(format_cell(cell))}</td>" for cell, n in zip(row, numeric, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    """A table; columns of numbers are aligned on the right, unless it has but two columns (options and values)."""
+    numeric = [len(columns) > 2 and any(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    head = _table_row("th", columns, numeric)
+    body = "".join(_table_row("td", [format_cell(cell) for cell in row], numeric) for row in rows)
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _table_row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
+    inside = ""
+    for cell, is_number in zip(cells, numeric, strict=True):
+        attribute = ' class="number"' if is_number else ""
+        inside += f"<{tag}{attribute}>{escape(cell)}</{tag}>"
+    return f"<tr>{inside}</tr>"
 
 
 def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -164,10 +142,6 @@ def _is_number(value: object) -> bool:
 
 def _loss(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
-
-
-def _class(numeric: bool) -> str:
-    return ' class="number"' if numeric else ""
 
 
 def _count(number: int, what: str) -> str:

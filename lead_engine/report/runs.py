@@ -1,4 +1,4 @@
-"""Reading run folders, finished or not, and folders written by `compare`."""
+"""Reads run folders, finished or not, and folders that `lead-engine compare` wrote."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from lead_engine.study.plan import budget_name
 
 Array = NDArray[Any]
 UTILITY = ("initial", "final", "visits", "cluster", "task")
+"""The arrays of utility.npz that the plots need."""
 
 
 @dataclass
 class Run:
-    """What a run folder holds. A run that is not finished has no summary, and may lack utilities and an evaluation."""
+    """The contents of a run folder. An unfinished run has no summary, and may lack utilities and an evaluation."""
 
     folder: Path
     name: str
@@ -55,18 +56,18 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """What the run is called in its study: NAME of the folder NAME-BUDGET-sSEED. Elsewhere, its method."""
+        """The run's name in its study, from its folder NAME-BUDGET-sSEED; outside a study, its method."""
         ending = f"-{budget_name(self.budget, self.config.get('epochs', 1))}-s{self.seed}"
         return self.folder.name.removesuffix(ending) if self.folder.name.endswith(ending) else self.method
 
     @property
     def group(self) -> tuple[str, float | None]:
-        """Runs of a group differ in their seed alone."""
+        """Variant and budget: runs of a group differ in their seed alone."""
         return self.variant, self.budget
 
     @cached_property
     def losses(self) -> dict[str, float] | None:
-        """Held-out loss in each of `MEASURES`; None before it was evaluated."""
+        """Held-out loss by measure; None if the run has not been evaluated."""
         if self.evaluation is None:
             return None
         loss = self.evaluation["loss"]
@@ -78,12 +79,10 @@ class Run:
 
     @property
     def task_losses(self) -> dict[str, float]:
-        """Held-out loss of each task; empty before it was evaluated."""
-        return (
-            {}
-            if self.evaluation is None
-            else {task: values["loss"] for task, values in self.evaluation["loss"]["tasks"].items()}
-        )
+        """Held-out loss of each task; empty if the run has not been evaluated."""
+        if self.evaluation is None:
+            return {}
+        return {task: values["loss"] for task, values in self.evaluation["loss"]["tasks"].items()}
 
     @property
     def task_names(self) -> list[str] | None:
@@ -95,7 +94,7 @@ class Run:
 
     @cached_property
     def smooth_loss(self) -> NDArray[np.float64]:
-        """Training loss averaged over the steps around, by tokens; see `smooth`."""
+        """Training loss averaged over neighbouring steps, weighted by their tokens; see `smooth`."""
         return smooth(self.metric("loss"), self.metric("step_tokens"))
 
 
@@ -105,31 +104,37 @@ Groups = dict[tuple[str, float | None], list[Run]]
 
 @dataclass
 class Collection:
-    """The runs of a report, the untrained base's evaluation, and a study's verdicts where there is a study."""
+    """The runs of a report, the untrained base's evaluation and, from a study, its results."""
 
     runs: list[Run] = field(default_factory=list)
     base: dict[str, Any] | None = None
     verdicts: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
-    """A study's, as they stand in results.json."""
+    """A study's comparisons, as in results.json."""
     reference: str = "random"
     """The variant that the others are compared with."""
-    named: list[str] = field(default_factory=list)
+    study_variants: list[str] = field(default_factory=list)
     """A study's variants in its own order."""
 
     @property
     def variants(self) -> list[str]:
-        """Names of the variants that have runs: in the study's order, others behind."""
+        """Names of the variants that have runs: in the study's order, others after them."""
         found = dict.fromkeys(run.variant for run in self.runs)
-        return [*(name for name in self.named if name in found), *(name for name in found if name not in self.named)]
+        in_study = [name for name in self.study_variants if name in found]
+        return in_study + [name for name in found if name not in in_study]
 
     @property
     def groups(self) -> Groups:
         """Runs by variant and budget: budgets ascending, `full` last; within a budget in the order of `variants`."""
-        keys, names = dict.fromkeys(run.group for run in self.runs), self.variants
-        ordered = sorted(keys, key=lambda key: (key[1] is None, key[1] or 0.0, names.index(key[0])))
-        return {key: [run for run in self.runs if run.group == key] for key in ordered}
+        names = self.variants
+
+        def order(key: tuple[str, float | None]) -> tuple[bool, float, int]:
+            variant, budget = key
+            return budget is None, budget or 0.0, names.index(variant)
+
+        keys = sorted({run.group for run in self.runs}, key=order)
+        return {key: [run for run in self.runs if run.group == key] for key in keys}
 
     @property
     def evaluated(self) -> Groups:
@@ -139,7 +144,7 @@ class Collection:
 
 
 def read_collection(folders: Sequence[Path]) -> Collection:
-    """All runs in the folders given; a folder written by `compare` stands for its runs.
+    """All runs in the folders given; a folder that `compare` wrote stands for its runs.
 
     Raises UserError for a folder that is neither, for one given twice, and for damaged files.
     """
@@ -147,64 +152,85 @@ def read_collection(folders: Sequence[Path]) -> Collection:
     for folder in folders:
         if (folder / "config.yaml").exists():
             found.runs.append(read_run(folder))
-            continue
-        inside = sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
-        if not inside:
-            raise UserError(
-                f"{folder}: neither a run folder (config.yaml, metrics.jsonl) nor one written by `lead-engine compare` (runs/)"
-            )
-        found.runs += [read_run(path) for path in inside]
-        if (folder / "base" / RESULT).exists():
-            found.base = read_result(folder / "base")
-        if (folder / "results.json").exists():
-            results = read_json(folder / "results.json")
-            found.verdicts += results.get("verdicts", [])
-            found.warnings += results.get("warnings", [])
-            found.comparisons += results.get("comparisons", [])
-            found.reference = results.get("reference") or found.reference
-            found.named += dict.fromkeys(run["variant"] for run in results.get("runs", []) if "variant" in run)
-    places = [run.folder.resolve() for run in found.runs]
-    for place in places:
-        if places.count(place) > 1:
-            raise UserError(f"{place}: given more than once")
+        else:
+            _add_study(found, folder)
+    paths = [run.folder.resolve() for run in found.runs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{path}: given more than once")
     _name(found.runs)
     evaluations = {run.name: run.evaluation for run in found.runs} | {"the untrained base": found.base}
-    for mixed in _mixed({name: result for name, result in evaluations.items() if result is not None}):
-        warn(mixed)
-        found.warnings.append(mixed)
+    for warning in _not_comparable({name: result for name, result in evaluations.items() if result is not None}):
+        warn(warning)
+        found.warnings.append(warning)
     return found
 
 
-def _mixed(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Sentences on evaluations that are of other records, or of other tokens of them, than the first one."""
-    sentences = []
+def _add_study(found: Collection, folder: Path) -> None:
+    """Add the runs and results in a folder that `compare` wrote, as far as they are there yet."""
+    runs = sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
+    if not runs:
+        raise UserError(
+            f"{folder}: neither a run folder (config.yaml, metrics.jsonl) nor one that `lead-engine compare` wrote "
+            "(runs/)"
+        )
+    found.runs += [read_run(path) for path in runs]
+    if (folder / "base" / RESULT).exists():
+        found.base = read_result(folder / "base")
+    if (folder / "results.json").exists():
+        results = read_json(folder / "results.json")
+        found.verdicts += results.get("verdicts", [])
+        found.warnings += results.get("warnings", [])
+        found.comparisons += results.get("comparisons", [])
+        found.reference = results.get("reference") or found.reference
+        names = [run["variant"] for run in results.get("runs", []) if "variant" in run]
+        found.study_variants += dict.fromkeys(names)
+
+
+def _not_comparable(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Warnings about evaluations on other records than the first one's, or on other tokens of the same records."""
+    warnings: list[str] = []
+    if not results:
+        return warnings
+    first_name, first = next(iter(results.items()))
     for name, result in list(results.items())[1:]:
-        first, before = next(iter(results.items()))
-        noted = ({"sources": side.get(fingerprint.KEY, {}).get("sources")} for side in (before, result))
-        found = fingerprint.differences(*noted, f"for {first}", "here") or _other_counts(before, result, first)
+        found = fingerprint.differences(_sources(first), _sources(result), f"for {first_name}", "here")
+        found = found or _other_counts(first, result, first_name)
         if found:
-            what = f"{name}: evaluated on other held-out records than {first}"
-            sentences.append(f"{what} ({'; '.join(found)}); losses do not compare")
-    return sentences
+            what = f"{name}: evaluated on other held-out records than {first_name}"
+            warnings.append(f"{what} ({'; '.join(found)}); losses do not compare")
+    return warnings
 
 
-def _other_counts(before: dict[str, Any], now: dict[str, Any], first: str) -> list[str]:
-    """Where --max-length, --skip-bad or the tokenizer made other tokens of the same records: how many there are."""
-    sizes = [
-        {task: (each["samples"], each["tokens"]) for task, each in result["loss"]["tasks"].items()}
-        for result in (before, now)
-    ]
-    if sizes[0] == sizes[1]:
+def _sources(result: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation noted of its held-out files."""
+    return {"sources": result.get(fingerprint.KEY, {}).get("sources")}
+
+
+def _other_counts(first: dict[str, Any], result: dict[str, Any], first_name: str) -> list[str]:
+    """If --max-length, --skip-bad or the tokenizer made other tokens of the same records: how many there are."""
+    before, now = _counts(first), _counts(result)
+    if before == now:
         return []
-    then, today = (" and ".join(f"{sum(each):,}" for each in zip(*size.values(), strict=True)) for size in sizes)
-    return [f"records and response tokens: {then} for {first}, {today} here"]
+    return [f"records and response tokens: {_sums(before)} for {first_name}, {_sums(now)} here"]
+
+
+def _counts(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Samples and tokens of each task."""
+    return {task: (each["samples"], each["tokens"]) for task, each in result["loss"]["tasks"].items()}
+
+
+def _sums(counts: dict[str, tuple[int, int]]) -> str:
+    samples = sum(samples for samples, _ in counts.values())
+    tokens = sum(tokens for _, tokens in counts.values())
+    return f"{samples:,} and {tokens:,}"
 
 
 def read_run(folder: Path) -> Run:
-    """One run folder. Raises UserError where it is none, or a file in it is damaged."""
+    """Read one run folder. Raises UserError if it is none, or if a file in it is damaged."""
     metrics, rounds = folder / "metrics.jsonl", folder / "selection.jsonl"
     if not metrics.exists():
-        raise UserError(f"{folder}: has no metrics.jsonl; it is no run folder, or its run has not begun to train")
+        raise UserError(f"{folder}: has no metrics.jsonl; it is no run folder, or its run has not started to train")
     config = read_yaml(folder / "config.yaml")
     missing = [key for key in ("method", "seed", "budget") if key not in config]
     if missing:
@@ -231,18 +257,20 @@ def smooth(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray
     The window is a twentieth of the run wide, or 7 steps if that is more and the run has so many.
     """
     half = max(len(values) // 40, min(3, len(values) // 8))
-    place = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(place, len(values) - 1 - place))
+    step = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(step, len(values) - 1 - step))
+    # A window's mean is the difference of two running sums.
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0) * weights)])
     totals = np.concatenate([[0.0], np.cumsum(np.where(known, weights, 0.0))])
     with np.errstate(invalid="ignore"):
-        low, high = place - reach, place + reach + 1
-        return (sums[high] - sums[low]) / (totals[high] - totals[low])
+        low, high = step - reach, step + reach + 1
+        means: NDArray[np.float64] = (sums[high] - sums[low]) / (totals[high] - totals[low])
+    return means
 
 
 def _name(runs: list[Run]) -> None:
-    """Folder names, with as much of the path before them as tells them apart."""
+    """Name each run by its folder, with as much of the path as tells it from the others."""
     for run in runs:
         parts = run.folder.resolve().parts
         depth = 1

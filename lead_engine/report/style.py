@@ -1,6 +1,7 @@
 """How plots look: size, colours, axes.
 
-Colours can be told apart with any common colour blindness: Okabe & Ito 2008 for methods, cividis for ordered clusters.
+The colours differ for readers with any common colour blindness: Okabe & Ito 2008 for methods, cividis for ordered
+clusters.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,13 +19,20 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 METHOD_COLOURS = {"lead": "#0072B2", "random": "#E69F00", "full": "#009E73"}
 OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#D55E00", "#7F5FA8", "#6B6B00", "#444444")
 BETTER, WORSE = "#0072B2", "#D55E00"
+REFERENCE = METHOD_COLOURS["random"]
 GREY = "#8a8a8a"
 INK = "#333333"
 BEFORE, AFTER = GREY, "#0072B2"
 DOTS_PER_INCH = 110
 WIDTH = 9.0
+"""Inches."""
+TOGETHER = 6
+"""Most variants that are drawn over each other."""
 
-SETTINGS = {
+HOLLOW: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "linewidth": 1.4}
+"""Dots of the untrained base."""
+
+SETTINGS: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -54,14 +63,14 @@ class Plot:
     """Of the PNG file, without suffix."""
     title: str
     text: str
-    """What is seen and how to read it; or why nothing is seen."""
+    """What the picture shows and how to read it; or why there is none."""
     png: bytes | None = None
 
 
 def new_figure(
-    rows: int = 1, columns: int = 1, *, height: float = 3.4, **options: object
+    rows: int = 1, columns: int = 1, *, height: float = 3.4, **options: Any
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of the page's width and its axes, row by row."""
+    """A figure as wide as the page and `height` inches high, and its axes row by row. options: of `Figure.subplots`."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.flat)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from lead_engine.report.runs import Run
-from lead_engine.report.style import GREY, INK, Plot, finish, method_colour, new_figure, short, tokens_axis
+from lead_engine.report.style import GREY, HOLLOW, INK, Plot, finish, method_colour, new_figure, short, tokens_axis
 
 
 def loss_plot(run: Run) -> Plot:
@@ -27,8 +28,7 @@ def loss_plot(run: Run) -> Plot:
     if run.method == "lead":
         text += (
             " LEAD chooses the samples that the model finds hard, so this curve lies above that of a run on random "
-            "samples and"
-            " falls less; the held-out loss is what tells the methods apart."
+            "samples and falls less; the held-out loss is what tells the methods apart."
         )
     return finish(name, title, text, figure)
 
@@ -53,58 +53,55 @@ def optimizer_plot(run: Run) -> Plot:
     else:
         gradient.set_ylim(bottom=0)
     if limit:
-        gradient.axhline(limit, color=GREY, linestyle="--", linewidth=1)
-        gradient.annotate(
-            "clipped above",
-            (1, limit),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            color=INK,
-            fontsize=8.5,
-            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
-        )
-        clipped = np.mean(norm > limit)
-        text += f" Gradients were clipped to a norm of {limit:g} in {100 * clipped:.0f} % of the steps."
+        _mark_limit(gradient, limit)
+        text += f" Gradients were clipped to a norm of {limit:g} in {100 * np.mean(norm > limit):.0f} % of the steps."
     gradient.set_ylabel("gradient norm before clipping")
     for axes in (rate, gradient):
         tokens_axis(axes)
     return finish(name, title, text, figure)
 
 
+def _mark_limit(axes: Axes, limit: float) -> None:
+    axes.axhline(limit, color=GREY, linestyle="--", linewidth=1)
+    axes.annotate(
+        "clipped above",
+        (1, limit),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=INK,
+        fontsize=8.5,
+        bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
+    )
+
+
 def heldout_plot(run: Run, base: dict[str, Any] | None) -> Plot:
     """Held-out loss per task, beside the untrained base where its evaluation is known."""
     name, title = "heldout", "Held-out loss per task"
     if run.evaluation is None:
-        return Plot(
-            name,
-            title,
-            f"This run has not been evaluated; do it with lead-engine eval --model {run.folder} --data FILE.",
-        )
+        way = f"lead-engine eval --model {run.folder} --data FILE"
+        return Plot(name, title, f"This run has not been evaluated; do it with {way}.")
     loss = run.evaluation["loss"]
     rows = task_rows(loss)
     untrained = dict(task_rows(base["loss"])) if base else {}
     figure, (axes,) = new_figure(height=1.1 + 0.24 * len(rows))
-    places = np.arange(len(rows))[::-1]
+    ys = np.arange(len(rows))[::-1]
     values = [value for _, value in rows]
     if untrained:
         known = [untrained.get(task, np.nan) for task, _ in rows]
-        axes.hlines(places, values, known, color="#d5d5d5", linewidth=2, zorder=1)
-        axes.scatter(
-            known, places, s=36, facecolor="white", edgecolor=GREY, linewidth=1.4, label="untrained base", zorder=2
-        )
-    axes.scatter(values, places, s=40, color=method_colour(run.method), label=run.method, zorder=3)
-    axes.set_yticks(places, [task_label(task, loss) for task, _ in rows])
+        axes.hlines(ys, values, known, color="#d5d5d5", linewidth=2, zorder=1)
+        axes.scatter(known, ys, s=36, label="untrained base", zorder=2, **HOLLOW)
+    axes.scatter(values, ys, s=40, color=method_colour(run.method), label=run.method, zorder=3)
+    axes.set_yticks(ys, [task_label(task, loss) for task, _ in rows])
     axes.grid(axis="y", visible=False)
-    axes.axhline(places[1] - 0.5, color="#b0b0b0", linewidth=0.8)
+    axes.axhline(ys[1] - 0.5, color="#b0b0b0", linewidth=0.8)
     axes.set_xlabel("held-out loss (nats per response token)")
     if untrained:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     text = (
-        "Mean loss over the response tokens of samples that no run trains on, with the number of samples behind "
-        "each task. "
-        "Overall weighs every token alike, macro every task."
+        "Mean loss over the response tokens of samples that no run trains on, with the number of samples behind each "
+        "task. Overall weighs every token alike, macro every task."
     )
     return finish(name, title, text, figure)
 

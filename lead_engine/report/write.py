@@ -11,13 +11,20 @@ from lead_engine.base import console
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import write_bytes, write_text
 from lead_engine.config import ReportConfig
-from lead_engine.report import comparison_plots, difference_plots, heldout_curve, selection_plots, training_plots
+from lead_engine.report import (
+    budget_plots,
+    comparison_plots,
+    difference_plots,
+    heldout_curve,
+    selection_plots,
+    training_plots,
+)
 from lead_engine.report.page import page
 from lead_engine.report.runs import Collection, Run, read_collection
 from lead_engine.report.style import SETTINGS, Plot
 
 COMPARED: tuple[Callable[[Collection], Plot], ...] = (
-    comparison_plots.budgets_plot,
+    budget_plots.budgets_plot,
     difference_plots.differences_plot,
     difference_plots.contrasts_plot,
     difference_plots.task_differences_plot,
@@ -26,13 +33,13 @@ COMPARED: tuple[Callable[[Collection], Plot], ...] = (
     comparison_plots.losses_plot,
 )
 SINGLE = 24
-"""Most runs that get plots of their own in one report; more would make a page that no browser likes to open."""
+"""Most runs with plots of their own in one report; a page of more opens slowly in a browser."""
 
 
 def run(config: ReportConfig) -> None:
-    """Write OUT/index.html, which holds everything, and the same pictures as OUT/*.png and OUT/RUN/*.png.
+    """Write OUT/index.html, which holds everything, and its pictures as OUT/*.png and OUT/RUN/*.png.
 
-    Raises UserError for folders that are no runs and for damaged files.
+    Raises UserError for folders that hold no run and for damaged files.
     """
     if not config.runs:
         raise UserError("report: give at least one run folder")
@@ -56,7 +63,7 @@ def run(config: ReportConfig) -> None:
 
 
 def runs_shown(collection: Collection) -> list[Run]:
-    """The runs with plots of their own: all, or of many, those of the first seed at the largest budget, at most `SINGLE`."""
+    """The runs with plots of their own: all if few, else up to `SINGLE` of the first seed at the largest budget."""
     if len(collection.runs) <= SINGLE:
         return collection.runs
     largest = max((run.budget for run in collection.runs if run.budget is not None), default=None)

@@ -172,8 +172,8 @@ def test_batches_padded_on_the_left_answer_as_single_prompts_do(
     prompts = [question.prompt for question in questions]
     assert len({len(prompt) for prompt in prompts}) > 2
     model = AutoModelForCausalLM.from_pretrained(taught_folder, dtype=torch.float32).eval()
-    together = generate_answers(model, tokenizer, prompts, max_new_tokens=24, places=10_000)
-    alone = generate_answers(model, tokenizer, prompts, max_new_tokens=24, places=1)
+    together = generate_answers(model, tokenizer, prompts, max_new_tokens=24, batch_tokens=10_000)
+    alone = generate_answers(model, tokenizer, prompts, max_new_tokens=24, batch_tokens=1)
     assert together == alone
     assert len(set(together)) > 2
 

@@ -190,7 +190,7 @@ def test_data_that_cannot_be_had_is_named(manager, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(
         UserError,
-        match=r"tydiqa_goldp: its data \(google-research-datasets/tydiqa\) cannot be had here: .*HF_HUB_OFFLINE",
+        match=r"tydiqa_goldp: its data \(google-research-datasets/tydiqa\) cannot be loaded here: .*HF_HUB_OFFLINE",
     ):
         load_tasks(config("tydiqa"))
     with pytest.raises(UserError, match=r"--include-path .*: no such folder"):

@@ -13,7 +13,15 @@ import pytest
 import yaml
 
 from lead_engine.config import ReportConfig
-from lead_engine.report import comparison_plots, difference_plots, heldout_curve, run, selection_plots, write
+from lead_engine.report import (
+    budget_plots,
+    comparison_plots,
+    difference_plots,
+    heldout_curve,
+    run,
+    selection_plots,
+    write,
+)
 from lead_engine.report.page import page, table_html
 from lead_engine.report.runs import Collection, read_collection, read_run
 from lead_engine.report.style import SETTINGS, Plot, variant_colours
@@ -212,7 +220,7 @@ def test_one_seed_has_no_interval_but_plots(study: Path) -> None:
     one = Collection([run for run in collection.runs if run.seed == 0])
     with matplotlib.rc_context(SETTINGS):
         assert difference_plots.differences_plot(one).png is not None
-        assert comparison_plots.budgets_plot(one).png is not None
+        assert budget_plots.budgets_plot(one).png is not None
         only_full = Collection([run for run in one.runs if run.method == "full"])
         assert comparison_plots.losses_plot(only_full).png is not None
         assert comparison_plots.tasks_plot(only_full).png is not None
