@@ -36,15 +36,15 @@ def start_rounds(
     train, or if the checkpoint is another run's.
     """
     seed = args.seed if settings.seed is None else settings.seed
+    options = settings.options
+    if not METHODS[settings.method].uses_loss_change:
+        options = replace(options, loss_change="none")  # spares the step a sketch that the method would not read
     layout = Layout(
         steps=settings.options.round_steps,
         micro_batches=args.gradient_accumulation_steps * args.world_size,
         slots=args.per_device_train_batch_size,
         capacity=args.per_device_train_batch_size * int(rows.lengths.max()),  # any samples fit together
     )
-    options = settings.options
-    if not METHODS[settings.method].uses_loss_change:
-        options = replace(options, loss_change="none")  # spare the step a sketch that the method would not read
     selector = Selector(
         state,
         rows.lengths,
@@ -55,7 +55,6 @@ def start_rounds(
         seed=seed,
         device=args.device,
     )
-    change = make_loss_change(options, hidden_size, selector.method.num_arms, args.device, seed)
     tokens = int(rows.lengths.sum())
     budget = None if settings.budget is None else round(settings.budget * tokens)
     identity = {
@@ -72,23 +71,28 @@ def start_rounds(
     }
     rounds = Rounds(
         selector,
-        change,
+        make_loss_change(options, hidden_size, selector.method.num_arms, args.device, seed),
         budget=budget,
         identity=identity,
         rank=args.process_index,
         world=args.world_size,
         log=Path(args.output_dir) / LOG if args.process_index == 0 else None,
     )
-    if checkpoint is not None:
+    if checkpoint is None:
+        rounds.begin()
+        _check_something_to_train(rounds, settings, rows)
+    else:
         rounds.load(checkpoint)
-        return rounds
-    rounds.begin()
-    if not rounds.ahead():
-        why = "no row can be chosen"
-        if budget is not None and budget < int(rows.lengths.min()):
-            why = f"the budget is {budget:,} tokens, the shortest row has more"
-        raise UserError(f"lead(budget={settings.budget}): there is nothing to train: {why}")
     return rounds
+
+
+def _check_something_to_train(rounds: Rounds, settings: Settings, rows: TrainingRows) -> None:
+    if rounds.ahead():
+        return
+    why = "no row can be chosen"
+    if rounds.budget is not None and rounds.budget < int(rows.lengths.min()):
+        why = f"the budget is {rounds.budget:,} tokens, the shortest row has more"
+    raise UserError(f"lead(budget={settings.budget}): there is nothing to train: {why}")
 
 
 def scores_of_the_start(checkpoint: Path, num_rows: int, output_dir: str, *, save: bool) -> PoolState:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lead_engine.base import fingerprint
 from lead_engine.base.console import warn
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import read_json, read_lines
 from lead_engine.config.yaml_file import read_yaml
 from lead_engine.evaluation.outputs import RESULT, read_result, read_samples
+from lead_engine.report.comparable import not_comparable
 from lead_engine.study.outcome import mean_over_samples
 from lead_engine.study.plan import budget_name
 
@@ -160,7 +160,7 @@ def read_collection(folders: Sequence[Path]) -> Collection:
             raise UserError(f"{path}: given more than once")
     _name(found.runs)
     evaluations = {run.name: run.evaluation for run in found.runs} | {"the untrained base": found.base}
-    for warning in _not_comparable({name: result for name, result in evaluations.items() if result is not None}):
+    for warning in not_comparable({name: result for name, result in evaluations.items() if result is not None}):
         warn(warning)
         found.warnings.append(warning)
     return found
@@ -185,45 +185,6 @@ def _add_study(found: Collection, folder: Path) -> None:
         found.reference = results.get("reference") or found.reference
         names = [run["variant"] for run in results.get("runs", []) if "variant" in run]
         found.study_variants += dict.fromkeys(names)
-
-
-def _not_comparable(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Warnings about evaluations on other records than the first one's, or on other tokens of the same records."""
-    warnings: list[str] = []
-    if not results:
-        return warnings
-    first_name, first = next(iter(results.items()))
-    for name, result in list(results.items())[1:]:
-        found = fingerprint.differences(_sources(first), _sources(result), f"for {first_name}", "here")
-        found = found or _other_counts(first, result, first_name)
-        if found:
-            what = f"{name}: evaluated on other held-out records than {first_name}"
-            warnings.append(f"{what} ({'; '.join(found)}); losses do not compare")
-    return warnings
-
-
-def _sources(result: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation noted of its held-out files."""
-    return {"sources": result.get(fingerprint.KEY, {}).get("sources")}
-
-
-def _other_counts(first: dict[str, Any], result: dict[str, Any], first_name: str) -> list[str]:
-    """If --max-length, --skip-bad or the tokenizer made other tokens of the same records: how many there are."""
-    before, now = _counts(first), _counts(result)
-    if before == now:
-        return []
-    return [f"records and response tokens: {_sums(before)} for {first_name}, {_sums(now)} here"]
-
-
-def _counts(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Samples and tokens of each task."""
-    return {task: (each["samples"], each["tokens"]) for task, each in result["loss"]["tasks"].items()}
-
-
-def _sums(counts: dict[str, tuple[int, int]]) -> str:
-    samples = sum(samples for samples, _ in counts.values())
-    tokens = sum(tokens for _, tokens in counts.values())
-    return f"{samples:,} and {tokens:,}"
 
 
 def read_run(folder: Path) -> Run:
