@@ -1,4 +1,4 @@
-"""The public interface: what `import lead_engine` costs and gives, and the programs of docs/API.md as they stand there."""
+"""The public interface: cost and names of `import lead_engine`, and the programs in docs/API.md."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_importing_it_is_fast_and_imports_nothing() -> None:
         "import sys, time; start = time.perf_counter(); import lead_engine; took = time.perf_counter() - start;"
         "heavy = {'torch', 'transformers', 'numpy', 'yaml', 'trl', 'datasets'} & set(sys.modules);"
         "assert not heavy, heavy; assert took < 0.2, took;"
-        "assert set(lead_engine.__all__) <= set(dir(lead_engine)); lead_engine.TrainConfig; assert 'torch' not in sys.modules"
+        "assert set(lead_engine.__all__) <= set(dir(lead_engine)); lead_engine.TrainConfig;"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -141,7 +142,8 @@ def test_selection_and_head_in_a_loop_of_ones_own_select_and_learn_as_the_engine
     own, theirs = scope["selector"].samples, trainer.selector.samples
     assert last.after.step == scope["step"]
     assert torch.equal(own.visits, theirs.visits)  # the same samples
-    # Both are fp32; padded and packed batches differ in the order of sums. The estimate of dL amplifies rounding by <G, dtheta> / |G|^2.
+    # Both are fp32; padded and packed batches differ in the order of sums. The estimate of dL amplifies rounding by
+    # <G, dtheta> / |G|^2.
     torch.testing.assert_close(own.utility, theirs.utility, rtol=2e-4, atol=2e-4)
     assert not torch.allclose(own.utility[:-1], scope["state"].utility)
 

@@ -1,4 +1,4 @@
-"""What Python callers give as text, paths, lists and mappings: converted where it is clear what is meant, else UserError."""
+"""Arguments of Python callers as text, paths, lists and mappings: converted if the meaning is clear, else UserError."""
 
 from __future__ import annotations
 

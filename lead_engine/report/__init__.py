@@ -1,6 +1,7 @@
 """`lead-engine report`: plots and one stand-alone HTML page from run folders.
 
 runs.py               reads run folders, and what `compare` wrote
+comparable.py         whether evaluations are of the same records
 training_plots.py     one run: loss, learning rate, held-out loss
 heldout_curve.py      one run: held-out loss while it trained
 selection_plots.py    one run: what it selected

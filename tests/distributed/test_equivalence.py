@@ -1,4 +1,6 @@
-"""1 rank x 8 micro-batches = 2 ranks x 4, of every kind of weights and estimate, down to the trained weights; what differs is rounding.
+"""One rank with 8 micro-batches equals 2 ranks with 4, down to the trained weights, but for rounding.
+
+Holds for every kind of weights and of estimate.
 
 tests/invariants/test_equivalence_classes.py has the other classes.
 """
@@ -78,8 +80,8 @@ def test_ranks_do_not_matter(variant: str, run_ranks, make_pool, make_model, tmp
         )
     start = load_file(model / "model.safetensors")
     for name, value in one[2].items():
-        # Rounding moves a weight by far less than training did. Adam's first steps are +-lr whatever the gradient's size, so a gradient
-        # that is nothing but rounding may flip one: the mean tells, the maximum would not.
+        # Rounding moves a weight by far less than training did. Adam's first steps are +-lr whatever the gradient's
+        # size, so a gradient that is nothing but rounding may flip one: compare the mean, not the maximum.
         moved = (value - start[name]).abs().mean() if name in start else value.abs().mean()
         assert (value - two[2][name]).abs().mean() <= 1e-3 * moved, name
 

@@ -1,6 +1,7 @@
-"""Two torchrun agents, as on two machines, that train one run in one shared folder: what one machine with two ranks trains, bit for bit.
+"""Two torchrun agents, as on two machines, train one run in a shared folder: bit for bit as two ranks on one machine.
 
-Each agent is a process of its own with a worker of its own (LOCAL_RANK 0 on both); they meet by a c10d rendezvous on loopback.
+Each agent is a process of its own with a worker of its own (LOCAL_RANK 0 on both). They meet by a c10d rendezvous on
+loopback.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ TIMES = ("seconds", "second", "time", "eta", "mfu", "memory")
 LIMIT = 100
 ENVIRONMENT = {
     "COLUMNS": "120",
-    # See docs/SCALE.md: without it, workers restarted on several nodes meet in the store in which the dead ones' addresses still stand.
+    # Without it, workers restarted on several nodes meet in the store that still has the dead ones' addresses; see
+    # docs/SCALE.md.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 
@@ -200,7 +202,7 @@ def test_a_killed_worker_is_restarted_and_the_run_goes_on(
 def test_a_restart_in_the_store_of_the_first_attempt(
     one_node: tuple[Path, list[Any]], start_ranks: Any, tmp_path: Path
 ) -> None:
-    """As torch 2.13's torchrun restarts the workers of one node: with a store in which the dead ones' addresses stand."""
+    """As torch 2.13's torchrun restarts the workers of one node: the store still has the dead ones' addresses."""
     expected, arguments = one_node
     out = tmp_path / "run"
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

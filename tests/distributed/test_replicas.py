@@ -1,6 +1,6 @@
-"""Every rank keeps a selector of its own and sees only its own micro-batches' statistics: all selectors stay the same, bit for bit.
+"""Every rank has its own selector and its own micro-batches' statistics; all selectors stay equal, bit for bit.
 
-Ranks are forked from this process, which has imported everything; they speak over gloo on the CPU, whatever the machine has.
+Ranks are forked from this process, which has imported everything. They use gloo on the CPU, whatever the machine has.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def make_selector(method: str, options: dict) -> Selector:
 
 
 def made_up(ids: torch.Tensor, round: int) -> torch.Tensor:
-    """(loss, change) fp32 [2, ...]: functions of sample and round, as a model's would be; one loss in sixteen is not a number."""
+    """(loss, change) fp32 [2, ...], functions of sample and round as a model's would be; one loss in sixteen is nan."""
     chance = [counter_rng.uniform(stream, torch.tensor(round), ids) for stream in range(3)]
     loss = torch.where(chance[2] < 1 / 16, torch.nan, 4 * chance[0])
     return torch.where(ids < SAMPLES, torch.stack([loss, -0.3 * chance[1]]), 0.0)

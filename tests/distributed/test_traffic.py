@@ -1,7 +1,8 @@
-"""What the selection sends between ranks, in bytes, counted at the collectives themselves: it follows from the options, not from the pool.
+"""Bytes that the selection sends between ranks, counted at the collectives: they depend on options, not on the pool.
 
-Ranks are forked; in each, a dispatch mode sees every collective that the training thread starts and asks the call stack whose it is. A
-rank's bytes are those of the tensor that it hands in: its part of a gather, the whole of what is reduced. Derived in docs/SCALE.md.
+Ranks are forked. In each, a dispatch mode sees every collective that the training thread starts and finds its owner in
+the call stack. A rank's bytes are those of the tensor that it hands in: its part of a gather, the whole of what is
+reduced. docs/SCALE.md derives them.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ STEP_SITES = {
 }
 """The engine's function that starts a collective -> whose bytes they are."""
 BESIDE = ("model", "norm", "whole", "everyone")
-"""FSDP's parameters and gradients; the gradient's norm for clipping, a number a parameter; writing the model at the end; checkpoints'
-agreeing on what they wrote. Not the selection's: `random` has them too.
+"""Not the selection's, for `random` has them too: FSDP's parameters and gradients; the gradient's norm for clipping, a
+number a parameter; writing the model at the end; agreement on what checkpoints wrote.
 """
 
 
 class Counting(TorchDispatchMode):
-    """calls and sent: collectives of this thread and the bytes handed to them, by whose they are ("model": those of FSDP)."""
+    """calls, sent: this thread's collectives and the bytes handed to them, by owner ("model" is FSDP)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -140,7 +140,7 @@ def test_own_tasks(
 
 @pytest.fixture(scope="module")
 def manager(tasks: Path) -> Iterator[Any]:
-    """lm-eval's index with the folder in it, which takes seconds to build: once for all tests, as is the listing of packages."""
+    """lm-eval's index with the folder in it. It takes seconds to build, so it is built once, as is the package list."""
     from lm_eval import evaluator
     from lm_eval import tasks as module
 

@@ -13,7 +13,10 @@ LR = 1e-3
 
 @pytest.fixture(scope="session")
 def make_args(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """make_args(per_device_train_batch_size=4, ...) -> TrainingArguments (or `cls`): fp32, constant rate, the engine's AdamW, no files."""
+    """make_args(per_device_train_batch_size=4, ...) -> TrainingArguments, or `cls`.
+
+    In fp32, with a constant rate and the engine's AdamW; without files.
+    """
 
     def make(cls: type | None = None, **options: Any) -> Any:
         from transformers import TrainingArguments
@@ -69,7 +72,10 @@ def collator() -> Callable[[Path], Any]:
 
 @pytest.fixture(scope="session")
 def engine_rounds() -> Callable[..., tuple[list[Any], Any]]:
-    """engine_rounds(pool, model, micro_batches=2, slots=4, rounds=3, budget=1000.0, method="lead", options=...) -> (reports, selector)."""
+    """engine_rounds(pool, model, micro_batches=2, slots=4, rounds=3, budget=1000.0, method="lead", options=...).
+
+    Returns (reports, selector).
+    """
 
     def run(
         pool: Path,

@@ -1,4 +1,4 @@
-"""A script shows the same with LEAD in its trainer as without: events, logs, epochs, files, rows, evaluation, the model."""
+"""A trainer with LEAD behaves as one without: events, logs, epochs, files, rows, evaluation, the model."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def sft(make_model, make_args, load):
 
 
 def test_epochs_events_and_logs(sft, text) -> None:
-    """20 rows, 4 a step: epochs end at steps 5 and 10, and the last, short one at 12. SFTTrainer is a Trainer: both are shown."""
+    """20 rows, 4 a step: epochs end at steps 5 and 10, and a last, short one at 12. An SFTTrainer is a Trainer too."""
     once = {
         "save_strategy": "epoch",
         "eval_strategy": "epoch",
@@ -176,7 +176,8 @@ def test_arguments_serve_two_trainers(make_pool, make_model, make_args, load, co
 
 GENERATION = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m['content'] }}"
-    "<|im_end|>{% endgeneration %}\n{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "<|im_end|>{% endgeneration %}\n{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -257,7 +258,7 @@ def test_evaluation_of_every_kind(sft, text) -> None:
 
 @pytest.mark.parametrize("bits", [None, 4], ids=["whole", "four bits"])
 def test_the_model_afterwards_is_the_models(sft, make_model, make_args, load, text, bits, tmp_path) -> None:
-    """It generates, is copied and saved as before; also a base in four bits (bitsandbytes, on the CPU) under adapters."""
+    """It generates and can be copied and saved; so can a base in four bits (bitsandbytes, on the CPU) with adapters."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 

@@ -33,7 +33,8 @@ def test_two_ranks_are_one_with_twice_the_accumulation(
     steps, budget = (
         (9, None) if pool_given else (100, 0.29)
     )  # a budget that ends with a step too short for the second rank
-    # The paper's change from exact gradients shows their scale, which DDP's mean over ranks would change; `inner` is a ratio.
+    # The paper's change from exact gradients shows their scale, which DDP's mean over ranks would change; `inner`, a
+    # ratio, would not.
     chosen = {"loss_change": "paper", "inner_form": "exact", "draw": "cluster"} if pool_given else {}
     one = lead(pool if pool_given else None, budget, options=SelectionConfig(**chosen)).trainer(Trainer)(
         model=load(model),

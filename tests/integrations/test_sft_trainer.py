@@ -180,7 +180,7 @@ def test_a_row_with_nothing_to_learn_is_named_and_never_a_silent_zero(make_train
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [5, 6, 7, 8]], "labels": [[-100, 6, 7], [5, -100, -100, -100]]})
     with pytest.raises(UserError, match="row 1 has no token to learn"):
         make_trainer(lead(), rows)
-    # max_length cuts answers away, and TRL then drops such rows: with a pool that must be said, for the pool counts on them.
+    # max_length cuts answers off, and TRL then drops such rows: an error with a pool, which counts on them.
     pool = make_pool(samples=60)
     with pytest.raises(UserError, match=r"row \d+ was left out by the trainer"):
         make_trainer(lead(pool), records, max_length=12)

@@ -16,7 +16,8 @@ from needs import TRAINERS
 
 pytestmark = TRAINERS
 
-# Padded and packed batches add the same numbers in another order: fp32 losses near 5 agree to about 1e-6 at first, and steps carry that on.
+# Padded and packed batches add the same numbers in another order: fp32 losses near 5 agree to about 1e-6 at first, and
+# every step adds to the difference.
 LOSS = {"rtol": 0, "atol": 5e-5}
 # dL is a small difference times <G, dtheta> / |Phi|^2, which carries the gradients' rounding.
 UTILITY = {"rtol": 0, "atol": 5e-4}
@@ -340,7 +341,7 @@ def test_what_cannot_be_right_is_refused(make_pool, make_model, make_args, load,
 
 
 def test_other_methods_follow_too(make_pool, make_model, make_args, load, collator, engine_rounds) -> None:
-    """`random` needs no scores and makes no estimate; rows may come from any data set with a length, without labels of its own."""
+    """`random` needs no scores and no estimate; rows may come from any data set with a length, without labels."""
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
     pool, folder = make_pool(), make_model()

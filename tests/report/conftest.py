@@ -39,7 +39,7 @@ def make_run(
     evaluated: bool = True,
     extra: float = 0.0,
 ) -> Path:
-    """A run folder as `train` (and, with `evaluated`, `eval`) leaves it; `extra` makes its held-out loss lower by about so much."""
+    """A run folder as `train` leaves it and, with `evaluated`, `eval`; `extra` lowers its held-out loss."""
     rng = np.random.default_rng([seed, len(method), int(1000 * budget)])
     folder.mkdir(parents=True)
     spent = {} if method == "full" else {"budget": budget}
