@@ -182,7 +182,7 @@ def test_a_row_with_nothing_to_learn_is_named_and_never_a_silent_zero(make_train
         make_trainer(lead(), rows)
     # max_length cuts answers off, and TRL then drops such rows: an error with a pool, which counts on them.
     pool = make_pool(samples=60)
-    with pytest.raises(UserError, match=r"row \d+ was left out by the trainer"):
+    with pytest.raises(UserError, match=r"the trainer left out row \d+"):
         make_trainer(lead(pool), records, max_length=12)
     trainer = make_trainer(lead(), records, max_length=40)
     assert len(trainer.lead_rows.lengths) <= 60

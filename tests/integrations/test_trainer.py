@@ -254,7 +254,7 @@ def test_batches_that_are_not_what_was_planned_are_refused(make_pool, make_model
     trainer.state.max_steps, trainer._lead_running = 4, True
     batches = iter(trainer.get_train_dataloader())
     assert {"lead", "labels"} <= set(next(batches)) & set(next(batches))
-    with pytest.raises(RuntimeError, match="before the step in hand was trained"):
+    with pytest.raises(RuntimeError, match="before it trained the step in hand"):
         next(batches)
 
 
