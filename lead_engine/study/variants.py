@@ -109,6 +109,7 @@ def read_study(path: Path) -> Study:
         raise UserError(
             f"{path}: heldout: every run reads these records, and standard input can be read once; name a file"
         )
+    named: list[tuple[str, str, Mapping[str, Any]]]
     named = [(name, "methods", {"method": name}) for name in options.methods]
     named += [(name, f"variants.{name}", values) for name, values in options.variants.items()]
     variants = tuple(_variant(name, values, options, said, f"{path}: {key}") for name, key, values in named)
@@ -124,7 +125,7 @@ def read_study(path: Path) -> Study:
 
 
 def _variant(name: str, values: Mapping[str, Any], study: StudyConfig, said: Mapping[str, Any], source: str) -> Variant:
-    """`said` is the study's YAML: a recipe gives way to what it says, but not to defaults that it leaves as they are."""
+    """said: the study's YAML. What it sets outranks a variant's recipe; the defaults of what it leaves out do not."""
     if not NAME.fullmatch(name):
         raise UserError(f"{source}: {name!r} cannot be part of a folder's name; use letters, digits, '.', '_' and '-'")
     draft_from_mapping(
