@@ -16,7 +16,7 @@ from lead_engine.cli import compare
 from lead_engine.config import BatchConfig, CompareConfig, PrepareConfig, RuntimeConfig
 from lead_engine.evaluation.outputs import read_samples
 from lead_engine.pool.procedural import make_pool
-from lead_engine.study import run as study_run
+from lead_engine.study import compare as study_compare
 from lead_engine.study.launch import start
 from lead_engine.study.outcome import Outcome
 from lead_engine.study.plan import check_unchanged, config_text, eval_command, plan_runs, train_command
@@ -86,7 +86,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise UserError(f"{what} failed")
         return Ended()
 
-    monkeypatch.setattr(study_run, "start", run)
+    monkeypatch.setattr(study_compare, "start", run)
     monkeypatch.setattr(compare.report, "run", lambda config: calls.append(f"report {config.out.name}"))
     return calls
 
@@ -243,12 +243,12 @@ def test_a_run_that_ends_without_a_summary_is_no_result(
     pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
 ) -> None:
     path = write_study(tmp_path / "study.yaml", pool)
-    original = study_run.start
+    original = study_compare.start
 
     def run(command: list[str], log: Path, what: str, threads: int | None) -> Ended:
         return Ended() if what.startswith("training") else original(command, log, what, threads)
 
-    monkeypatch.setattr(study_run, "start", run)
+    monkeypatch.setattr(study_compare, "start", run)
     with pytest.raises(UserError, match=r"training lead-20pct-s0 ended without .*summary\.json"):
         compare.run(CompareConfig(config=path, out=tmp_path / "out"))
 
