@@ -152,7 +152,8 @@ def part_b(flags: argparse.Namespace, work: Path) -> list[Step]:
 
 
 def part_c(flags: argparse.Namespace, work: Path) -> list[Step]:
-    """Planning from up to 100 million samples; the selection's share of a step; predicted against seen loss change."""
+    """Planning from up to 100 million samples; the selection's share of a step; launches and what graphs would save;
+    predicted against seen loss change."""
     sizes = ["--samples", "1000", "--repeats", "1"] if flags.dry else []
     plan = Step("plan", 120, bench("plan", sizes, flags, work), ["gpu-plan.json", "gpu-plan.png"])
     common = [
@@ -165,7 +166,11 @@ def part_c(flags: argparse.Namespace, work: Path) -> list[Step]:
         "1e-4",
     ]
     short = (
-        {"step_overhead": ["--rounds", "2"], "loss_change_fidelity": ["--rounds", "3", "--only", "exact"]}
+        {
+            "step_overhead": ["--rounds", "2"],
+            "launches": ["--round-steps", "2"],
+            "loss_change_fidelity": ["--rounds", "3", "--only", "exact"],
+        }
         if flags.dry
         else {}
     )
@@ -176,7 +181,7 @@ def part_c(flags: argparse.Namespace, work: Path) -> list[Step]:
             python(f"bench/{name}.py", *common, *short.get(name, []), "--out", work / f"gpu-{name}.json"),
             [f"gpu-{name}.json"],
         )
-        for name in ("step_overhead", "loss_change_fidelity")
+        for name in ("step_overhead", "launches", "loss_change_fidelity")
     ]
     return [*prepared(flags, work), plan, *measured]
 

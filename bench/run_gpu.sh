@@ -3,7 +3,7 @@
 #
 #   bench/run_gpu.sh --part A --results DIR     correctness: attention, operators, no synchronisation, the head on two shapes
 #   bench/run_gpu.sh --part B --results DIR     training 1.2B parameters beside Trainer and SFTTrainer, with and without Liger
-#   bench/run_gpu.sh --part C --results DIR     planning to 100M samples, step overhead, fidelity of the loss change
+#   bench/run_gpu.sh --part C --results DIR     planning to 100M samples, step overhead, launches, fidelity
 #   bench/run_gpu.sh --part D | E | F           the head on all shapes; the other tests; the study (call F until it is complete)
 #   bench/run_gpu.sh --part A B C D E F --dry   every step at a tiny size on a CPU; no figure counts
 #

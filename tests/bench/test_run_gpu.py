@@ -11,6 +11,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import launches
 import pytest
 import run_gpu
 import torch
@@ -45,6 +46,31 @@ def test_every_step_runs_dry(tmp_path: Path) -> None:
             assert len(archive.getnames()) == len(summary["steps"])
         wanted = [name for step in run_gpu.PARTS[part](flags(tmp_path), tmp_path / "work") for name in step.results]
         assert len(wanted) + 2 <= run_gpu.MOST_FILES
+
+
+def test_launches_are_counted_and_failures_are_results(tmp_path: Path, make_pool, make_model, monkeypatch) -> None:
+    """On a CPU operators can be counted, and nothing can be captured; a part that fails leaves the parts after it."""
+    out = tmp_path / "launches.json"
+    folders = ["--pool", make_pool(samples=60), "--model", make_model("llama")]
+    sizes = ["--capacity", "256", "--round-steps", "2"]
+    monkeypatch.setattr("sys.argv", list(map(str, ["launches.py", *folders, *sizes, "--out", out])))
+    count = launches.count_round
+
+    def count_round(flags, ranks, compiled):
+        if compiled:
+            raise MemoryError("no room")
+        return count(flags, ranks, compiled)
+
+    monkeypatch.setattr(launches, "count_round", count_round)
+    launches.main()
+    result = json.loads(out.read_text())["result"]
+    assert 20 < result["eager"]["operators of a round's selection"] < 1000
+    assert result["eager"]["operators a step"] > 100
+    assert result["compiled"] == {"not counted": "MemoryError: no room"}
+    if not torch.cuda.is_available():
+        assert result["eager"]["launches a step"] is result["eager"]["taken from the device in a round"] is None
+        for name in ("selection, graph", "micro-batch, graph", "micro-batch under FSDP, graph"):
+            assert result[name] == {"not captured": "RuntimeError: no CUDA device"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
