@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lead_engine.training.loop import Engine, read_header
+from lead_engine.training.session import build
 from machine import arguments, write
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,8 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.model.load import build_model
 from lead_engine.training.distributed import Ranks, process_group
-from lead_engine.training.loop import Engine, read_header
-from lead_engine.training.session import build
 
 CUDA = torch.cuda.is_available()
 LAUNCHES = ("LaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch")

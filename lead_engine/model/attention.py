@@ -41,9 +41,10 @@ LENGTH_QUANTUM = 128
 
 
 class Held(NamedTuple):
-    """What a micro-batch holds, known on the host. Its samples are in the first slots."""
+    """What a micro-batch holds, known on the host."""
 
-    samples: int
+    slots: int
+    """Up to the last one with a sample; those after it are empty."""
     tokens: int
     """Of all samples."""
     longest: int
@@ -131,12 +132,12 @@ def split_tail(cu_seqlens: Tensor, length: int, max_length: int, held: Held | No
     cu_seqlens: int32 [segments + 1], the last segment being the tail; length: its last value. Returns int32
     [segments + ceil(length / max_length)], or [n * SEGMENT_QUANTUM + 1] with `held`.
     """
-    samples, pieces = cu_seqlens.shape[0] - 2, -(-length // max_length)
+    slots, pieces = cu_seqlens.shape[0] - 2, -(-length // max_length)
     if held is not None:
-        samples, pieces = held.samples, -(-(length - held.tokens) // max_length)
-        pieces = _rounded(samples + pieces, SEGMENT_QUANTUM) - samples
+        slots, pieces = held.slots, -(-(length - held.tokens) // max_length)
+        pieces = _rounded(slots + pieces, SEGMENT_QUANTUM) - slots
     steps = torch.arange(1, pieces + 1, device=cu_seqlens.device, dtype=cu_seqlens.dtype) * max_length
-    return torch.cat([cu_seqlens[: samples + 1], (cu_seqlens[samples] + steps).clamp_(max=length)])
+    return torch.cat([cu_seqlens[: slots + 1], (cu_seqlens[slots] + steps).clamp_(max=length)])
 
 
 def choose_attention(requested: Attention, device: torch.device, dtype: torch.dtype) -> str:
@@ -216,9 +217,22 @@ def _flash(
     bounds = (packing.kernel_bounds, packing.kernel_bounds, packing.longest, packing.longest)
     size = (-1, -1) if window is None else (window - 1, 0)
     found: Tensor = flash_attn_varlen_func(
-        q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=size, softcap=softcap or 0.0
+        q,
+        k,
+        v,
+        *bounds,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=size,
+        softcap=softcap or 0.0,
+        deterministic=_deterministic(),
     )
     return found
+
+
+def _deterministic() -> bool:
+    """Whether backward passes shall add up in one order: PyTorch's own switch, which its varlen kernel follows by itself."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None) -> Tensor:

@@ -143,10 +143,8 @@ class PackedLM(nn.Module):
         return self.head.projection.weight is self.decoder.embed_tokens.weight
 
     def hidden(self, batch: PackedBatch, held: Held | None = None) -> Tensor:
-        """Last block's output, before the final norm: [T, H].
-
-        held: what the host knows of the batch, whose samples then lie in its first slots; with it no attention kernel
-        is launched for slots that are empty.
+        """Last block's output, before the final norm: [T, H]. held: what the host knows of the batch; with it no
+        attention kernel is launched for the empty slots at its end.
         """
         # Compiled blocks take the shapes that every micro-batch has: others would be compiled anew.
         known = None if self.compiled else held

@@ -84,11 +84,14 @@ class Selector:
         return Plan(drawn.cluster, drawn.probabilities, ids, tokens, rows, order.utility[ids], samples.visits[ids])
 
     def sizes(self, plan: Plan) -> Tensor:
-        """int64 [4, S, M]: of each micro-batch its tokens, response tokens, samples, and tokens of its longest sample."""
+        """int64 [4, S, M]: of each micro-batch its tokens, response tokens, slots up to the last sample, and tokens of the
+        longest sample.
+        """
         pool, ids = self.samples, plan.sample_ids
         real = ids < pool.num_samples
+        slots = (real * torch.arange(1, ids.shape[-1] + 1, device=ids.device)).amax(-1)
         longest = torch.where(real, pool.lengths[pool.real(ids)], 0).amax(-1)
-        return torch.stack([plan.tokens, plan.rows, real.sum(-1), longest])
+        return torch.stack([plan.tokens, plan.rows, slots, longest])
 
     def observe(self, sample_ids: Tensor, loss: Tensor, loss_change: Tensor) -> None:
         """Update U and visits by one optimizer step: ids, losses and their estimated changes of all ranks, [M, B] each."""

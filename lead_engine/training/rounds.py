@@ -56,8 +56,8 @@ def read_header(plan: Plan, selector: Selector) -> Header:
 
     This is the one point of a round where the host waits for the device.
     """
-    tokens, rows, samples, longest = selector.sizes(plan).cpu().tolist()
-    held = [[Held(*sizes) for sizes in zip(*step, strict=True)] for step in zip(samples, tokens, longest, strict=True)]
+    tokens, rows, slots, longest = selector.sizes(plan).cpu().tolist()
+    held = [[Held(*sizes) for sizes in zip(*step, strict=True)] for step in zip(slots, tokens, longest, strict=True)]
     return Header([sum(step) for step in tokens], [[_round_up(count) for count in step] for step in rows], held)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +103,7 @@ def load(folder: Path, longest: int) -> nn.Module:
 @pytest.mark.parametrize("samples", [[], [5], [5, 0, 7], [16], [7, 7, 2]])
 @pytest.mark.parametrize("longest", [1, 7, 16, 40])
 def test_split_tail(samples: list[int], longest: int) -> None:
-    """Samples' bounds stay; the pieces cover the tail, none longer than the longest sample; the shape is always the same."""
+    """Samples' bounds stay; pieces cover the tail, none longer than the longest sample; the shape is always the same."""
     samples = [min(size, longest) for size in samples]
     samples += [0] * (4 - len(samples))
     bounds = torch.tensor([0, *itertools.accumulate(samples), 16], dtype=torch.int32)
@@ -116,7 +119,7 @@ def test_split_tail(samples: list[int], longest: int) -> None:
 @pytest.mark.parametrize("samples", [[], [5], [5, 1, 7], [16], [7, 7, 2]])
 @pytest.mark.parametrize("longest", [7, 16, 40])
 def test_split_tail_of_what_is_held(samples: list[int], longest: int, quantum: int, monkeypatch) -> None:
-    """Slots after the last sample are left out; the number of segments is the least multiple of the quantum that holds all."""
+    """Slots after the last sample are left out; segments are the least multiple of the quantum that holds all."""
     monkeypatch.setattr(attention, "SEGMENT_QUANTUM", quantum)
     samples = [min(size, longest) for size in samples]
     used = sum(samples)
@@ -130,7 +133,7 @@ def test_split_tail_of_what_is_held(samples: list[int], longest: int, quantum: i
 
 
 def test_kernels_are_launched_for_what_is_there(make_model, make_pool, flash_like, monkeypatch) -> None:
-    """In training and in scoring: segments and longest segment of every launch, with the losses of a sample at a time."""
+    """In training and in scoring: segments and longest segment of every launch; losses are those of a sample at a time."""
     launched = []
     seen = varlen.varlen_attn
 
@@ -173,18 +176,69 @@ def test_kernels_are_launched_for_what_is_there(make_model, make_pool, flash_lik
 
 def launch_of(held: Held) -> tuple[int, int]:
     longest = max(128, 128 * -(-held.longest // 128))
-    return 32 * max(1, -(-(held.samples + -(-(2048 - held.tokens) // longest)) // 32)), longest
+    return 32 * max(1, -(-(held.slots + -(-(2048 - held.tokens) // longest)) // 32)), longest
+
+
+def test_flash_attn_is_told_to_be_deterministic(monkeypatch) -> None:
+    """By PyTorch's own switch; "warn only" leaves both kernels as they are."""
+    told = []
+
+    def flash_attn_varlen_func(q, k, v, *bounds, deterministic=False, **options):
+        told.append(deterministic)
+        return q
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    packing = Packing(torch.tensor([0, 5, 8], dtype=torch.int32), 5, "flash", 8)
+    qkv = [torch.zeros(1, 2, 8, 16) for _ in range(3)]
+    try:
+        for options in ((False,), (True,), (True, True)):
+            torch.use_deterministic_algorithms(options[0], warn_only=len(options) > 1)
+            packed_attention(nn.Identity(), *qkv, None, packing=packing)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told == [False, True, False]
+
+
+KERNELS = [
+    "varlen",
+    pytest.param(
+        "flash",
+        marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed"),
+    ),
+]
 
 
 @CUDA
+@pytest.mark.parametrize("kind", KERNELS)
+def test_deterministic_backward(kind: str) -> None:
+    """Under PyTorch's switch two backward passes are equal bit for bit, long samples and many blocks of keys each."""
+    cu = torch.tensor([0, 3000, 3001, 3001, 4096], dtype=torch.int32, device="cuda")
+    qkv = [torch.randn(1, heads, 4096, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
+    found = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(4):
+            inputs = [x.clone().requires_grad_() for x in qkv]
+            packing = Packing(cu, 3000, kind, 4096, Held(2, 3001, 3000))
+            out, _ = packed_attention(nn.Identity(), *inputs, None, packing=packing)
+            out.float().square().sum().backward()
+            found.append([out.detach(), *(x.grad for x in inputs)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+@CUDA
+@pytest.mark.parametrize("trimmed", [False, True], ids=["all slots", "trimmed"])
 @pytest.mark.parametrize("window", [None, 48])
-@pytest.mark.parametrize("kind", ["varlen", "flash"])
-def test_kernels_agree_with_the_mask(kind: str, window: int | None) -> None:
+@pytest.mark.parametrize("kind", KERNELS)
+def test_kernels_agree_with_the_mask(kind: str, window: int | None, trimmed: bool) -> None:
     """Forward and backward with grouped heads and a long tail, the allocator's free memory filled with NaN before."""
-    if kind == "flash":
-        pytest.importorskip("flash_attn", reason="flash-attn is not installed")
-    samples, length = [96, 1, 0, 33, 96, 64], 2048
-    cu = torch.tensor([0, *itertools.accumulate(samples), length], dtype=torch.int32, device="cuda")
+    samples, length = ([96, 1, 33, 96, 64] if trimmed else [96, 1, 0, 33, 96, 64]), 2048
+    ends = [*itertools.accumulate(samples), *[sum(samples)] * 58]  # and empty slots
+    cu = torch.tensor([0, *ends, length], dtype=torch.int32, device="cuda")
+    held = Held(len(samples), sum(samples), max(samples)) if trimmed else None
     generator = torch.Generator("cuda").manual_seed(0)
     exact = [
         torch.randn(1, heads, length, 64, device="cuda", generator=generator, dtype=torch.float64)
@@ -196,7 +250,7 @@ def test_kernels_agree_with_the_mask(kind: str, window: int | None) -> None:
         qkv = [x.to(dtype).detach().requires_grad_() for x in exact]
         poison = torch.full((1 << 26,), torch.nan, device="cuda", dtype=torch.bfloat16)
         del poison  # to the allocator, which hands it out again
-        packing = Packing(cu, max(samples), form, length)
+        packing = Packing(cu, max(samples), form, length, held)
         out, _ = packed_attention(nn.Identity(), *qkv, None, packing=packing, sliding_window=window)
         out.backward(upstream.to(dtype))
         found.append([out.detach().double(), *(x.grad.double() for x in qkv)])

@@ -120,7 +120,7 @@ def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks:
     """Plan, batches, head, backward pass, optimizer, gathering, U and visits, reward and bandit, and what is copied for the logs."""
     folder = make_model("llama")
     options = SelectionConfig(sketch_dim=8, round_steps=LAYOUT.steps, calibrate_every=2, **CHANGES[change])
-    each = [Held(samples=4, tokens=4 * LENGTH, longest=LENGTH)] * LAYOUT.micro_batches
+    each = [Held(slots=4, tokens=4 * LENGTH, longest=LENGTH)] * LAYOUT.micro_batches
     header = Header([100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps, [each] * LAYOUT.steps)
 
     def no_read(plan: Plan, selector: Selector) -> Header:
