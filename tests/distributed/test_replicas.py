@@ -139,6 +139,7 @@ def test_ranks_that_differ_are_told(tmp_path: Path) -> None:
     assert "of ranks 1 differs from rank 0's after step 4" in found[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["mixture, soft, drift", "random"])
 @pytest.mark.timeout(200)
 def test_two_real_ranks_agree(selection: str, make_pool, make_model, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 from needs import TRAINERS
 
-pytestmark = TRAINERS
+pytestmark = [pytest.mark.slow, TRAINERS]
 
 # Padded and packed batches add the same numbers in another order: fp32 losses near 5 agree to about 1e-6 at first, and
 # every step adds to the difference.

@@ -55,6 +55,7 @@ def test_the_folder_has_no_module_of_its_own(repository: Path) -> None:
     assert result.stdout.strip() == "None", result.stderr
 
 
+@pytest.mark.slow
 def test_transformers_does_not_take_the_folder_for_the_package(repository: Path) -> None:
     code = (
         "from transformers.utils import is_kernels_available; import transformers.integrations.hub_kernels, peft; "

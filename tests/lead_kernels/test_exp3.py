@@ -36,6 +36,7 @@ class Literal:
             self.weights = [w + share for w in self.weights]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rewards", "alpha"), [("best arm", 0.0), ("worst case", 0.0), ("switching", 1e-3)])
 def test_ten_thousand_extreme_rounds(rewards: str, alpha: float) -> None:
     literal, log_weights = Literal(alpha), torch.zeros(K, dtype=torch.float64)
