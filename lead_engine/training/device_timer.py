@@ -53,7 +53,7 @@ class DeviceTimer:
     def _mark(self) -> Mark:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no annotations here
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 

@@ -25,7 +25,7 @@ class HostCopy(Generic[T]):
         self._event: torch.cuda.Event | None = None
         self._values: T = pytree.tree_map_only(Tensor, _to_host, values)
         if any(isinstance(x, Tensor) and x.is_cuda for x in tensors):
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no annotations here
+            self._event = torch.cuda.Event()
             self._event.record()
 
     def read(self) -> T:
