@@ -231,7 +231,7 @@ def _flash(
 
 
 def _deterministic() -> bool:
-    """Whether backward passes shall add up in one order: PyTorch's own switch, which its varlen kernel follows by itself."""
+    """Whether backward passes add up in one order: PyTorch's own switch, which its varlen kernel follows by itself."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 

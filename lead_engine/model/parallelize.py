@@ -86,7 +86,7 @@ def shard(model: PackedLM, mesh: DeviceMesh, dtype: torch.dtype, *, offload: boo
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if mesh.size() == 1:  # nothing to sum; a factor, 1 too, costs a pass over the gradients, a buffer another
-                module.set_custom_reduce_scatter(_OneBuffer())  # type: ignore[arg-type]  # see there what it leaves out
+                module.set_custom_reduce_scatter(_OneBuffer())  # type: ignore[arg-type]  # a part of it
                 continue
             # Losses carry the global 1 / response tokens already: gradients are summed over ranks, never averaged.
             module.set_gradient_divide_factor(1.0)

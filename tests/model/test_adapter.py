@@ -1,4 +1,6 @@
-"""An adapter on the LM head works inside the loss: against peft, against the merged model, under FSDP, and through merge."""
+"""An adapter on the LM head works inside the loss: against peft, against the merged model, under FSDP, and through
+merge.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +67,8 @@ def test_head_adapter_starts_at_the_base(make_model, make_pool) -> None:
     names, others = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (model, without))
     assert names - others == {"head.projection.lora_A.default.weight", "head.projection.lora_B.default.weight"}
     own, other = dict(model.named_parameters()), dict(without.named_parameters())
-    assert all(
-        torch.equal(own[name], other[name]) for name in others
-    )  # the blocks' adapters start as they do without it
+    # The blocks' adapters start as they do without it.
+    assert all(torch.equal(own[name], other[name]) for name in others)
 
 
 def test_head_adapter_is_read_by_peft(trained) -> None:
@@ -152,7 +153,9 @@ OPTIONS = [
 
 
 def test_an_adapter_is_trained_on_as_it_is(make_model, make_pool, run_ranks, tmp_path: Path) -> None:
-    """A run that starts from a run's adapter (4-bit base, head) goes on where that one ended, and names the same base."""
+    """A run that starts from a run's adapter (4-bit base, head) goes on where that one ended,
+    and names the same base.
+    """
     pool, base = make_pool(samples=60), make_model("llama", hidden_size=64, head_dim=16, intermediate_size=128)
     line = [
         "train",

@@ -1,4 +1,6 @@
-"""LoRA's options against peft: its adapters are read, give its losses, are trained by its gradients, merged, and saved as it reads them."""
+"""LoRA's options against peft: its adapters are read, give its losses, are trained by its gradients, merged, and saved
+as it reads them.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +168,9 @@ def test_new_adapters_have_peft_s_layers(base: Path, store: TokenStore) -> None:
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_dropout_is_what_its_seed_says(quantize: str, make_model, store: TokenStore) -> None:
-    """The same losses and gradients whatever is recomputed or compiled or was drawn before; others for another micro-batch."""
+    """The same losses and gradients whatever is recomputed or compiled or was drawn before; others for another
+    micro-batch.
+    """
     base = make_model("llama", hidden_size=64, head_dim=16, intermediate_size=128)
     lora = LoraConfig(rank=4, dora=True, dropout=0.3, quantize=quantize)
     found = {}
@@ -280,7 +284,9 @@ def test_damaged_configs_are_named(text: str, tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_named(base: Path, plain: Path, make_model, tmp_path: Path) -> None:
-    """Missing, too many, of another shape, of integers, as a pickle, of another base: by training and by merging alike."""
+    """Missing, too many, of another shape, of integers, as a pickle, of another base: by
+    training and by merging alike.
+    """
     tensors, name = (
         load_file(plain / "adapter_model.safetensors"),
         "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight",

@@ -1,6 +1,8 @@
-"""Every supported architecture: packed = separate, for losses and all gradients, against transformers' own forward of each sample alone.
+"""Every supported architecture: packed = separate, for losses and all gradients, against transformers' own forward of
+each sample alone.
 
-The table is the list of what is trained at all (lead_engine/model/architectures.py): an architecture that is not here is refused.
+The table is the list of what is trained at all (lead_engine/model/architectures.py): an architecture that is not here
+is refused.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ def test_packed_equals_separate(kind: str, make_model, store: TokenStore) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_that_teach_nothing(kind: str, make_model, store: TokenStore, silent_store: TokenStore) -> None:
-    """No sample, or none with a response token: loss 0 and a zero gradient for every parameter, so that ranks reduce the same set."""
+    """No sample, or none with a response token: loss 0 and a zero gradient for every parameter, so that ranks reduce
+    the same set.
+    """
     folder = make_model(kind, all_random=True, **KINDS[kind])
     for attention in ("segment", "mask"):
         model = build(folder, attention)
@@ -111,7 +115,8 @@ def silent_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_reads_the_device(kind: str, make_model, monkeypatch) -> None:
-    """Forward and backward under FakeTensorMode: tensors have no data, so whatever depends on some (an experts' loop does) raises.
+    """Forward and backward under FakeTensorMode: tensors have no data, so whatever depends on some (an experts' loop
+    does) raises.
 
     transformers spares fake tensors some of its reads ("is this row packed?"); here it must not.
     """
@@ -127,10 +132,11 @@ def test_the_plain_experts_loop_does(make_model) -> None:
 
 
 def fake_step(config, options: dict[str, str]) -> None:
+    # bf16: grouped products have a kernel on a GPU in no other dtype.
     options |= {
         "attn_implementation": NAME,
         "dtype": torch.bfloat16,
-    }  # in which grouped products have a kernel on a GPU
+    }
     hf = AutoModelForCausalLM.from_config(architectures.as_trained(config), **options)
     model = PackedLM(hf, attention="mask", max_length=12, chunk_bytes=1 << 16)
     mode = FakeTensorMode()
@@ -152,7 +158,9 @@ def fake_step(config, options: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("longest", [40, 16])
 def test_longrope_is_chosen_by_each_samples_own_length(longest: int, make_model, make_pool) -> None:
-    """Phi-3's long frequencies are for samples of more than 16 tokens here; transformers goes by the longest of a call."""
+    """Phi-3's long frequencies are for samples of more than 16 tokens here; transformers goes
+    by the longest of a call.
+    """
     rope = {
         "rope_type": "longrope",
         "rope_theta": 100.0,

@@ -61,7 +61,9 @@ def named(folder: Path) -> tuple[str, str | None]:
 
 
 def test_an_adapter_names_the_hub(cache: Path, tmp_path: Path) -> None:
-    """And so do the adapter trained on, and one that was saved with another machine's path; both are read, and merged."""
+    """And so do the adapter trained on, and one that was saved with another machine's path;
+    both are read, and merged.
+    """
     assert find_model(NAME) == find_model(f"{NAME}@main") == find_model(f"{NAME}@{COMMIT}") == cache
     with pytest.raises(UserError, match=r"--model acme/tiny-base@v2: .*not found on the hub"):
         find_model(f"{NAME}@v2")

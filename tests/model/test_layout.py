@@ -1,4 +1,6 @@
-"""Checkpoints in shards: a rank reads its own slices and no others; what is written has the names, shapes and dtypes of what was read."""
+"""Checkpoints in shards: a rank reads its own slices and no others; what is written has the names, shapes and dtypes of
+what was read.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def test_a_rank_reads_its_own_slices_and_no_more(world: int, make_model, monkeyp
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_as_it_was_read(kind: str, make_model, tmp_path: Path, capsys) -> None:
-    """bf16 in shards -> engine (fp32) -> files: the same names, shapes, dtypes and bits in the same files, and a config that says so."""
+    """bf16 in shards -> engine (fp32) -> files: the same names, shapes, dtypes and bits in the same files, and a config
+    that says so.
+    """
     folder = make_model(kind, shards="40KB", dtype=torch.bfloat16, all_random=True, **KINDS[kind])
     model = build(folder)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

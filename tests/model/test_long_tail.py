@@ -30,7 +30,9 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 
 class AsFlashKernelsDo(torch.autograd.Function):
-    """Causal attention that writes only the first `longest` rows of every segment, as the flash kernels do; the rest is NaN."""
+    """Causal attention that writes only the first `longest` rows of every segment, as the flash kernels do; the rest is
+    NaN.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, bounds, longest, window, scale):
@@ -103,7 +105,9 @@ def load(folder: Path, longest: int) -> nn.Module:
 @pytest.mark.parametrize("samples", [[], [5], [5, 0, 7], [16], [7, 7, 2]])
 @pytest.mark.parametrize("longest", [1, 7, 16, 40])
 def test_split_tail(samples: list[int], longest: int) -> None:
-    """Samples' bounds stay; pieces cover the tail, none longer than the longest sample; the shape is always the same."""
+    """Samples' bounds stay; pieces cover the tail, none longer than the longest sample; the
+    shape is always the same.
+    """
     samples = [min(size, longest) for size in samples]
     samples += [0] * (4 - len(samples))
     bounds = torch.tensor([0, *itertools.accumulate(samples), 16], dtype=torch.int32)
@@ -133,7 +137,9 @@ def test_split_tail_of_what_is_held(samples: list[int], longest: int, quantum: i
 
 
 def test_kernels_are_launched_for_what_is_there(make_model, make_pool, flash_like, monkeypatch) -> None:
-    """In training and in scoring: segments and longest segment of every launch; losses are those of a sample at a time."""
+    """In training and in scoring: segments and longest segment of every launch; losses are
+    those of a sample at a time.
+    """
     launched = []
     seen = varlen.varlen_attn
 

@@ -1,4 +1,6 @@
-"""4-bit bases are bitsandbytes' own, on any number of ranks; what is trained on them is what transformers, peft, eval and merge compute."""
+"""4-bit bases are bitsandbytes' own, on any number of ranks; what is trained on them is what transformers, peft, eval
+and merge compute.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,10 @@ def test_weights_are_those_of_bitsandbytes(stored: torch.dtype, make_model, tmp_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_and_gradient(dtype: torch.dtype) -> None:
-    """Against float64 over the dequantised weight: as near as a linear layer with that weight. No weight is kept for the backward pass."""
+    """Against float64 over the dequantised weight: as near as a linear layer with that weight.
+
+    No weight is kept for the backward pass.
+    """
     torch.manual_seed(0)
     weight = torch.randn(96, 192)
     layer = nf4.NF4Linear(96, 192, nn.Parameter(torch.randn(96).to(dtype))).to_empty(device="cpu")
@@ -175,7 +180,9 @@ def test_a_product_reads_nothing_from_the_device() -> None:
 
 
 def test_adapters_get_the_gradients_that_the_rounded_base_gives_them(make_model, make_pool, tmp_path: Path) -> None:
-    """A plain LoRA on a checkpoint whose weights were rounded beforehand is the same model: losses and gradients to fp32's rounding."""
+    """A plain LoRA on a checkpoint whose weights were rounded beforehand is the same model: losses and gradients to
+    fp32's rounding.
+    """
     base, store = make_model("llama", **SHAPE), TokenStore.open(make_pool(samples=20) / "store")
     rounded = AutoModelForCausalLM.from_pretrained(base)
     nf4.round_blocks(rounded)
@@ -265,7 +272,8 @@ def test_trained_run_is_the_same_everywhere(make_model, make_pool, run_ranks, ru
     plain = our_losses(build(unrounded, trainable=False), store)
     apart = (ours - plain).abs().min()
     assert apart > 1e-3  # what 4 bits change: all below must be far nearer
-    # In training mode, which but for dropout changes nothing else: in evaluation bitsandbytes multiplies in bf16 on a CPU that can.
+    # In training mode, which but for dropout changes nothing else: in evaluation bitsandbytes multiplies in bf16 on a
+    # CPU that can.
     peft = PeftModel.from_pretrained(load_4bit(folder), folder).train()
     for module in peft.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -43,7 +43,10 @@ def test_one_large_micro_batch_is_eight_small_ones(make_model, make_pool) -> Non
 
 
 def test_neighbours_do_not_leak(make_model, make_pool) -> None:
-    """Other neighbours, other place in the micro-batch: the same loss. A leak through attention shows in the first digits."""
+    """Other neighbours, other place in the micro-batch: the same loss.
+
+    A leak through attention shows in the first digits.
+    """
     folder, store = make_model("llama"), TokenStore.open(make_pool(samples=30) / "store")
     model = build(folder)
     with torch.no_grad():

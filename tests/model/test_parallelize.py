@@ -96,7 +96,9 @@ def test_recomputing_changes_no_bit_and_no_name(variant: str, make_model) -> Non
 @pytest.mark.parametrize("variant", ["bf16", "LoRA", "tied"])
 @pytest.mark.parametrize("recomputed", ["none", "selective"])
 def test_weights_stay_gathered_through_a_step(variant: str, recomputed: str, make_model, monkeypatch) -> None:
-    """Cast once a step and unit instead of twice a micro-batch; the same bits after three steps, for weights are cast anew in each."""
+    """Cast once a step and unit instead of twice a micro-batch; the same bits after three steps, for weights are cast
+    anew in each.
+    """
     folder = make_model("qwen3", tie_word_embeddings=True) if variant == "tied" else make_model("llama")
     lora = LoraConfig(rank=4) if variant == "LoRA" else None
     gathered: list[object] = []
@@ -241,12 +243,15 @@ KINDS = {
         {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 7},
     ),
 }
-"""Kinds of layers, and what is special about the model: more layers than torch.compile bears versions of a function; experts; soft caps."""
+"""Kinds of layers, and what is special about the model: more layers than torch.compile bears versions of a function;
+experts; soft caps.
+"""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_share_one_compilation(kind: str, make_model, one_rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph for all blocks of a kind and all micro-batches, recomputation and FSDP included; one more for passes without gradients.
+    """One graph for all blocks of a kind and all micro-batches, recomputation and FSDP included; one more for passes
+    without gradients.
 
     What the compiler makes of it is left out here, as it takes most of the time; test_equivalence_classes.py runs that.
     """

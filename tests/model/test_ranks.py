@@ -1,4 +1,6 @@
-"""Architectures on two real ranks: an idle rank reduces the same gradients, and a trained model is what transformers reads."""
+"""Architectures on two real ranks: an idle rank reduces the same gradients, and a trained model is what transformers
+reads.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_a_vocabulary_that_three_ranks_do_not_divide(make_model, make_pool, tmp_
 
 
 def train_and_compare(ranks: int, base: Path, pool: Path, tmp_path: Path) -> None:
-    """Two steps of the command line; the losses of the trained model, on its ranks, are those of the saved one in transformers."""
+    """Two steps of the command line; the losses of the trained model, on its ranks, are those of the saved one in
+    transformers.
+    """
     out = tmp_path / "run"
     load_tokenizer(base).save_pretrained(pool / "tokenizer")  # transformers reads it by the model's kind
     line = [

@@ -150,7 +150,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_told_after_all_is_gathered(
     make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gathering is a collective: if rank 0 left it at the first file that fails, the other ranks would wait for it for ever."""
+    """Gathering is a collective: if rank 0 left it at the first file that fails, the other ranks would wait for it for
+    ever.
+    """
     base, gathered, whole = make_model("llama", shards="40KB"), [], weights.whole
     model = build(base)
     monkeypatch.setattr(weights, "whole", lambda tensor: gathered.append(1) or whole(tensor))

@@ -1,4 +1,6 @@
-"""8-bit AdamW: bitsandbytes' where blocks are the same, sharded, skipped on the device, and through real checkpoints."""
+"""8-bit AdamW: bitsandbytes' where blocks are the same, sharded, skipped on the device, and
+through real checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def distance(one: list[Tensor], other: list[Tensor]) -> list[float]:
 
 
 def test_it_is_bitsandbytes_own_where_rows_are_whole_blocks() -> None:
-    """To the rounding of fp32, which once in a while puts a moment on the other side of a level: far below what 8 bits change."""
+    """To the rounding of fp32, which once in a while puts a moment on the other side of a level: far below what 8 bits
+    change.
+    """
     shapes = ROWS_OF_256
     ours = train(AdamW8bit(parameters(shapes), **SETTINGS), shapes, range(20))
     theirs = train(bitsandbytes.optim.AdamW8bit(parameters(shapes), **SETTINGS), shapes, range(20))
@@ -119,9 +123,8 @@ def test_a_skipped_step_never_was() -> None:
             for key, value in never.state[b].items():
                 assert torch.equal(skipping.state[a][key], value), key
     assert all(float(state["step"]) == 3 for state in skipping.state.values())
-    plain = AdamW8bit(
-        parameters(shapes), **SETTINGS
-    )  # and an optimizer that is never told of skips does the same steps
+    # And an optimizer that is never told of skips does the same steps.
+    plain = AdamW8bit(parameters(shapes), **SETTINGS)
     for step in (1, 2, 5):
         for parameter, gradient in zip(plain.param_groups[0]["params"], gradients(shapes, step), strict=True):
             parameter.grad = gradient
@@ -133,8 +136,11 @@ def test_a_skipped_step_never_was() -> None:
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
 def test_a_second_moment_that_fell_to_zero_does_not_throw_the_weight(betas: tuple[float, float]) -> None:
-    """m can outlive v in 8 bits: m / eps would follow, thousands of learning rates long. A quantiser that rounds to the nearest level (on a
-    GPU it does; on a CPU bitsandbytes rounds 0 up) leaves this state."""
+    """m can outlive v in 8 bits: m / eps would follow, thousands of learning rates long.
+
+    A quantiser that rounds to the nearest level (on a GPU it does; on a CPU bitsandbytes rounds 0 up) leaves this
+    state.
+    """
     parameter = nn.Parameter(torch.zeros(64, 256))
     optimizer = AdamW8bit([parameter], lr=1.0, betas=betas, weight_decay=0.0)
     parameter.grad = torch.zeros_like(parameter)
@@ -153,7 +159,9 @@ def test_a_second_moment_that_fell_to_zero_does_not_throw_the_weight(betas: tupl
 
 
 def test_bound_of_the_moments() -> None:
-    """The largest m^2 / v that any history of gradients reaches, found by the history that reaches it; 0 where there is none."""
+    """The largest m^2 / v that any history of gradients reaches, found by the history that reaches it; 0 where there is
+    none.
+    """
     for beta1, beta2 in ((0.9, 0.95), (0.9, 0.999), (0.5, 0.9)):
         history = (beta1 / beta2) ** torch.arange(20_000, dtype=torch.float64)  # equality in Cauchy-Schwarz
         k = torch.arange(20_000, dtype=torch.float64)
@@ -209,7 +217,9 @@ SHAPE = {
 
 
 def test_the_loop_skips_a_step_that_is_not_finite(make_model, make_pool, tmp_path: Path) -> None:
-    """The second of three steps meets a row of NaN in the embedding: parameters and all 8-bit state are those of a run without it."""
+    """The second of three steps meets a row of NaN in the embedding: parameters and all 8-bit state are those of a run
+    without it.
+    """
     folder = tmp_path / "model"
     shutil.copytree(make_model("llama", **SHAPE), folder)
     tensors = load_file(folder / "model.safetensors")
@@ -259,7 +269,9 @@ KINDS = {
 def test_resumed_run_is_the_uninterrupted_one(
     kind: str, make_model, make_pool, run_ranks, start_ranks, tmp_path: Path
 ) -> None:
-    """On two ranks bit for bit; and a checkpoint of two ranks goes on with one or three as the same run, to rounding."""
+    """On two ranks bit for bit; and a checkpoint of two ranks goes on with one or three as the
+    same run, to rounding.
+    """
     ranks, options = KINDS[kind]
     line = ["train", "--pool", make_pool(samples=220), "--model", make_model("llama", **SHAPE), *OPTIONS, *options]
     line[line.index("--batch.micro-batches") + 1] = "6"

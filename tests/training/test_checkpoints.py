@@ -1,4 +1,6 @@
-"""Checkpoints on disk: damaged ones are found out and passed over, nothing in them is run, and what cannot be written harms nothing."""
+"""Checkpoints on disk: damaged ones are found out and passed over, nothing in them is run, and what cannot be written
+harms nothing.
+"""
 
 from __future__ import annotations
 
@@ -295,9 +297,8 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
     run_ranks(*arguments, "--out", tmp_path / "whole", ranks=2)
     size = sum(path.stat().st_size for path in newest(tmp_path / "whole" / "checkpoints").iterdir())
     out, ballast = small_disk / "run", small_disk / "ballast"
-    ballast.write_bytes(
-        bytes((4 << 20) - int(1.1 * size) - (180 << 10))
-    )  # room for one checkpoint and the logs, not for the model
+    # Room for one checkpoint and the logs, not for the model.
+    ballast.write_bytes(bytes((4 << 20) - int(1.1 * size) - (180 << 10)))
 
     full = run_ranks(*arguments, "--out", out, ranks=2, check=False)
     assert full.wait() == [2, 2]

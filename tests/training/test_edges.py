@@ -1,4 +1,6 @@
-"""Pools, budgets and vocabularies at the edge of what makes sense, through the command line: each run ends well, and says what was odd."""
+"""Pools, budgets and vocabularies at the edge of what makes sense, through the command line: each run ends well, and
+says what was odd.
+"""
 
 from __future__ import annotations
 

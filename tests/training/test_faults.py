@@ -62,7 +62,8 @@ def test_a_rank_that_is_killed_ends_the_other(killed: int, arguments: list, star
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch, capsys):
-    """ranks(phase of rank 0, phase of rank 1, silent=[...]) -> (whether rank 0's watchdog ended it within two time-outs, what it said).
+    """ranks(phase of rank 0, phase of rank 1, silent=[...]) -> (whether rank 0's watchdog ended it within two
+    time-outs, what it said).
 
     Real stores and clocks; rank 1 is a thread that tells a phase, as its watchdog would.
     """

@@ -44,7 +44,9 @@ def load(folder, lora: LoraConfig) -> PackedLM:
 
 
 def counted(model: torch.nn.Module, ids: torch.Tensor) -> int:
-    """FLOPs of transformers' own forward and backward pass over one sample, its head on every token; eager attention is plain products."""
+    """FLOPs of transformers' own forward and backward pass over one sample, its head on every token; eager attention is
+    plain products.
+    """
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False).logits.float().square().mean().backward()
     return counter.get_total_flops()
@@ -68,7 +70,9 @@ def test_formula_counts_what_runs(name: str, lora: str, make_model) -> None:
 
 
 def test_engine_runs_what_is_counted(make_model) -> None:
-    """The engine's own decoder over a packed micro-batch: samples do not see each other, and the plain products show it."""
+    """The engine's own decoder over a packed micro-batch: samples do not see each other, and the plain products show
+    it.
+    """
     runtime = RuntimeConfig(precision="bf16", attention="segment")
     model = build_model(make_model("llama"), device=torch.device("cpu"), runtime=runtime, max_length=LENGTH).bfloat16()
     lengths = torch.tensor([40, 7, 17])
@@ -105,7 +109,8 @@ def test_bases_and_adapters_count_as_what_they_stand_for(make_model) -> None:
     assert head.per_token == plain.per_token
     assert dora == plain
     assert trained_head.per_row == 6 * 320 * 64
-    # Query, key, value (64, 32, 32 wide) and the A of their adapters, in the first block: their input has a gradient now.
+    # Query, key, value (64, 32, 32 wide) and the A of their adapters, in the first block: their input has a gradient
+    # now.
     assert trained_embedding.per_token == plain.per_token + 2 * 64 * (64 + 32 + 32 + 3 * 4)
     assert trained_embedding.per_row == plain.per_row
 

@@ -253,9 +253,8 @@ def test_records_that_are_in_the_pool_are_counted(tmp_path: Path, make_model) ->
     tokenizer = load_tokenizer(make_model("llama"))
     folder = tmp_path / "pool"
     write_heldout(folder, [str(write_records(tmp_path / "a.jsonl", 12))], tokenizer, max_length=64, skip_bad=False)
-    other = (
-        write_records(tmp_path / "b.jsonl", 15).read_text().splitlines(keepends=True)[10:]
-    )  # of which 10 and 11 are there
+    # Of which 10 and 11 are there.
+    other = write_records(tmp_path / "b.jsonl", 15).read_text().splitlines(keepends=True)[10:]
     (tmp_path / "b.jsonl").write_text("".join(other))
     marker = write_heldout(
         tmp_path / "b", [str(tmp_path / "b.jsonl")], tokenizer, max_length=64, skip_bad=False, pool=folder
@@ -303,9 +302,8 @@ def test_a_best_model_that_cannot_be_written_leaves_the_one_before(config: Train
                 in_the_way.write_text("a file is in the way")
             with torch.no_grad():
                 for parameter in session.trainer.model.parameters():
-                    parameter.mul_(
-                        0.8
-                    )  # towards the uniform distribution, which is better than a random model of large weights
+                    # Towards the uniform distribution, which is better than a random model of large weights.
+                    parameter.mul_(0.8)
             watch.look(Progress(step, step, 10 * step), Bar())
             note = json.loads((config.out / "best" / "heldout.json").read_text())
             assert note["step"] == (3 if obstacle else step)

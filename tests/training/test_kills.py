@@ -1,4 +1,6 @@
-"""Fifty times in one run, at random moments, one rank or all are killed; resumed each time, it ends as the run that nobody touched."""
+"""Fifty times in one run, at random moments, one rank or all are killed; resumed each time, it ends as the run that
+nobody touched.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SLOW_FORWARD = 0.02  # seconds: the longest random delay once an attempt trains
 
 
 def phase(group, out: Path, started: float) -> str:
-    """What an attempt that began at `started` (seconds of the wall clock) is doing, by its first screen and what lies on the disk."""
+    """What an attempt that began at `started` (seconds of the wall clock) is doing, by its first screen and what lies
+    on the disk.
+    """
 
     def new(path: Path) -> bool:
         try:

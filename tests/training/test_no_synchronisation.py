@@ -1,4 +1,7 @@
-"""On a GPU: a round's steps never wait for the device. (Without one, test_round_is_static shows that they read nothing from it.)"""
+"""On a GPU: a round's steps never wait for the device.
+
+(Without one, test_round_is_static shows that they read nothing from it.)
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,10 @@ SELECTIONS = {
 }
 
 
+# Several blocks of every kernel: of token places (512), slots (128), segments, and the attention's rows (128).
 CAPACITIES = [
     128,
-    4096,  # several blocks of every kernel: of token places (512), slots (128), segments, and the attention's rows (128)
+    4096,
 ]
 
 

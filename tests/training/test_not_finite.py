@@ -1,7 +1,8 @@
 """Losses and gradients that are not finite: the step is as if it had not been, on all ranks, and its samples are named.
 
-Real sources: rows of the embedding that only one sample's token reaches, NaN (its loss is not finite) or, in a model whose norms have no
-epsilon, 1e-19 (the norm makes ones of it, so its loss is finite; 1 / 1e-19^3 in the norm's gradient is not).
+Real sources: rows of the embedding that only one sample's token reaches, NaN (its loss is not finite) or, in a model
+whose norms have no epsilon, 1e-19 (the norm makes ones of it, so its loss is finite; 1 / 1e-19^3 in the norm's gradient
+is not).
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def test_a_skipped_step_is_as_if_it_had_not_been(change: str, token: int, sessio
 
 
 def test_the_first_step_may_be_the_one(session) -> None:
-    """Where the first measurement of the step's true effect is lost, estimates are 0 until the next, and none is NaN."""
+    """Where the first measurement of the step's true effect is lost, estimates are 0 until the
+    next, and none is NaN.
+    """
     state = play(session({}), 0, NAN_TOKEN, [0, 1, 2])
     assert bool(state["measured"])
     assert bool(state["utility"].isfinite().all())

@@ -32,7 +32,9 @@ def test_weight_decay_is_on_matrices_only() -> None:
 
 
 def test_first_order_change_is_the_inner_product_with_the_update() -> None:
-    """<G, theta after> - <G, theta before> in float64 is <G, dtheta>, also where the update is in the last digits of fp32 weights."""
+    """<G, theta after> - <G, theta before> in float64 is <G, dtheta>, also where the update is in the last digits of
+    fp32 weights.
+    """
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(3 * torch.randn(3000, 1500)), torch.nn.Parameter(torch.randn(17))]
     for p in parameters:

@@ -1,6 +1,8 @@
-"""A whole round, backward pass and optimizer included, under FakeTensorMode: tensors have no data, so any step that reads some raises.
+"""A whole round, backward pass and optimizer included, under FakeTensorMode: tensors have no data, so any step that
+reads some raises.
 
-Fake CPU tensors, since autograd has no engine for a GPU that is not there; each op also runs on fake CUDA tensors in its own tests.
+Fake CPU tensors, since autograd has no engine for a GPU that is not there; each op also runs on fake CUDA tensors in
+its own tests.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ LAYOUT = Layout(steps=3, micro_batches=2, slots=4, capacity=64)
 
 
 class DeviceStore:
-    """What the loop uses of a TokenStore in placement `device`; the real one opens files, which has no fake counterpart."""
+    """What the loop uses of a TokenStore in placement `device`; the real one opens files, which has no fake
+    counterpart.
+    """
 
     wants_prefetch = False
 
@@ -50,9 +54,8 @@ class DeviceStore:
 def blind(thing: object, mode: FakeTensorMode) -> object:
     """Replace every tensor that `thing` holds, however deep, by one without data."""
     if isinstance(thing, torch.Tensor):
-        return (
-            thing if isinstance(thing, FakeTensor) else mode.from_tensor(thing)
-        )  # the selector and its method share the pool
+        # The selector and its method share the pool.
+        return thing if isinstance(thing, FakeTensor) else mode.from_tensor(thing)
     if isinstance(thing, tuple):
         return tuple(blind(part, mode) for part in thing)
     if type(thing).__module__.startswith("lead_engine") and not isinstance(thing, torch.nn.Module):
@@ -117,7 +120,9 @@ def two_ranks() -> Iterator[int]:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks: int, monkeypatch) -> None:
-    """Plan, batches, head, backward pass, optimizer, gathering, U and visits, reward and bandit, and what is copied for the logs."""
+    """Plan, batches, head, backward pass, optimizer, gathering, U and visits, reward and bandit, and what is copied for
+    the logs.
+    """
     folder = make_model("llama")
     options = SelectionConfig(sketch_dim=8, round_steps=LAYOUT.steps, calibrate_every=2, **CHANGES[change])
     each = [Held(slots=4, tokens=4 * LENGTH, longest=LENGTH)] * LAYOUT.micro_batches

@@ -1,4 +1,6 @@
-"""The pool's losses under the model in training: those of a plain forward pass, on any number of ranks, and the model stays as it is."""
+"""The pool's losses under the model in training: those of a plain forward pass, on any number of ranks, and the model
+stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def pool(make_pool) -> Path:
 
 
 def one_at_a_time(folder: Path, store: TokenStore, ids: Tensor) -> Tensor:
-    """Mean NLL of each sample's response tokens, alone through transformers, in fp64: [n]; 0 where there are none behind the first."""
+    """Mean NLL of each sample's response tokens, alone through transformers, in fp64: [n]; 0 where there are none
+    behind the first.
+    """
     model, losses = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager"), []
     for i in ids.tolist():
         low, high = int(store.offsets[i]), int(store.offsets[i + 1])

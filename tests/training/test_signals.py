@@ -1,4 +1,6 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: a run that is told to stop leaves a checkpoint, and resumed it is the run that was never stopped."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: a run that is told to stop leaves a checkpoint, and resumed it is the run that was never
+stopped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""TensorBoard, W&B (offline) and MLflow (a local store) for real: what they hold after a run that was killed and resumed."""
+"""TensorBoard, W&B (offline) and MLflow (a local store) for real: what they hold after a run that was killed and
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def wandb_history(folder: Path) -> Iterator[dict]:
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """LevelDB's log format, behind W&B's header of 7 bytes: blocks of 32 KiB of (crc, length, kind: whole, first, mid, last; data)."""
+    """LevelDB's log format, behind W&B's header of 7 bytes: blocks of 32 KiB of (crc, length, kind: whole, first, mid,
+    last; data).
+    """
     place, parts, header = 0, b"", 7
     while place + 7 <= len(data):
         left = 32768 - (place + header) % 32768
