@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from forked import in_ranks
 from lead_engine.cli import command_line as cli
 from lead_engine.config import RuntimeConfig
-from lead_engine.model import weights
 from lead_engine.model.load import build_model, load_tokenizer
 from lead_engine.model.packed import PackedLM
+from lead_engine.model.shards import whole
 from lead_engine.pool.store import TokenStore
 from lead_engine.training import train
 from model_kinds import KINDS
@@ -57,7 +57,7 @@ def test_a_rank_without_a_sample_reduces_what_others_do(make_model, make_pool, t
         model = build_model(folder, device=CPU, runtime=RuntimeConfig(precision="fp32"), max_length=64, **options)
         padded = torch.tensor(ids + [store.num_samples] * (3 - len(ids)))
         model(store.batch(padded, capacity=96, num_rows=64), token_weight=weight).loss.backward()
-        return {name: weights.whole(parameter.grad) for name, parameter in model.named_parameters()}
+        return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
 
     def work(rank: int) -> dict[str, dict[str, Tensor]]:
         mesh = init_device_mesh("cpu", (2,))

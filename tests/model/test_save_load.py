@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lead_engine.base.errors import UserError
 from lead_engine.config import LoraConfig, MergeConfig, RuntimeConfig
-from lead_engine.model import merge, weights
+from lead_engine.model import merge, save, weights
 from lead_engine.model.find import find_model
 from lead_engine.model.load import build_model, load_hf, load_tokenizer
 from lead_engine.model.packed import PackedLM
@@ -153,9 +153,9 @@ def test_what_cannot_be_written_is_told_after_all_is_gathered(
     """Gathering is a collective: if rank 0 left it at the first file that fails, the other ranks would wait for it for
     ever.
     """
-    base, gathered, whole = make_model("llama", shards="40KB"), [], weights.whole
+    base, gathered, whole = make_model("llama", shards="40KB"), [], save.whole
     model = build(base)
-    monkeypatch.setattr(weights, "whole", lambda tensor: gathered.append(1) or whole(tensor))
+    monkeypatch.setattr(save, "whole", lambda tensor: gathered.append(1) or whole(tensor))
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
         save_model(model, load_tokenizer(base), tmp_path / "file" / "model", base=base, rank=0)
