@@ -20,7 +20,7 @@ from lead_engine.model.load import build_model, load_tokenizer
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.shards import whole
 from lead_engine.pool.store import TokenStore
-from lead_engine.training import train
+from lead_engine.training import build
 from model_kinds import KINDS
 from separate import worst
 
@@ -121,14 +121,14 @@ def train_and_compare(ranks: int, base: Path, pool: Path, tmp_path: Path) -> Non
 
     def work(_rank: int) -> Tensor:
         """The trained model's own token losses, taken where it is saved."""
-        found, save = [], train.save_model
+        found, save = [], build.save_model
 
         def save_and_measure(model: PackedLM, *arguments, **options) -> None:
             save(model, *arguments, **options)
             with torch.no_grad():
                 found.append(model(fixed_batch(store)).token_nll)
 
-        train.save_model = save_and_measure
+        build.save_model = save_and_measure
         assert cli.main([str(part) for part in line]) == 0
         return found[0]
 
