@@ -20,6 +20,7 @@ from machine import arguments, write
 from scipy.stats import spearmanr
 
 from lead_engine.config import BatchConfig, LoraConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
+from lead_engine.config.methods import method_options
 from lead_engine.selection.selector import Selector
 from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
@@ -29,11 +30,11 @@ from lead_engine.training.trainer import Trainer
 RUNS = {
     "sketch q = 64, full": ({}, {}, "lead"),
     "sketch q = 128, full": ({"sketch_dim": 128}, {}, "lead"),
-    "exact, full": ({"inner_form": "exact"}, {}, "lead"),
+    "exact, full": ({"sketch_dim": 0}, {}, "lead"),
     "paper, full": ({"loss_change": "paper", "draw": "cluster"}, {}, "lead"),
     "sketch q = 64, LoRA": ({}, {"rank": 8}, "lead"),
     "sketch q = 64, full, random samples": ({}, {}, "random"),
-    "exact, full, random samples": ({"inner_form": "exact"}, {}, "random"),
+    "exact, full, random samples": ({"sketch_dim": 0}, {}, "random"),
     "sketch q = 64, LoRA, random samples": ({}, {"rank": 8}, "random"),
 }
 
@@ -101,21 +102,20 @@ def main() -> None:
     result = {}
     runs = {name: run for name, run in RUNS.items() if flags.only in name}
     with process_group() as ranks:
-        for name, (selection, lora, chosen) in runs.items():
+        for name, (own, lora, chosen) in runs.items():
             config = TrainConfig(
                 pool=flags.pool,
                 model=flags.model,
                 out=Path("unused"),
                 batch=BatchConfig(capacity=flags.capacity, slots=flags.slots),
-                selection=SelectionConfig(round_steps=4, **selection),
+                selection=SelectionConfig(round_steps=4),
+                options=method_options("lead", own),
                 optimizer=OptimizerConfig(lr=4 * flags.lr if lora else flags.lr),
                 lora=LoraConfig(**lora),
                 runtime=RuntimeConfig(precision=flags.precision),
             )
             trainer = build(config, ranks).trainer
-            other = build(
-                replace(config, method="random", selection=SelectionConfig(round_steps=4)), ranks
-            ).trainer.selector
+            other = build(replace(config, method="random", options=method_options("random")), ranks).trainer.selector
             planner = trainer.selector if chosen == "lead" else other
             result[name] = follow(trainer, planner, config.optimizer.lr, flags.rounds, settle=2)
             print(name, result[name], flush=True)

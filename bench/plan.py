@@ -39,8 +39,8 @@ from plan_measure import least_ms, plot
 from plan_published import measure_published
 from torch import Tensor
 
-from lead_engine.config import RECIPES, SelectionConfig
 from lead_engine.pool.state import PoolState
+from lead_engine.selection.methods.lead import LeadOptions
 from lead_engine.selection.plan import Layout, Plan
 from lead_engine.selection.selector import Selector
 
@@ -48,7 +48,7 @@ SIZES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 HOST_BYTES, DEVICE_BYTES = 60, 100
 """Most memory that a sample takes in a pool that is made here, and in a selector that plans."""
 SELECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lead-paper": ("lead", RECIPES["paper"]["selection"]),
+    "lead-paper": ("lead", dict(LeadOptions.recipe("paper"))),
     "lead-mixture": ("lead", {"draw": "mixture", "ranking": "soft", "unseen": "drift"}),
     "random": ("random", {}),
 }
@@ -79,9 +79,8 @@ def synthetic_pool(samples: int, tasks: int, clusters: int) -> tuple[PoolState, 
 def make_selector(name: str, pool: tuple[PoolState, Tensor, Tensor], layout: Layout, device: torch.device) -> Selector:
     state, lengths, visits = pool
     method, options = SELECTIONS[name]
-    config = SelectionConfig(**{**options, "max_visits": 4})
     selector = Selector(
-        state, lengths, lengths // 2, method=method, config=config, layout=layout, seed=0, device=device
+        state, lengths, lengths // 2, method=method, options=options, layout=layout, seed=0, device=device
     )
     selector.samples.visits[:-1] = visits.to(device)
     if method == "lead":

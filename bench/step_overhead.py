@@ -19,6 +19,7 @@ import torch
 from machine import arguments, write
 
 from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
+from lead_engine.config.methods import method_options
 from lead_engine.selection.plan import Plan
 from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
@@ -70,9 +71,9 @@ def main() -> None:
                 out=Path("unused"),
                 method=method,
                 batch=BatchConfig(capacity=flags.capacity),
-                selection=SelectionConfig(
-                    round_steps=flags.round_steps,
-                    **({"loss_change": change, "max_visits": 1000} if method == "lead" else {}),
+                selection=SelectionConfig(round_steps=flags.round_steps),
+                options=method_options(
+                    method, {"loss_change": change, "max_visits": 1000} if method == "lead" else None
                 ),
                 optimizer=OptimizerConfig(lr=flags.lr),
                 runtime=RuntimeConfig(precision=flags.precision),

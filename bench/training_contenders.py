@@ -28,6 +28,7 @@ def main() -> None:
 
 def engine(spec: Spec, link: Link) -> None:
     from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
+    from lead_engine.config.methods import method_options
     from lead_engine.training.build import build
     from lead_engine.training.distributed import process_group
     from lead_engine.training.flops import ModelFlops, Peak
@@ -42,7 +43,8 @@ def engine(spec: Spec, link: Link) -> None:
         out=Path("unused"),
         method=spec.kind,
         batch=BatchConfig(spec.capacity, spec.micro_batches),
-        selection=SelectionConfig(round_steps=spec.round_steps, **options),
+        selection=SelectionConfig(round_steps=spec.round_steps),
+        options=method_options(spec.kind, options),
         optimizer=OptimizerConfig(lr=spec.lr, schedule="constant", warmup=0.0),
         runtime=RuntimeConfig(precision=spec.precision, compile=spec.compiled),
     )

@@ -9,7 +9,8 @@ milliseconds.
     your own loop   TokenStore, PoolState, Selector, Layout, Plan, RoundStats, make_loss_change, LossChange; and the
                     head, from lead_kernels
     options         PrepareConfig, TrainConfig, EvalConfig and their parts BatchConfig, SelectionConfig,
-                    OptimizerConfig, LoraConfig, RuntimeConfig; every option is also a flag of the command line
+                    OptimizerConfig, LoraConfig, RuntimeConfig; every option is also a flag of the command line.
+                    A method's own options are its own (docs/METHODS.md)
     errors          UserError, the one exception for what the caller can correct
 
 `lead_engine.integrations` brings the selection into Hugging Face's Trainer and TRL's SFTTrainer.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lead_engine as engine
-from lead_engine import Layout, PoolState, PrepareConfig, SelectionConfig, Selector, TokenStore, TrainConfig, UserError
+from lead_engine import Layout, PoolState, PrepareConfig, Selector, TokenStore, TrainConfig, UserError
 from lead_engine.integrations import lead
 from lead_engine.pool.records import read_records
 
@@ -19,7 +19,7 @@ from lead_engine.pool.records import read_records
 def selector(**changed: Any) -> Selector:
     lengths = torch.full((8,), 9)
     layout = Layout(steps=1, micro_batches=1, slots=2, capacity=32)
-    options = {"method": "random", "config": SelectionConfig(), "layout": layout, "seed": 0, "device": "cpu"} | changed
+    options = {"method": "random", "layout": layout, "seed": 0, "device": "cpu"} | changed
     return Selector(PoolState.unscored(8), lengths, lengths - 4, **options)
 
 
@@ -44,21 +44,21 @@ def selector(**changed: Any) -> Selector:
         (lambda: read_records("none.jsonl", skip_bad=False), "--pool none.jsonl"),
         (lambda: lead(budget="much"), r"lead\(budget=...\) 'much': must be a number"),
         (lambda: lead(budget=math.nan), r"lead\(budget=...\) nan: must be above 0 and at most 1000"),
-        (lambda: lead(method=None), r"lead\(method=None\): no such method"),
+        (lambda: lead(method=None), r"lead\(method=...\) None: must be text"),
         (lambda: lead(seed=-1), r"lead\(seed=...\) -1: must be between 0 and"),
-        (lambda: lead(options=3), r"lead\(options=...\) 3: must be a SelectionConfig"),
+        (lambda: lead(options=3), r"lead\(options=...\) 3: must be a LeadOptions"),
         (lambda: lead(3), r"lead\(pool=...\) 3: must be a path"),
         (lambda: lead("none"), "none/store"),
-        (lambda: selector(method="leed"), r"Selector\(method='leed'\): no such method"),
+        (lambda: selector(method="leed"), r"Selector\(method\) 'leed': must be one of lead, iterit, .*"),
         (lambda: selector(seed=2**64), r"Selector\(seed\) 18446744073709551616: must be between"),
         (lambda: selector(device="gpu"), r"Selector\(device\) 'gpu': must be a device"),
         (lambda: selector(layout=(1, 1, 2, 32)), r"Selector\(layout\) .*: must be a Layout"),
         (lambda: Layout(0, 1, 2, 32), "Layout.steps 0: must be at least 1"),
         (
-            lambda: engine.make_loss_change({}, "x", 1, "cpu", 0),
+            lambda: engine.make_loss_change("inner", "x", 1, "cpu", 0),
             r"make_loss_change\(hidden_size\) 'x': must be a whole number",
         ),
-        (lambda: engine.make_loss_change({}, 8, 1, "cpu", -1), r"make_loss_change\(seed\) -1: must be between"),
+        (lambda: engine.make_loss_change("inner", 8, 1, "cpu", -1), r"make_loss_change\(seed\) -1: must be between"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_its_name(call: Any, message: str) -> None:

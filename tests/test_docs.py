@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from lead_engine import config
+from lead_engine.config import method_names
+from lead_engine.config.methods import options_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -87,6 +89,7 @@ FOREIGN = {
     *("--config", "--help", "--help-all", "--version"),  # of every command
     *("--fast", "--fresh", "--part"),  # of scripts
     *("--nproc-per-node", "--max-restarts", "--nodes", "--time", "--signal", "--requeue"),  # of torchrun, of Slurm
+    *("--middle", "--middle.quantile"),  # of the method that METHODS.md adds
     *("--strict", "--no-build-isolation"),  # of mypy, of pip
 }
 """Options that are no field of a config."""
@@ -105,7 +108,8 @@ def flags(cls: type, prefix: str = "--") -> Iterator[str]:
 
 def all_flags() -> set[str]:
     commands = [value for name, value in vars(config).items() if name.endswith("Config")]
-    return {flag for command in commands for flag in flags(command)}
+    own = {flag for name in method_names() for flag in flags(options_of(name), f"--{name}.")}
+    return own | {flag for command in commands for flag in flags(command)}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in PAST], ids=lambda page: page.name)

@@ -32,7 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import write
 
-from lead_engine.config import BatchConfig, OptimizerConfig, SelectionConfig, TrainConfig
+from lead_engine.config import BatchConfig, OptimizerConfig, TrainConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.selector import Selector
 from lead_engine.training.build import TrainingSetup, build
@@ -54,17 +54,20 @@ def shadows(session: TrainingSetup, ngram: Path | None) -> dict[str, Selector]:
     states = {"model": session.state, "ngram": PoolState.load(ngram, store.num_samples) if ngram else None}
     for name, (judge, unseen) in BELIEFS.items():
         if states[judge] is not None:
-            options = replace(session.config.selection, unseen=unseen, optimism=0.0)
+            options = replace(session.config.options, unseen=unseen)
             found[name] = Selector(
                 states[judge],
                 store.lengths,
                 store.response_rows,
                 method="lead",
-                config=options,
+                options=options,
                 layout=session.trainer.selector.layout,
                 seed=session.config.seed,
                 device=store.device,
             )
+            estimates = found[name].method.unseen
+            if estimates is not None:
+                estimates.optimism = 0.0  # a belief, not a bonus
     return found
 
 
@@ -166,7 +169,6 @@ def main() -> None:
             budget=flags.budget,
             seed=seed,
             batch=BatchConfig(capacity=flags.capacity),
-            selection=SelectionConfig(),
             optimizer=OptimizerConfig(lr=flags.lr),
         )
         runs[seed] = follow(config, flags.ngram_pool, sorted(flags.points), flags.sample)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lead_engine import config
 from lead_engine.base.errors import UserError
+from lead_engine.cli.first_screen import ALL, first_screen
 from lead_engine.cli.flags import read_flags, read_flags_over_file
 
 
@@ -26,6 +27,8 @@ class Command:
     """"module:function", imported when the command is called."""
     has_config_file: bool = False
     """Whether the command takes `--config FILE.yaml`; then `options` is a class."""
+    first: tuple[str, ...] = ()
+    """The options that `--help` shows, where `--help-all` shows all; none: `--help` shows all."""
 
     @property
     def summary(self) -> str:
@@ -34,6 +37,11 @@ class Command:
 
     def __call__(self, prog: str, arguments: list[str], speaks: bool) -> None:
         """Read the arguments and run the command. speaks: whether this process may print help and errors."""
+        if self.first and isinstance(self.options, type) and {"-h", "--help"} & set(arguments):
+            if speaks:
+                print(first_screen(prog, self.options, self.first), flush=True)
+            return
+        arguments = ["--help" if self.first and argument == ALL else argument for argument in arguments]
         options = self.read(prog, arguments, speaks)
         module, _, function = self.target.partition(":")
         run = getattr(importlib.import_module(module), function)
@@ -76,11 +84,16 @@ def _doctor() -> None:
     """What this machine has, and what the engine will use of it."""
 
 
+FIRST_OF_PREPARE = ("pool", "model", "out", "max_length", "clusters", "tasks", "scoring", "warmup_share", "skip_bad")
+FIRST_OF_TRAIN = (
+    *("pool", "model", "out", "method", "budget", "eval_data", "resume"),
+    *("batch.capacity", "optimizer.lr", "lora.rank"),
+)
 COMMANDS: dict[str, Command] = {
     "make-pool": Command(config.MakePoolConfig, "lead_engine.pool.procedural:run"),
     "pretrain": Command(config.PretrainConfig, "lead_engine.training.pretrain:run", has_config_file=True),
-    "prepare": Command(config.PrepareConfig, "lead_engine.prepare:run", has_config_file=True),
-    "train": Command(config.TrainConfig, "lead_engine.training.train:run", has_config_file=True),
+    "prepare": Command(config.PrepareConfig, "lead_engine.prepare:run", has_config_file=True, first=FIRST_OF_PREPARE),
+    "train": Command(config.TrainConfig, "lead_engine.training.train:run", has_config_file=True, first=FIRST_OF_TRAIN),
     "eval": Command(config.EvalConfig, "lead_engine.evaluation.evaluate:run"),
     "lm-eval": Command(config.HarnessConfig, "lead_engine.evaluation.harness:run"),
     "compare": Command(config.CompareConfig, "lead_engine.cli.compare:run"),

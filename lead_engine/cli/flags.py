@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import RECIPES
+from lead_engine.cli.method_flags import (
+    named_in,
+    refuse_moved,
+    refuse_other_methods,
+    with_method_flags,
+    without_method_flags,
+)
+from lead_engine.config.methods import WithMethod
 from lead_engine.config.options import Options
 
 CONFIG_HELP = "YAML file of the options, nested as their names are (batch: {capacity: 4096}); flags override it."
@@ -31,6 +38,7 @@ def read_flags(build: Callable[..., Any], prog: str, arguments: list[str], speak
     if not isinstance(build, type):
         with _silence_unless(speaks):
             return tyro.cli(build, prog=prog, args=arguments)
+    refuse_moved(arguments, {field.name for field in dataclasses.fields(build)})
     _refuse_repeated_lists(build, arguments)
     with _silence_unless(speaks):
         parsed: Options = tyro.cli(build, prog=prog, args=arguments)
@@ -42,12 +50,13 @@ def read_flags_over_file(cls: type[Options], prog: str, arguments: list[str], sp
     """The same for a class, with `--config FILE.yaml` for the values that no flag gives."""
     import tyro
 
+    refuse_moved(arguments, {field.name for field in dataclasses.fields(cls)})
     file, defaults = _defaults_of_file(cls, arguments)
     # One more field beside the class's own, so that --help shows --config and the parser accepts it.
     wrapper: Any = dataclasses.make_dataclass(
         "Options",
         [
-            ("options", Annotated[cls, tyro.conf.arg(name="")], defaults),
+            ("options", Annotated[type(defaults), tyro.conf.arg(name="")], defaults),
             ("config", Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml", help=CONFIG_HELP)], None),
         ],
         frozen=True,
@@ -62,6 +71,8 @@ def read_flags_over_file(cls: type[Options], prog: str, arguments: list[str], sp
         if file is None or any(_flag_name(argument) == flag for argument in arguments):
             raise
         raise UserError(f"--config {file}: {error}") from None
+    if issubclass(cls, WithMethod):
+        parsed = without_method_flags(cls, parsed)
     _check(parsed, arguments)
     return parsed
 
@@ -75,10 +86,13 @@ def _defaults_of_file(cls: type[Options], arguments: list[str]) -> tuple[str | N
 
     file = _last_value(arguments, "--config")
     mapping = read_yaml(Path(file), flag="--config") if file else {}
-    recipe = _last_value(arguments, "--recipe")
-    if recipe in RECIPES:  # a flag, too, comes under all other options; tyro refuses any other value
-        mapping = {**mapping, "recipe": recipe}
-    defaults: Any = draft_from_mapping(cls, mapping, source=f"--config {file}", missing=tyro.MISSING)
+    shown: Any = cls
+    if issubclass(cls, WithMethod):
+        mapping = named_in(arguments, mapping, _last_value)
+        method = str(mapping.get("method", cls.method))
+        refuse_other_methods(arguments, method)
+        shown = with_method_flags(cls, method)
+    defaults: Any = draft_from_mapping(shown, mapping, source=f"--config {file}", missing=tyro.MISSING)
     return file or None, defaults
 
 

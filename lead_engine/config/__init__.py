@@ -17,16 +17,16 @@ from lead_engine.config.evaluate import EvalConfig, HarnessConfig
 from lead_engine.config.lora import LoraConfig
 from lead_engine.config.make_pool import MakePoolConfig
 from lead_engine.config.merge import MergeConfig
+from lead_engine.config.methods import MethodName, MethodOptions, Recipe, find_method, method_names, register
 from lead_engine.config.optimizer import OptimizerConfig, OptimizerKind
 from lead_engine.config.prepare import PrepareConfig
 from lead_engine.config.pretrain import PretrainConfig
 from lead_engine.config.report import ReportConfig
 from lead_engine.config.runtime import Attention, Checkpointing, Placement, Precision, RuntimeConfig
-from lead_engine.config.selection import RECIPES, Recipe, SelectionConfig, recipe_value
-from lead_engine.config.train import Budget, Method, TrainConfig
+from lead_engine.config.selection import SelectionConfig
+from lead_engine.config.train import Budget, TrainConfig
 
 __all__ = [
-    "RECIPES",
     "Attention",
     "BatchConfig",
     "Budget",
@@ -37,7 +37,8 @@ __all__ = [
     "LoraConfig",
     "MakePoolConfig",
     "MergeConfig",
-    "Method",
+    "MethodName",
+    "MethodOptions",
     "OptimizerConfig",
     "OptimizerKind",
     "Placement",
@@ -51,7 +52,9 @@ __all__ = [
     "Share",
     "StudyConfig",
     "TrainConfig",
-    "recipe_value",
+    "find_method",
+    "method_names",
+    "register",
     "require",
     "to_dict",
 ]

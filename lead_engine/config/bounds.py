@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -86,6 +86,13 @@ class Rule:
 @dataclass(frozen=True)
 class Expands:
     """Marks text that may name a file: `~` and `$VAR` are expanded in it, as in every Path, and it is not empty."""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Text that is one of several names, which are looked up when a value is checked."""
+
+    names: Callable[[], Collection[str]]
 
 
 def _is_set(values: tuple[Any, ...]) -> bool:

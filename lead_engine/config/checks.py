@@ -15,9 +15,15 @@ def require(condition: bool, flag: str, value: object, rule: str) -> None:
         raise UserError(f"{flag} {value}: must be {rule}")
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether it is the options of a method that has none."""
+    return dataclasses.is_dataclass(value) and not dataclasses.fields(value)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain YAML/JSON types (paths as strings, tuples as lists)."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    values = {config.key(field.name): getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {key: _plain(value) for key, value in values.items() if not _is_empty(value)}
 
 
 def _plain(value: Any) -> Any:

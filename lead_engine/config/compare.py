@@ -10,11 +10,11 @@ from lead_engine.config.batch import BatchConfig
 from lead_engine.config.bounds import Bounds, Epochs, PathText, Seeds
 from lead_engine.config.checks import require
 from lead_engine.config.lora import LoraConfig
+from lead_engine.config.methods import MethodName
 from lead_engine.config.optimizer import OptimizerConfig
 from lead_engine.config.options import Options
 from lead_engine.config.runtime import RuntimeConfig
 from lead_engine.config.selection import SelectionConfig
-from lead_engine.config.train import Method
 
 Share = Annotated[float, Bounds(gt=0, le=1, says="shares in (0, 1]")]
 
@@ -31,7 +31,7 @@ class StudyConfig(Options):
     """The base that every run starts from."""
     heldout: tuple[PathText, ...]
     """Held-out files."""
-    methods: tuple[Method, ...] = ("lead", "random", "full")
+    methods: tuple[MethodName, ...] = ("lead", "random", "full")
     """Each stands as a variant of its own name; a file that names variants and no methods has only those."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """NAME: options of `train` that lie over the study's own, and method, match, budgets and seeds (study/variants.py).

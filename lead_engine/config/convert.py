@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from lead_engine.config.bounds import Bounds, Expands, Rule
+from lead_engine.config.bounds import Bounds, Expands, OneOf, Rule
 
 
 class Unfit(Exception):
@@ -80,6 +80,8 @@ def _annotated(hint: Any, extras: tuple[Any, ...], value: Any, strict: bool) -> 
             raise OutOfBounds(extra.says, value)
         if isinstance(extra, Expands):
             value = _expanded(value)
+        if isinstance(extra, OneOf) and value not in extra.names():
+            raise Unfit(f"one of {', '.join(extra.names())}", value)
     return value
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import RECIPES
-from lead_engine.config.convert import Unfit, convert
+from lead_engine.config.convert import Unfit, convert, field_hints
+from lead_engine.config.methods import WithMethod, method_names, options_of
+from lead_engine.config.old_names import moved_option
 from lead_engine.config.options import Options
 from lead_engine.config.yaml_file import read_yaml
 
@@ -47,11 +48,15 @@ def draft_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, source: str,
     The command line needs this: a flag may put right what in the YAML file alone breaks a rule. Required fields that
     the mapping leaves out hold `missing`. A `recipe` that the mapping names comes under its other values.
     """
-    base = _raw_instance(cls, {f.name: _default(f, missing) for f in dataclasses.fields(cls)})
-    recipe = mapping.get("recipe", "default") if isinstance(mapping, Mapping) else None
-    if recipe in RECIPES and "recipe" in _names(cls):
-        base = _overlay(base, RECIPES[recipe], f"recipe {recipe}", ())
-    return _overlay(base, mapping, source, ())
+    values = {f.name: _default(f, missing) for f in dataclasses.fields(cls)}
+    if issubclass(cls, WithMethod) and isinstance(mapping, Mapping):
+        for name in ("method", "recipe"):
+            if name in mapping:
+                values[name] = _convert(field_hints(cls)[name], mapping[name], source, (name,))
+        options = options_of(values["method"])
+        own = {f.name: _default(f, missing) for f in dataclasses.fields(options)}
+        values["options"] = _raw_instance(options, {**own, **options.recipe(values["recipe"])})
+    return _overlay(_raw_instance(cls, values), mapping, source, ())
 
 
 def _names(cls: type[Options]) -> list[str]:
@@ -64,14 +69,25 @@ def _overlay(base: T, mapping: Any, source: str, path: tuple[str, ...]) -> T:
         raise UserError(f"{_place(source, path)}: expected a mapping of options, found {_describe(mapping)}")
     hints = typing.get_type_hints(type(base))  # without Bounds: those are checked when the config is built
     values = {name: getattr(base, name) for name in _names(type(base))}
+    fields = {base.key(name): name for name in values}
     for key, value in mapping.items():
-        if key not in values:
-            raise UserError(f"{_place(source, (*path, str(key)))}: unknown key; {_suggest(str(key), list(values))}")
-        if dataclasses.is_dataclass(hints[key]):
-            values[key] = _overlay(values[key], value, source, (*path, key))
+        name = fields.get(key)
+        if name is None:
+            raise UserError(f"{_place(source, (*path, str(key)))}: {_why_unknown(base, key, path, list(fields))}")
+        if dataclasses.is_dataclass(values[name]):
+            values[name] = _overlay(values[name], value, source, (*path, key))
         else:
-            values[key] = _convert(hints[key], value, source, (*path, key))
+            values[name] = _convert(hints[name], value, source, (*path, key))
     return _raw_instance(type(base), values)
+
+
+def _why_unknown(base: Any, key: Any, path: tuple[str, ...], known: list[str]) -> str:
+    moved = moved_option(".".join((*path, str(key))), as_key=True)
+    if moved:
+        return moved
+    if isinstance(base, WithMethod) and key in method_names():
+        return f"is read only with method: {key}, not {base.method}; leave it out"
+    return f"unknown key; {_suggest(str(key), known)}"
 
 
 def _convert(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> Any:

@@ -24,15 +24,11 @@ class OptimizerConfig(Options):
     """Decoupled weight decay, on matrices only."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moment decay rates."""
-    eps: Annotated[float, Bounds(ge=1e-30, le=1)] = 1e-8
-    """AdamW's denominator floor."""
     max_grad_norm: Annotated[float, Bounds(gt=0)] = 1.0
     """Clip the global gradient norm to this."""
     warmup: Annotated[float, Bounds(ge=0, lt=1)] = 0.05
     """Share of the token budget over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How it falls afterwards."""
-    final_lr: Annotated[float, Bounds(ge=0, le=1)] = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """How it falls afterwards: to a tenth of the peak, or not at all."""
     kind: OptimizerKind = "adamw"
     """adamw: torch's fused AdamW, fp32 moments; adamw8bit: 8-bit moments (bitsandbytes), a quarter of the memory."""

@@ -44,12 +44,24 @@ class Options:
             value = getattr(self, name)
             if value is not getattr(type(self), name, _NO_DEFAULT):
                 object.__setattr__(self, name, argument(hint, self._completed(name, value), self.flag(name)))
-        if self.read_with:
+        if self.table():
             self.refuse_unread()
+
+    def table(self) -> reads.Table:
+        """Which options are read only together with others, nested ones too."""
+        return self.read_with
 
     def refuse_unread(self, given: Collection[str] = ()) -> None:
         """UserError for an option that nothing would read and that is `given`, or differs from its default."""
-        reads.refuse_unread(self, self.read_with, self.default_of, given)
+        reads.refuse_unread(self, self.table(), self.default_of, given, prefix=self.flags.removeprefix("--"))
+
+    def key(self, field: str) -> str:
+        """What a field is called in YAML and in names with dots."""
+        return field
+
+    def field_of(self, key: str) -> str:
+        """The field that is called so."""
+        return key
 
     def default_of(self, option: str) -> Any:
         """The value, under a name with dots, of an option that is not given; MISSING where it has to be."""

@@ -36,49 +36,19 @@ def one_of(*values: Any) -> Need:
 
 ABOVE_0 = Need("above 0", lambda value: value > 0)
 SCRATCH = Need("scratch:NAME", lambda value: value.startswith("scratch:"))
-LEADS = one_of("lead", "rescore")
+HAVE_RECIPES = ("lead", "rescore")
 
-SCHEDULE: Table = {"optimizer.final_lr": {"optimizer.schedule": one_of("cosine", "linear")}}
-SELECTION: Table = {
-    "selection.loss_change": {"method": one_of("lead")},
-    "selection.inner_form": {"selection.loss_change": one_of("inner", "paper")},
-    "selection.sketch_dim": {"selection.inner_form": one_of("sketch")},
-    "selection.calibrate_every": {"selection.loss_change": one_of("inner")},
-    "selection.smoothing": {"method": LEADS},
-    "selection.bandit": {"method": LEADS},
-    "selection.gamma": {"selection.bandit": one_of("exp3", "exp3s")},
-    "selection.exp3s_alpha": {"selection.bandit": one_of("exp3s")},
-    "selection.draw": {"method": LEADS},
-    "selection.prior": {"selection.bandit": one_of("exp3", "exp3s", "uniform")},
-    "selection.ranking": {"method": LEADS},
-    "selection.soft_power": {"selection.ranking": one_of("soft")},
-    "selection.rank_by": {"selection.ranking": one_of("hard", "soft")},
-    "selection.unseen": {"method": one_of("lead")},
-    "selection.optimism": {"selection.unseen": one_of("estimate")},
-    "selection.drop_misaligned": {"method": LEADS},
-    "selection.use_tasks": {"method": LEADS},
-    "selection.task_power": {"selection.use_tasks": one_of(True)},
-    "selection.max_visits": {"method": LEADS},
-    "selection.round_steps": {},
-    "selection.epochs": {"method": one_of("iterit")},
-    "selection.candidates": {"method": one_of("iterit"), "selection.epochs": Need("above 1", lambda value: value > 1)},
-    "selection.decay": {"method": one_of("iterit")},
-    "selection.match": {"method": one_of("random-matched")},
-}
 TRAIN: Table = {
-    "recipe": {"method": LEADS},
-    "epochs": {"method": one_of("full")},
+    "recipe": {"method": Need("that has recipes (lead, rescore)", lambda method: method in HAVE_RECIPES)},
     "budget": {"method": Need("that chooses among the samples", lambda value: value != "full")},
     "lora": {"lora.rank": ABOVE_0},
-    **SELECTION,
-    **SCHEDULE,
 }
-PRETRAIN: Table = {"vocab_size": {"model": SCRATCH}, **SCHEDULE}
+"""Of the options that methods share. What a method's own options need stands with them, in the method's file."""
+PRETRAIN: Table = {"vocab_size": {"model": SCRATCH}}
 PREPARE: Table = {
     "warmup_share": {"scoring": one_of("model")},
     "optimizer": {"warmup_share": ABOVE_0},
     "vocab_size": {"model": SCRATCH},
-    **SCHEDULE,
 }
 EVAL: Table = {"max_new_tokens": {"generate": ABOVE_0}}
 
@@ -86,8 +56,12 @@ EVAL: Table = {"max_new_tokens": {"generate": ABOVE_0}}
 def value_of(config: Any, option: str) -> Any:
     """The value under a name with dots."""
     for name in option.split("."):
-        config = getattr(config, name)
+        config = getattr(config, _field_of(config, name))
     return config
+
+
+def _field_of(config: Any, key: str) -> str:
+    return str(config.field_of(key))
 
 
 def flag_of(option: str) -> str:
@@ -98,24 +72,28 @@ def leaves(config: Any, prefix: str = "") -> Iterator[str]:
     """Names with dots of all options of a config."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        name = prefix + config.key(field.name)
         if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
+            yield from leaves(value, f"{name}.")
         else:
-            yield prefix + field.name
+            yield name
 
 
-def why_unread(option: str, config: Any, table: Table) -> str | None:
-    """Why `config` does not read the option, as what follows "is read only"; None where it does."""
+def why_unread(option: str, config: Any, table: Table, prefix: str = "") -> str | None:
+    """Why `config` does not read the option, as what follows "is read only"; None where it does.
+
+    prefix: what stands before the options' names in a flag.
+    """
     group = option.partition(".")[0]
     for other, need in {**table.get(group, {}), **table.get(option, {})}.items():
         if other == option:
             continue
-        deeper = why_unread(other, config, table)
+        deeper = why_unread(other, config, table, prefix)
         if deeper:
             return deeper
         value = value_of(config, other)
         if not need.holds(value):
-            return f"with {flag_of(other)} {need.words}, not {value}"
+            return f"with {flag_of(prefix + other)} {need.words}, not {value}"
     return None
 
 
@@ -124,13 +102,15 @@ def unread(config: Any, table: Table) -> list[str]:
     return [option for option in leaves(config) if why_unread(option, config, table)]
 
 
-def refuse_unread(config: Any, table: Table, default_of: Callable[[str], Any], given: Collection[str] = ()) -> None:
+def refuse_unread(
+    config: Any, table: Table, default_of: Callable[[str], Any], given: Collection[str] = (), prefix: str = ""
+) -> None:
     """UserError for an option that is given and not read; `given`: those that were, whatever their values."""
     for option in leaves(config):
         value = value_of(config, option)
-        reason = why_unread(option, config, table)
+        reason = why_unread(option, config, table, prefix)
         if reason and (option in given or value != default_of(option)):
-            raise UserError(f"{flag_of(option)} {value}: is read only {reason}; leave it out")
+            raise UserError(f"{flag_of(prefix + option)} {value}: is read only {reason}; leave it out")
 
 
 def without_unread(config: T, table: Table, default_of: Callable[[str], Any]) -> T:
@@ -141,6 +121,6 @@ def without_unread(config: T, table: Table, default_of: Callable[[str], Any]) ->
         if change[name] is dataclasses.MISSING:
             continue
         if group:
-            change = {group: dataclasses.replace(value_of(config, group), **change)}
+            change = {_field_of(config, group): dataclasses.replace(value_of(config, group), **change)}
         config = dataclasses.replace(config, **change)  # type: ignore[type-var]
     return config

@@ -26,8 +26,6 @@ class RuntimeConfig(Options):
     """Attention over packed samples; auto takes the fastest that this machine has."""
     placement: Placement = "auto"
     """Where the pool's tokens lie: on the training device, in pinned host memory, or on disk."""
-    head_chunk_mib: Annotated[int, Bounds(ge=0, le=2**20, zero="automatic")] = 0
-    """Most memory for one chunk of logits; 0: 64 MiB on a CPU, 1 GiB on a GPU."""
     checkpointing: Checkpointing = "none"
     """Activations recomputed in the backward pass: none, all but the blocks' inputs (full), or all but matrix products
     (selective)."""
@@ -39,5 +37,3 @@ class RuntimeConfig(Options):
     """HSDP: replicas of the model, each sharded over ranks / replicate ranks; 1 shards over all of them."""
     timeout: Annotated[float, Bounds(ge=1, le=1e7)] = 1800.0
     """Seconds that a rank waits for the others before the run stops and says where it stood."""
-    peak_tflops: Annotated[float, Bounds(ge=0, zero="automatic")] = 0.0
-    """Peak of one device in TFLOP/s, for MFU; 0 takes the known figure of the device, or reports no MFU without one."""

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated
 
-from lead_engine.base.errors import UserError
-from lead_engine.config import reads
 from lead_engine.config.batch import BatchConfig
 from lead_engine.config.bounds import Bounds, PathText, Seed
 from lead_engine.config.checks import require
 from lead_engine.config.lora import LoraConfig
+from lead_engine.config.methods import MethodName, MethodOptions, Recipe, WithMethod
 from lead_engine.config.optimizer import OptimizerConfig
-from lead_engine.config.options import Options
 from lead_engine.config.runtime import RuntimeConfig
-from lead_engine.config.selection import RECIPES, Recipe, SelectionConfig, recipe_value
+from lead_engine.config.selection import SelectionConfig
 
-Method = Literal["lead", "iterit", "rescore", "loss", "ifd", "random", "random-matched", "full"]
 Budget = Annotated[float, Bounds(gt=0, le=1000, says="above 0 and at most 1000 (times the pool)")]
 
 
 @dataclass(frozen=True)
-class TrainConfig(Options):
+class TrainConfig(WithMethod):
     """Train a model on the samples that a method selects from a prepared pool."""
-
-    read_with: ClassVar[reads.Table] = reads.TRAIN
 
     pool: Path
     """Folder written by `lead-engine prepare`."""
@@ -34,14 +28,12 @@ class TrainConfig(Options):
     """Hub name, model folder, run (an adapter is trained on), or scratch:tiny|mini|small|100m."""
     out: Path
     """Run folder to write."""
-    method: Method = "lead"
+    method: MethodName = "lead"
     """Who chooses the samples."""
     recipe: Recipe = "default"
     """Set of options that files and flags then change: the best measured here, or LEAD as its paper has it."""
     budget: Budget = 0.025
-    """Tokens to train, as a share of the pool's tokens; not for `full`, which takes the whole pool `epochs` times."""
-    epochs: Annotated[int, Bounds(ge=1, le=1000)] = 1
-    """Passes over the pool; for `full` only."""
+    """Tokens to train, as a share of the pool's tokens; not for `full`, which takes the whole pool."""
     seed: Seed = 0
     """Seed of everything random."""
     resume: bool = False
@@ -66,6 +58,8 @@ class TrainConfig(Options):
     """Also log to MLflow: the experiment's name."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    options: MethodOptions = field(default_factory=MethodOptions)
+    """The method's own: `--lead.*`, and in YAML `lead: {...}`."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -79,18 +73,8 @@ class TrainConfig(Options):
         alone = self.patience and not self.eval_every
         require(not alone, "--patience", self.patience, "left out without --eval-every N")
 
-    def default_of(self, option: str) -> Any:
-        return recipe_value(self.recipe, option, super().default_of(option))
-
-    def _completed(self, name: str, value: Any) -> Any:
-        """A recipe comes under the options of a mapping, and stands for those of a caller who gives none."""
-        if name == "selection" and self.recipe != "default":
-            recipe = RECIPES[self.recipe]["selection"]
-            if isinstance(value, Mapping) or value == SelectionConfig():
-                return super()._completed(name, recipe | (dict(value) if isinstance(value, Mapping) else {}))
-            own = [key for key in recipe if recipe[key] != getattr(SelectionConfig(), key)]
-            if isinstance(value, SelectionConfig) and all(getattr(value, key) != recipe[key] for key in own):
-                raise UserError(
-                    f"--recipe {self.recipe}: `selection` has none of it; give a mapping, which lies over the recipe"
-                )
-        return super()._completed(name, value)
+    @property
+    def match(self) -> Path | None:
+        """Folder of the run that this one imitates, if its method does that."""
+        match: Path | None = getattr(self.options, "match", None)
+        return match

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import write_bytes, write_text
+from lead_engine.config.old_names import under_new_names
 from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.observe import observe_step
 from lead_engine.selection.plan import Plan, RoundStats
@@ -163,8 +164,9 @@ class Rounds:
             tensors = load_file(path)
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error}); resume from an older checkpoint") from None
+        identity = _under_new_names(header["identity"])
         for name, now in self.identity.items():
-            before = header["identity"].get(name)
+            before = identity.get(name)
             if before != now:
                 raise UserError(
                     f"resume_from_checkpoint {folder}: the run began with {name} = {before}, now it is {now}; use the "
@@ -210,6 +212,16 @@ class Rounds:
     def sum_over_ranks(self, value: Tensor) -> None:
         """Sum `value` in place; all ranks must call it."""
         sum_over_ranks(value, self.world)
+
+
+def _under_new_names(identity: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's identity; the options of an older version as today's would have written them."""
+    method, options = identity.get("method", ""), identity.get("options", {})
+    if "round_steps" not in options:
+        return identity
+    values = under_new_names({"method": method, "selection": options})
+    del values["selection"]["round_steps"]  # the layout has it
+    return {**identity, "options": {**values.get(method, {}), **values["selection"]}}
 
 
 def checkpoint_folder(given: Any, output_dir: str | Path) -> Path | None:

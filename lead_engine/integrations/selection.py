@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import Budget, Method, SelectionConfig, reads
+from lead_engine.config import Budget, MethodName, MethodOptions, SelectionConfig, find_method
 from lead_engine.config.bounds import Seed
+from lead_engine.config.methods import method_options
 from lead_engine.config.options import argument
 from lead_engine.integrations.settings import Settings
-from lead_engine.selection.methods import METHODS
-from lead_engine.selection.methods.base import Method as MethodBase
+from lead_engine.selection.methods.base import Method
 
 
 class Selection(Settings):
@@ -32,20 +31,13 @@ class Selection(Settings):
         return with_lead(cls, self)
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """What decides which of the options are read."""
-
-    method: Method
-    selection: SelectionConfig
-
-
 def lead(
     pool: str | os.PathLike[str] | None = None,
     budget: float | str | None = None,
     *,
-    method: Method = "lead",
-    options: SelectionConfig | Mapping[str, Any] | None = None,
+    method: str = "lead",
+    options: MethodOptions | Mapping[str, Any] | None = None,
+    round_steps: int = SelectionConfig.round_steps,
     seed: int | None = None,
 ) -> Selection:
     """Selection for a Hugging Face trainer: `lead(...).trainer(SFTTrainer)(model=..., args=..., train_dataset=...)`.
@@ -56,25 +48,22 @@ def lead(
     budget: tokens to train, as a share of all of them; "0.1" is 0.1. The number of optimizer steps, which the trainer's
     schedule needs, is that share of the samples unless the trainer's arguments set `max_steps`. Training ends when
     either the tokens or the steps are used up. None: `max_steps` alone decides.
-    method, options: as `--method` and `--selection.*` of the command line; options may be a dict by name.
+    method, options: as `--method` and the method's own options (`--lead.*`) of the command line, e.g. {"gamma": 0.2}.
+    round_steps: as `--selection.round-steps`.
     seed: the trainer's by default.
     Raises UserError for folders, methods, numbers and options that cannot be used.
     """
     checked_pool: Path | None = argument(Path | None, pool, "lead(pool=...)")
     checked_budget: float | None = argument(Budget | None, budget, "lead(budget=...)")
-    if not isinstance(method, str) or method not in METHODS:
-        raise UserError(f"lead(method={method!r}): no such method; there are {', '.join(METHODS)}")
-    given = SelectionConfig() if options is None else options
-    checked_options: SelectionConfig = argument(SelectionConfig, given, "lead(options=...)")
+    method = argument(MethodName, method, "lead(method=...)")
+    own = method_options(method, options, place="lead(options=...)")
     checked_seed: int | None = argument(Seed | None, seed, "lead(seed=...)")
-    chosen = _Chosen(method, checked_options)
-    reads.refuse_unread(
-        chosen, reads.SELECTION, lambda option: reads.value_of(_Chosen("lead", SelectionConfig()), option)
-    )
-    if METHODS[method].refresh is not MethodBase.refresh:
+    round_steps = SelectionConfig(round_steps=round_steps).round_steps
+    chosen: type[Method] = find_method(method)
+    if chosen.refresh is not Method.refresh:
         raise UserError(
             f"lead(method={method!r}): scores the pool again while it trains, which only `lead-engine train` does"
         )
-    if METHODS[method].whole_pool:
+    if method == "full":
         raise UserError(f"lead(method={method!r}): selects nothing; use the trainer without lead()")
-    return Selection(checked_pool, checked_budget, method, checked_options, checked_seed)
+    return Selection(checked_pool, checked_budget, method, own, checked_seed, round_steps)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import Method, SelectionConfig
+from lead_engine.config import MethodOptions, find_method
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
-from lead_engine.selection.methods import METHODS
 
 if TYPE_CHECKING:
     import datasets
@@ -19,13 +18,20 @@ class Settings:
     """The checked arguments of `lead`. Trainers read them and change nothing, so one object serves several trainers."""
 
     def __init__(
-        self, pool: Path | None, budget: float | None, method: Method, options: SelectionConfig, seed: int | None
+        self,
+        pool: Path | None,
+        budget: float | None,
+        method: str,
+        options: MethodOptions,
+        seed: int | None,
+        round_steps: int,
     ) -> None:
         self.pool = pool
         self.budget = budget
         self.method = method
         self.options = options
         self.seed = seed
+        self.round_steps = round_steps
         self.store = TokenStore.open(pool / "store", "mmap") if pool is not None else None
         """The pool's tokens, which stay on disk; None where the trainer's own rows are scored."""
 
@@ -58,6 +64,6 @@ class Settings:
         """The scores that `lead-engine prepare` computed; None where the trainer's own rows have yet to be scored."""
         if self.pool is None or self.store is None:
             return None
-        if METHODS[self.method].needs_scores or PoolState.exists(self.pool):
+        if find_method(self.method).needs_scores or PoolState.exists(self.pool):
             return PoolState.load(self.pool, self.store.num_samples)
         return PoolState.unscored(self.store.num_samples)

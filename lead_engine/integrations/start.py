@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from lead_engine.integrations.score import score_rows
 from lead_engine.integrations.settings import Settings
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.tokenizer import generation_prompt_ids
-from lead_engine.selection.loss_change import make_loss_change
-from lead_engine.selection.methods import METHODS
 from lead_engine.selection.plan import Layout
 from lead_engine.selection.selector import Selector
 
@@ -36,11 +34,8 @@ def start_rounds(
     train, or if the checkpoint is another run's.
     """
     seed = args.seed if settings.seed is None else settings.seed
-    options = settings.options
-    if not METHODS[settings.method].uses_loss_change:
-        options = replace(options, loss_change="none")  # spares the step a sketch that the method would not read
     layout = Layout(
-        steps=settings.options.round_steps,
+        steps=settings.round_steps,
         micro_batches=args.gradient_accumulation_steps * args.world_size,
         slots=args.per_device_train_batch_size,
         capacity=args.per_device_train_batch_size * int(rows.lengths.max()),  # any samples fit together
@@ -50,7 +45,7 @@ def start_rounds(
         rows.lengths,
         rows.counts,
         method=settings.method,
-        config=options,
+        options=settings.options,
         layout=layout,
         seed=seed,
         device=args.device,
@@ -61,7 +56,7 @@ def start_rounds(
         "samples": len(rows.lengths),
         "tokens": tokens,
         "method": settings.method,
-        "options": to_dict(options),
+        "options": to_dict(settings.options),
         "budget": budget,
         "seed": seed,
         "layout": asdict(layout),
@@ -71,7 +66,7 @@ def start_rounds(
     }
     rounds = Rounds(
         selector,
-        make_loss_change(options, hidden_size, selector.method.num_arms, args.device, seed),
+        selector.loss_change(hidden_size),
         budget=budget,
         identity=identity,
         rank=args.process_index,

@@ -25,6 +25,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lead_engine.base.errors import UserError
+from lead_engine.config import find_method
 from lead_engine.integrations.data import ROW_NUMBER, TrainingRows, is_arrow, row_numbers, rows_of_samples
 from lead_engine.integrations.head import HeadCall, base_of, check, install, text_config
 from lead_engine.integrations.loop import PlannedBatches, RoundsCallback, announce
@@ -34,7 +35,6 @@ from lead_engine.integrations.settings import Settings
 from lead_engine.integrations.start import measure_scores, scores_of_the_start, start_rounds
 from lead_engine.integrations.step import StepObserver
 from lead_engine.pool.state import PoolState
-from lead_engine.selection.methods import METHODS
 from lead_kernels import HeadLoss
 
 
@@ -190,7 +190,7 @@ class _WithLead(Trainer):
         prepared = settings.state()
         if prepared is not None:
             return prepared
-        if not METHODS[settings.method].needs_scores:
+        if not find_method(settings.method).needs_scores:
             return PoolState.unscored(num_rows)
         if checkpoint is not None:
             save = self.is_world_process_zero()

@@ -85,7 +85,7 @@ def build_model(
         nf4.quantize_blocks(hf, sharded=mesh is not None and (mesh.size() > 1 or runtime.offload))
     hf.tie_weights()  # the move to the meta device parted shared parameters
     settle_rope(hf.get_decoder(), max_length)
-    model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=(runtime.head_chunk_mib << 20) or None)
+    model = PackedLM(hf, attention=kind, max_length=max_length, chunk_bytes=None)
     model.config = config  # as it is written to config.json again
     model.compute_dtype = dtype
     parallelize(model, runtime, dtype, mesh, trainable=trainable)

@@ -6,11 +6,16 @@ SIAM J. Comput. 32 (2002). Everything is a tensor on the selector's device; the 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from lead_engine.config import SelectionConfig
 from lead_kernels import draw_arm, exp3_probabilities, exp3_update
+
+BanditKind = Literal["exp3", "exp3s", "uniform", "none"]
+EXP3S_ALPHA = 0.01
+"""Share of weight that EXP3.S spreads over all arms each round."""
 
 
 class RewardScale:
@@ -43,10 +48,10 @@ class Bandit:
     size for any prior, as p_k >= gamma q_k.
     """
 
-    def __init__(self, config: SelectionConfig, prior: Tensor) -> None:
-        self.gamma, self.prior = config.gamma, prior
-        self.alpha = config.exp3s_alpha if config.bandit == "exp3s" else 0.0
-        self.learns = config.bandit in ("exp3", "exp3s")
+    def __init__(self, kind: BanditKind, gamma: float, prior: Tensor) -> None:
+        self.gamma, self.prior = gamma, prior
+        self.alpha = EXP3S_ALPHA if kind == "exp3s" else 0.0
+        self.learns = kind in ("exp3", "exp3s")
         self.log_weights = prior.clamp(min=torch.finfo(prior.dtype).tiny).log()
         self.log_weights -= self.log_weights.max()
 

@@ -104,9 +104,8 @@ class _Scores:
         self.weight = np.ones(matrix.shape[1])
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        return self.quality[rows] * (
-            self.matrix[rows] @ self.weight
-        )  # each row from left to right, however many there are
+        scores: np.ndarray = self.matrix[rows] @ self.weight  # each row from left to right, however many there are
+        return self.quality[rows] * scores
 
     def use(self, row: int) -> None:
         self.weight[self.matrix.indices[self.matrix.indptr[row] : self.matrix.indptr[row + 1]]] *= self.decay

@@ -13,38 +13,47 @@ Nothing here reads the device. A = this rank's micro-batches, B = slots, D = q*q
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from lead_engine.config import SelectionConfig
 from lead_engine.config.bounds import Count, Seed
 from lead_engine.config.options import argument, device_argument
 from lead_engine.selection.step_gradient import AllReduce, ExactGradient, SketchGradient
 from lead_kernels import HeadLoss
 
+LossChangeKind = Literal["inner", "paper", "none"]
 KEEP = 0.7  # share of the old calibration that survives a new measurement
 
 
 def make_loss_change(
-    config: SelectionConfig, hidden_size: int, num_clusters: int, device: torch.device | str, seed: int
+    kind: LossChangeKind,
+    hidden_size: int,
+    num_clusters: int,
+    device: torch.device | str,
+    seed: int,
+    *,
+    sketch_dim: int = 64,
+    calibrate_every: int = 8,
 ) -> LossChange:
-    """The estimator that `config.loss_change` names; `num_clusters` is the selector's `num_arms`.
+    """The estimator of this name; `num_clusters` is the selector's `num_arms`, `sketch_dim` 0 the exact form.
 
     UserError for arguments that are out of range or of another type.
     """
-    config = argument(SelectionConfig, config, "make_loss_change(config)")
+    kind = argument(LossChangeKind, kind, "make_loss_change(kind)")
     hidden_size = argument(Count, hidden_size, "make_loss_change(hidden_size)")
     num_clusters = argument(Count, num_clusters, "make_loss_change(num_clusters)")
     device, seed = device_argument(device, "make_loss_change(device)"), argument(Seed, seed, "make_loss_change(seed)")
-    if config.loss_change == "none":
+    if kind == "none":
         return LossChange()
-    if config.inner_form == "exact":
+    if sketch_dim == 0:
         gradient: SketchGradient | ExactGradient = ExactGradient(hidden_size)
     else:
-        gradient = SketchGradient(hidden_size, config.sketch_dim, device, seed)
-    if config.loss_change == "paper":
+        gradient = SketchGradient(hidden_size, sketch_dim, device, seed)
+    if kind == "paper":
         return PaperLossChange(gradient, num_clusters, device)
-    return InnerLossChange(gradient, config.calibrate_every, device)
+    return InnerLossChange(gradient, calibrate_every, device)
 
 
 class LossChange:
@@ -190,7 +199,7 @@ class PaperLossChange(_FromGradient):
 
     The authors' public code differs: it takes c from the cosine of two *scalars*, the gradients' norms, which is
     always 1, so that its dL is identically 0. Here gradients are vectors, sketched (q*q numbers) or exact (H*H) as
-    `inner_form` says; K + 2 of them are kept.
+    `sketch_dim` says; K + 2 of them are kept.
     """
 
     def __init__(self, gradient: SketchGradient | ExactGradient, num_clusters: int, device: torch.device) -> None:

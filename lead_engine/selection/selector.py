@@ -10,17 +10,20 @@ the host reads nothing from the device, but in `refresh`, where a method may hav
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import Method as MethodName
-from lead_engine.config import SelectionConfig
 from lead_engine.config.bounds import Seed
+from lead_engine.config.methods import MethodName, MethodOptions, find_method, method_options
 from lead_engine.config.options import argument, device_argument
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.counter_rng import mix64
-from lead_engine.selection.methods import METHODS, Draw, Order, Scorer
+from lead_engine.selection.loss_change import LossChange
+from lead_engine.selection.methods.base import Draw, Method, Order, Scorer
 from lead_engine.selection.plan import Layout, Plan, RoundStats
 from lead_engine.selection.samples import Samples
 from lead_kernels import idu_update, pack_plan
@@ -29,7 +32,8 @@ from lead_kernels import idu_update, pack_plan
 class Selector:
     """Plans the rounds that a method orders, and keeps every sample's U and visits.
 
-    Args: `lengths` int64 [N], tokens, and `response_rows` int64 [N], counted response tokens, of each sample.
+    Args: `method` is a name of `--method`; `options` its own, as an object or a mapping; `lengths` int64 [N], tokens,
+    and `response_rows` int64 [N], counted response tokens, of each sample.
     Raises UserError if a sample is longer than a micro-batch, and for options that cannot be used.
     """
 
@@ -39,23 +43,25 @@ class Selector:
         lengths: Tensor,
         response_rows: Tensor,
         *,
-        method: MethodName,
-        config: SelectionConfig,
+        method: str,
+        options: MethodOptions | Mapping[str, Any] | None = None,
         layout: Layout,
         seed: int,
         device: torch.device | str,
     ) -> None:
-        if not isinstance(method, str) or method not in METHODS:
-            raise UserError(f"Selector(method={method!r}): no such method; there are {', '.join(METHODS)}")
-        config = argument(SelectionConfig, config, "Selector(config)")
+        method = argument(MethodName, method, "Selector(method)")
         layout = argument(Layout, layout, "Selector(layout)")
         seed, device = argument(Seed, seed, "Selector(seed)"), device_argument(device, "Selector(device)")
         _check_lengths(lengths, len(state.utility), layout)
-        self.config, self.layout = config, layout
+        self.layout = layout
         self.samples = Samples(state, lengths, response_rows, device)
-        self.method = METHODS[method](
-            self.samples, state, config, layout.steps * layout.micro_batches * layout.slots, seed
-        )
+        order_length = layout.steps * layout.micro_batches * layout.slots
+        chosen: type[Method] = find_method(method)
+        self.method = chosen(self.samples, state, method_options(method, options), order_length, seed)
+
+    def loss_change(self, hidden_size: int) -> LossChange:
+        """The method's estimator of what a step does to its own samples, for a model of this hidden size."""
+        return self.method.loss_change(hidden_size)
 
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
         """Let the method look at the pool before round `round` is planned; `spent` is the share of the budget that is trained."""
@@ -97,7 +103,7 @@ class Selector:
         """Update U and visits by one optimizer step: ids, losses and their estimated changes of all ranks, [M, B] each."""
         ids, loss, loss_change = sample_ids.reshape(-1), loss.reshape(-1), loss_change.reshape(-1)
         self.method.observe(ids, loss, loss_change)
-        idu_update(self.samples.utility, self.samples.visits, ids, loss, loss_change, self.config.smoothing)
+        idu_update(self.samples.utility, self.samples.visits, ids, loss, loss_change, self.method.smoothing)
 
     def bar(self, sample_ids: Tensor, loss: Tensor, skipped: Tensor) -> Tensor:
         """The ids to observe a step by, which `skipped` (0-d bool) says was not taken: then none, so that nothing is learned from it.
@@ -144,7 +150,7 @@ class Selector:
             if state[name].shape != tensor.shape:
                 raise UserError(
                     f"--resume: the checkpoint's {name!r} has shape {tuple(state[name].shape)}, this run's has "
-                    f"{tuple(tensor.shape)}; give the --pool, --method and --selection.bandit that the run began with"
+                    f"{tuple(tensor.shape)}; give the --pool, --method and --lead.bandit that the run began with"
                 )
         for name, tensor in own.items():
             tensor.copy_(state[name])

@@ -7,13 +7,15 @@ Both are mended by running means over a *cell*, a cluster's part of a task (Samp
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import SelectionConfig
 from lead_engine.selection.samples import Samples
 
+Unseen = Literal["initial", "drift", "estimate"]
 KEEP_CELL, KEEP_ALL = 0.95, 0.99
 """What is left of an exponential mean after one more observation: memories of 20 and 100 samples."""
 
@@ -34,13 +36,13 @@ class CellEstimates:
     Estimates stand in for U only where samples are ranked and rewarded: a first visit smooths with U as `prepare` measured it.
     """
 
-    def __init__(self, config: SelectionConfig, samples: Samples) -> None:
+    def __init__(self, kind: Unseen, samples: Samples, optimism: float = 1.0) -> None:
         if samples.num_cells > MOST_CELLS:
             raise UserError(
-                f"--selection.unseen {config.unseen}: {samples.num_clusters} clusters x {samples.num_tasks} tasks are more than "
-                f"{MOST_CELLS} cells; prepare the pool with fewer --clusters or --tasks, or use --selection.unseen initial"
+                f"--lead.unseen {kind}: {samples.num_clusters} clusters x {samples.num_tasks} tasks are more than "
+                f"{MOST_CELLS} cells; prepare the pool with fewer --clusters or --tasks, or use --lead.unseen initial"
             )
-        self.samples, self.drift, self.optimism = samples, config.unseen == "drift", config.optimism
+        self.samples, self.drift, self.optimism = samples, kind == "drift", optimism
         self.cell_sum = torch.zeros(samples.num_cells, device=samples.device)
         self.cell_weight = torch.zeros(samples.num_cells, device=samples.device)
         self.all = torch.zeros(3, device=samples.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from lead_engine.base import fingerprint
 from lead_engine.base.errors import UserError
 from lead_engine.base.files import read_json
 from lead_engine.base.fingerprint import Parts
-from lead_engine.config import EvalConfig, Method, StudyConfig, TrainConfig, to_dict
-from lead_engine.config.reads import TRAIN, without_unread
+from lead_engine.config import EvalConfig, StudyConfig, TrainConfig, to_dict
+from lead_engine.config.methods import method_options
+from lead_engine.config.reads import without_unread
 from lead_engine.pool.identity import own_model
 from lead_engine.study.variants import Study, Variant
 from lead_engine.training.origin import base_folder, base_tokenizer, check_same, match_parts, run_parts
@@ -32,7 +33,7 @@ class StudyRun:
     """One training run of a study."""
 
     variant: str
-    method: Method
+    method: str
     budget: float | None
     """A share of the pool's tokens; None for `full`, which trains on all of it."""
     seed: int
@@ -48,7 +49,7 @@ class StudyRun:
     @property
     def after(self) -> str | None:
         """The name of the run that has to be complete before this one starts, because this one imitates it."""
-        match = self.train.selection.match
+        match = self.train.match
         return None if match is None else match.name
 
     @property
@@ -105,21 +106,23 @@ def run_folder(out: Path, variant: str, budget: float | None, epochs: int, seed:
 
 def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | None, seed: int) -> StudyRun:
     # The study's options reach every variant; those that only other variants read would be refused by `train`.
-    options = without_unread(variant.options, TRAIN, variant.options.default_of)
-    folder = run_folder(out, variant.name, budget, options.epochs, seed)
-    selection = options.selection
+    options = without_unread(variant.options, variant.options.table(), variant.options.default_of)
+    epochs = getattr(options.options, "epochs", 1) if budget is None else 1
+    folder = run_folder(out, variant.name, budget, epochs, seed)
+    own = options.options
     if options.match is not None:
-        selection = replace(selection, match=run_folder(out, options.match, budget, options.epochs, seed))
+        own = method_options(options.method, {"match": run_folder(out, options.match, budget, epochs, seed)})
     train = TrainConfig(
         pool=options.pool,
         model=study.model,
         out=folder,
         method=options.method,
         recipe=options.recipe,
-        **({"epochs": options.epochs} if budget is None else {"budget": budget}),
+        **({} if budget is None else {"budget": budget}),
         seed=seed,
         batch=options.batch,
-        selection=selection,
+        selection=options.selection,
+        options=own,
         optimizer=options.optimizer,
         lora=options.lora,
         runtime=options.runtime,
@@ -227,7 +230,6 @@ def eval_command(config: EvalConfig) -> list[str]:
         "--runtime.precision": config.runtime.precision,
         "--runtime.attention": config.runtime.attention,
         "--runtime.placement": config.runtime.placement,
-        "--runtime.head-chunk-mib": config.runtime.head_chunk_mib,
     }
     words = [str(word) for flag, value in flags.items() for word in (flag, value)]
     return [sys.executable, "-m", "lead_engine", "eval", "--model", config.model, "--data", *config.data, *words]

@@ -87,7 +87,7 @@ def _group(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "variant": run.variant,
         "method": run.method,
         "budget": run.budget,
-        "epochs": run.train.epochs,
+        "epochs": getattr(run.train.options, "epochs", 1) if run.budget is None else 1,
         "seeds": [outcome.run.seed for outcome in outcomes],
         **{name: _mean_or_none([outcome.costs[name] for outcome in outcomes]) for name in outcomes[0].costs},
         **{measure: mean_interval([outcome.loss(measure) for outcome in outcomes]).to_json() for measure in MEASURES},

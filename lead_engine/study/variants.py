@@ -6,7 +6,7 @@ In the study's YAML:
     methods: [lead, random]             # variants without changes, named after their method
     variants:
       paper: {method: lead, recipe: paper}
-      no-bandit: {selection: {bandit: none}}
+      no-bandit: {lead: {bandit: none}}
       control: {method: random-matched, match: no-bandit}
       noisy: {pool: other/prepared, budgets: [0.05], seeds: [0, 1]}
 """
@@ -23,19 +23,17 @@ from lead_engine.base.errors import UserError
 from lead_engine.config import (
     BatchConfig,
     LoraConfig,
-    Method,
     OptimizerConfig,
-    Recipe,
     RuntimeConfig,
     SelectionConfig,
     Share,
     StudyConfig,
     reads,
-    recipe_value,
 )
-from lead_engine.config.bounds import Epochs, Seeds
+from lead_engine.config.bounds import Seeds
 from lead_engine.config.from_yaml import draft_from_mapping, from_mapping
-from lead_engine.config.options import Options
+from lead_engine.config.methods import MethodName, MethodOptions, Recipe, WithMethod, method_names
+from lead_engine.config.old_names import flat_options
 from lead_engine.config.yaml_file import read_yaml
 from lead_engine.pool.sources import STDIN
 
@@ -46,7 +44,7 @@ MATCHED = "random-matched"
 
 
 @dataclass(frozen=True)
-class VariantOptions(Options):
+class VariantOptions(WithMethod):
     """What may be said of a variant; what is not said is as in the study."""
 
     flags: ClassVar[str] = ""
@@ -54,8 +52,7 @@ class VariantOptions(Options):
     pool: Path
     budgets: tuple[Share, ...]
     seeds: Seeds
-    epochs: Epochs
-    method: Method = "lead"
+    method: MethodName = "lead"
     recipe: Recipe = "default"
     """Comes under the study's options and the variant's."""
     match: str | None = None
@@ -65,9 +62,8 @@ class VariantOptions(Options):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-
-    def default_of(self, option: str) -> Any:
-        return recipe_value(self.recipe, option, super().default_of(option))
+    options: MethodOptions = field(default_factory=MethodOptions)
+    """The method's own, in YAML under its name: `lead: {...}`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,8 @@ class Study:
 def read_study(path: Path) -> Study:
     """The study in a YAML file; UserError naming file and key for anything that is not one."""
     said = read_yaml(path, flag="--config")
-    options = from_mapping(StudyConfig, said, source=str(path))
+    shared = {key: value for key, value in said.items() if key not in method_names()}
+    options = from_mapping(StudyConfig, shared, source=str(path))
     if options.variants and "methods" not in said:
         options = replace(options, methods=())
     if not options.heldout:
@@ -113,8 +110,8 @@ def read_study(path: Path) -> Study:
     named = [(name, "methods", {"method": name}) for name in options.methods]
     named += [(name, f"variants.{name}", values) for name, values in options.variants.items()]
     variants = tuple(_variant(name, values, options, said, f"{path}: {key}") for name, key, values in named)
-    for option in _flat({key: said[key] for key in (*OVERLAID, "epochs") if key in said}):
-        reasons = [reads.why_unread(option, variant.options, reads.TRAIN) for variant in variants]
+    for option in flat_options({key: said[key] for key in (*OVERLAID, *method_names()) if key in said}):
+        reasons = [_why_unread(option, variant.options) for variant in variants]
         if all(reasons):
             raise UserError(f"{path}: {option}: no variant reads it: it is read only {reasons[0]}; leave it out")
     study = Study(options, variants)
@@ -128,13 +125,13 @@ def _variant(name: str, values: Mapping[str, Any], study: StudyConfig, said: Map
     """said: the study's YAML. What it sets outranks a variant's recipe; the defaults of what it leaves out do not."""
     if not NAME.fullmatch(name):
         raise UserError(f"{source}: {name!r} cannot be part of a folder's name; use letters, digits, '.', '_' and '-'")
-    draft_from_mapping(
-        VariantOptions, values, source=source, missing=None
-    )  # so that mistakes are named where they were made
-    if "match" in values.get("selection", {}):
-        raise UserError(f"{source}: selection.match: the study fills it in; name a variant: match: lead")
-    shared = {key: said[key] for key in OVERLAID if key in said}
-    inherited = {"pool": str(study.pool), "budgets": study.budgets, "seeds": study.seeds, "epochs": study.epochs}
+    draft = draft_from_mapping(VariantOptions, values, source=source, missing=None)  # mistakes are named where they are
+    if "match" in values.get(MATCHED, {}):
+        raise UserError(f"{source}: {MATCHED}.match: the study fills it in; name a variant: match: lead")
+    shared = {key: said[key] for key in (*OVERLAID, draft.method) if key in said}
+    if draft.method == "full":
+        shared["full"] = {"epochs": study.epochs, **shared.get("full", {})}
+    inherited = {"pool": str(study.pool), "budgets": study.budgets, "seeds": study.seeds}
     options = from_mapping(VariantOptions, overlay({**inherited, **shared}, values), source=source)
     if options.method == "full" and "budgets" in values:
         raise UserError(f"{source}: budgets: full takes the whole pool, `epochs` times; leave budgets out")
@@ -142,8 +139,8 @@ def _variant(name: str, values: Mapping[str, Any], study: StudyConfig, said: Map
         raise UserError(f"{source.partition(': ')[0]}: budgets: name at least one share of the pool")
     if options.match is not None and options.method != MATCHED:
         raise UserError(f"{source}: match: only the method {MATCHED} imitates another variant")
-    for option in _flat(values):
-        reason = reads.why_unread(option, options, reads.TRAIN)
+    for option in flat_options(values):
+        reason = _why_unread(option, options)
         if reason:
             raise UserError(f"{source}: {option}: is read only {reason}; leave it out")
     if options.method == MATCHED and options.match is None:
@@ -151,12 +148,12 @@ def _variant(name: str, values: Mapping[str, Any], study: StudyConfig, said: Map
     return Variant(name, options)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The options that a mapping gives, with dots."""
-    given: list[str] = []
-    for key, value in values.items():
-        given += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
-    return given
+def _why_unread(option: str, options: VariantOptions) -> str | None:
+    """Why a variant does not read an option, as what follows "is read only"; None where it does."""
+    group = option.partition(".")[0]
+    if group in method_names() and group != options.method:
+        return f"with method {group}, not {options.method}"
+    return reads.why_unread(option, options, options.table())
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

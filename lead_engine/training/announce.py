@@ -7,7 +7,7 @@ import os
 import torch
 
 from lead_engine.base.console import table
-from lead_engine.config import TrainConfig
+from lead_engine.config import TrainConfig, find_method
 from lead_engine.model import nf4
 from lead_engine.model.adapter import describe, lora_of
 from lead_engine.model.find import hub_name
@@ -15,7 +15,6 @@ from lead_engine.model.load import count_parameters
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.parallelize import gathered_bytes
 from lead_engine.model.precision import choose_precision
-from lead_engine.selection.methods import METHODS
 from lead_engine.training.build import TrainingSetup
 from lead_engine.training.distributed import Ranks
 from lead_engine.training.heldout import BEST
@@ -66,7 +65,7 @@ def _rows(setup: TrainingSetup, ranks: Ranks, meter: Meter) -> list[tuple[str, s
         ("optimizer", _optimizer(config)),
         ("memory", str(estimate(model, config.optimizer.kind))),
         ("weights", _weights(model)),
-        ("selection", _describe_selection(config)),
+        ("selection", find_method(config.method).describe(config.options)),
         ("checkpoints", _checkpoints(config)),
         ("held-out", _heldout(setup)),
         ("logs", _logs(config)),
@@ -174,29 +173,3 @@ def _peak(meter: Meter) -> str:
     flops = meter.flops
     counted = f"{flops.per_token:.3g} FLOPs a token in the blocks, {flops.per_row:.3g} a response token in the head"
     return f"of {peak}; {counted}"
-
-
-def _describe_selection(config: TrainConfig) -> str:
-    """The options that the method reads."""
-    o = config.selection
-    if config.method == "random-matched":
-        return f"the picks of {o.match}, each replaced by one of like length and task"
-    if config.method == "iterit":
-        again = f"IFD of the best {o.candidates:g} x an epoch's samples is measured again"
-        return f"{o.epochs} epochs; {again}; n-grams keep {o.decay:g}"
-    if config.method not in ("lead", "rescore"):
-        return (METHODS[config.method].__doc__ or "").partition("\n")[0]
-    change = {
-        "inner": f"inner ({o.inner_form}, q = {o.sketch_dim})",
-        "paper": f"paper ({o.inner_form})",
-        "none": "none",
-    }[o.loss_change]
-    utility = (
-        f"loss change {change}, b = {o.smoothing:g}, unseen: {o.unseen}"
-        if config.method == "lead"
-        else "measured before every round"
-    )
-    ranking = f"soft (power {o.soft_power:g})" if o.ranking == "soft" else o.ranking
-    tasks = "with task quotas" if o.use_tasks else "no task quotas"
-    coarse, fine = f"bandit {o.bandit} ({o.draw}, prior {o.prior})", f"ranking {ranking} by {o.rank_by}, {tasks}"
-    return f"{coarse}; {fine}, at most {o.max_visits} visits; U: {utility}"

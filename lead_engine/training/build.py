@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lead_engine.base.fingerprint import Parts
-from lead_engine.config import TrainConfig
+from lead_engine.config import TrainConfig, find_method
 from lead_engine.model.load import build_model, load_config, weights_folder
 from lead_engine.model.packed import PackedLM
 from lead_engine.model.parallelize import gathered_bytes, keep_gathered
@@ -18,8 +18,7 @@ from lead_engine.model.vocabulary import check_vocabulary, rows_of
 from lead_engine.pool.heldout import HeldOutData
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import ANSWERS, TokenStore
-from lead_engine.selection.loss_change import LossChange, make_loss_change
-from lead_engine.selection.methods import METHODS
+from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.plan import Layout
 from lead_engine.selection.selector import Selector
 from lead_engine.training.combinations import check_combination
@@ -129,20 +128,18 @@ def _selection(
     config: TrainConfig, ranks: Ranks, state: PoolState, store: TokenStore, hidden_size: int
 ) -> tuple[Selector, LossChange]:
     """What the method selects with, and the estimator of what a step does to its samples."""
-    options, batch = config.selection, config.batch
-    if not METHODS[config.method].uses_loss_change:
-        options = replace(options, loss_change="none")
+    batch = config.batch
     selector = Selector(
         state,
         store.lengths,
         store.response_rows,
         method=config.method,
-        config=options,
-        layout=Layout(options.round_steps, batch.micro_batches, batch.num_slots, batch.capacity),
+        options=config.options,
+        layout=Layout(config.selection.round_steps, batch.micro_batches, batch.num_slots, batch.capacity),
         seed=config.seed,
         device=ranks.device,
     )
-    return selector, make_loss_change(options, hidden_size, selector.method.num_arms, ranks.device, config.seed)
+    return selector, selector.loss_change(hidden_size)
 
 
 def _keep_weights_gathered(config: TrainConfig, ranks: Ranks, model: PackedLM) -> None:
@@ -157,14 +154,12 @@ def _keep_weights_gathered(config: TrainConfig, ranks: Ranks, model: PackedLM) -
 
 def _budget(config: TrainConfig, store: TokenStore) -> int:
     """Tokens to train."""
-    if METHODS[config.method].whole_pool:
-        return config.epochs * store.num_tokens
-    return round(config.budget * store.num_tokens)
+    return int(find_method(config.method).budget(config.options, config.budget, store.num_tokens))
 
 
 def _pool_state(config: TrainConfig, store: TokenStore) -> PoolState:
     """The pool's difficulty and utility, which some methods can do without."""
-    if METHODS[config.method].needs_scores or PoolState.exists(config.pool):
+    if find_method(config.method).needs_scores or PoolState.exists(config.pool):
         return PoolState.load(config.pool, store.num_samples)
     return PoolState.unscored(store.num_samples)
 

@@ -36,7 +36,7 @@ class RunCallbacks:
         self.checkpoints = Checkpoints(config.out / "checkpoints", ranks, config.keep_checkpoints)
         self.names = RecordIds(config.pool)
         self.skipped = SkippedSteps(config.max_skipped_steps, self.names, config.out, config.pool)
-        peak = find_peak(config.runtime.peak_tflops, ranks.device)
+        peak = find_peak(ranks.device)
         self.meter = Meter.of(trainer.store, ModelFlops.of(trainer.model), peak, ranks.size)
         self.heldout = HeldOut(setup, ranks, folder, self.checkpoints)
         self.start = Progress()

@@ -93,7 +93,7 @@ AXES: dict[str, dict[str, Options]] = {
     "precision": {"fp32": {"runtime": {"precision": "fp32"}}, "bf16": {"runtime": {"precision": "bf16"}}},
     "method": {
         "lead": {},
-        "lead, exact": {"selection": {"inner_form": "exact"}},
+        "lead, exact": {"options": {"sketch_dim": 0}},
         "lead, paper": {"recipe": "paper"},
         "rescore": {"method": "rescore"},
         "iterit": {"method": "iterit"},

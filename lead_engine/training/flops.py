@@ -71,15 +71,10 @@ class Peak:
     reason: str
 
 
-def find_peak(given: float, device: torch.device) -> Peak:
-    """The peak of one rank's device in TFLOP/s.
-
-    It is `given` if above 0 (--runtime.peak-tflops), else its data sheet's where that is known.
-    """
-    if given > 0:
-        return Peak(given, "--runtime.peak-tflops")
+def find_peak(device: torch.device) -> Peak:
+    """The peak of one rank's device, its data sheet's where it is known."""
     if device.type != "cuda":
-        return Peak(None, "none is known of a CPU; give --runtime.peak-tflops")
+        return Peak(None, "none is known of a CPU")
     return peak_of(torch.cuda.get_device_name(device))
 
 
@@ -89,7 +84,7 @@ def peak_of(name: str) -> Peak:
     for part, tflops in PEAKS.items():
         if part in words:
             return Peak(tflops, f"data sheet of {name}, dense bf16")
-    return Peak(None, f"{name} is not in the table of lead_engine/training/flops.py; give --runtime.peak-tflops")
+    return Peak(None, f"{name} is not in the table of lead_engine/training/flops.py; add it there")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ def check_available(config: OptimizerConfig) -> None:
         bitsandbytes_functional("--optimizer.kind adamw8bit")
 
 
+EPS = 1e-8
+"""AdamW's denominator floor."""
+FINAL_LR = 0.1
+"""Learning rate at the end of a schedule that falls, as a share of the peak."""
+
+
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, torch's fused one or with moments in 8 bits; weight decay on matrices only.
 
@@ -36,14 +42,14 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     ]
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw8bit":
-        return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=EPS)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=EPS, fused=True)
 
 
 def learning_rate(config: OptimizerConfig, progress: float) -> float:
     """Learning rate after a share `progress` in [0, 1] of the token budget.
 
-    Linear warm-up, then decay to final_lr * lr.
+    Linear warm-up, then decay to FINAL_LR * lr.
 
     Warm-up starts at a tenth of the peak: the very first step trains too.
     """
@@ -51,7 +57,9 @@ def learning_rate(config: OptimizerConfig, progress: float) -> float:
         return config.lr * (0.1 + 0.9 * progress / config.warmup)
     left = 1 - min(1.0, (progress - config.warmup) / (1 - config.warmup))
     shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
-    return config.lr * (config.final_lr + (1 - config.final_lr) * shape) if config.schedule != "constant" else config.lr
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * (FINAL_LR + (1 - FINAL_LR) * shape)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:

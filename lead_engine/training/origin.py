@@ -24,7 +24,7 @@ from lead_engine.pool import identity as pools
 from lead_engine.pool.chat_template import fold_system
 from lead_engine.training.distributed import Ranks
 
-BY_CONTENTS = ("pool", "model", "selection.match", "eval_data")
+BY_CONTENTS = ("pool", "model", "random-matched.match", "eval_data")
 """Options of a run that its fingerprint stands for: what they name may have moved."""
 
 
@@ -75,13 +75,13 @@ def match_parts(config: TrainConfig, pool: Parts) -> Parts:
 
     UserError where that was trained on another pool than `pool`.
     """
-    match = config.selection.match
+    match = config.match
     if match is None:
         return {}
     noted, log = fingerprint.read(match), match / "selection.jsonl"
     if noted is not None and noted["pool"]["contents"] != pool["contents"]:
         raise UserError(
-            f"--selection.match {match}: was trained on another pool, or on this one before it was prepared anew"
+            f"--random-matched.match {match}: was trained on another pool, or on this one before it was prepared anew"
         )
     return {"match": {"rounds": fingerprint.digest_file(log) if log.exists() else None}}
 

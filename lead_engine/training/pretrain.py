@@ -21,6 +21,7 @@ from lead_engine.base.errors import UserError
 from lead_engine.base.files import read_json, write_text
 from lead_engine.base.fingerprint import Parts, differences, refuse
 from lead_engine.config import PretrainConfig, SelectionConfig, TrainConfig
+from lead_engine.config.methods import method_options
 from lead_engine.model.find import find_model
 from lead_engine.model.load import load_tokenizer
 from lead_engine.model.scratch import is_scratch, make_scratch
@@ -45,7 +46,7 @@ def _training(config: PretrainConfig, corpus: Path) -> TrainConfig:
         model=str(corpus / "model") if is_scratch(config.model) else config.model,
         out=config.out,
         method="full",
-        epochs=config.epochs,
+        options=method_options("full", {"epochs": config.epochs}),
         seed=config.seed,
         resume=config.resume,
         checkpoint_every=config.checkpoint_every,

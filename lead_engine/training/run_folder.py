@@ -17,6 +17,7 @@ from lead_engine.base.errors import UserError
 from lead_engine.base.files import write_text
 from lead_engine.base.fingerprint import Parts
 from lead_engine.config import TrainConfig, to_dict
+from lead_engine.config.old_names import under_new_names
 from lead_engine.config.reads import unread
 from lead_engine.config.yaml_file import read_yaml
 from lead_engine.training.distributed import Ranks
@@ -193,11 +194,13 @@ def changed_options(path: Path, config: TrainConfig, free: Sequence[str]) -> lis
     A run of an older version has no value for options that came later; it did what their defaults do. What is compared
     by contents is free where the run has a fingerprint.
     """
-    now, plain = _flat(to_dict(config)), _flat(to_dict(TrainConfig(config.pool, config.model, config.out)))
-    before = plain | _flat(read_yaml(path))
+    saved = under_new_names(read_yaml(path))
+    plain = TrainConfig(config.pool, config.model, config.out, method=config.method)
+    now, before = _flat(to_dict(config)), _flat(to_dict(plain)) | _flat(saved)
+    gone = [(name, value, "gone from this version") for name, value in _flat(saved).items() if _is_gone(name)]
     moved = BY_CONTENTS if (path.parent / fingerprint.FILE).exists() else ()
-    ignored = unread(config, config.read_with)  # whatever an older version wrote there had no effect
-    return [
+    ignored = unread(config, config.table())  # whatever an older version wrote there had no effect
+    return gone + [
         (name, before[name], now[name])
         for name in now
         if name.partition(".")[0] not in free
@@ -205,6 +208,14 @@ def changed_options(path: Path, config: TrainConfig, free: Sequence[str]) -> lis
         and before[name] != now[name]
         and not (name in moved and bool(before[name]) == bool(now[name]))
     ]
+
+
+def _is_gone(name: str) -> bool:
+    """Whether an older version had this option, and it decides what is trained: see `under_new_names`."""
+    return (name.startswith("selection.") and name != "selection.round_steps") or name in (
+        "optimizer.eps",
+        "optimizer.final_lr",
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

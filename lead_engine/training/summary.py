@@ -60,7 +60,7 @@ def _what_was_trained(setup: TrainingSetup, done: Progress, visits: Tensor, skip
     return {
         "method": config.method,
         "seed": config.seed,
-        "budget": config.budget if config.method != "full" else float(config.epochs),
+        "budget": setup.trainer.budget / store.num_tokens if config.method == "full" else config.budget,
         "tokens_trained": done.tokens,
         "samples_trained": int(visits.sum()),
         "distinct_samples": int((visits > 0).sum()),

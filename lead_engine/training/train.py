@@ -98,7 +98,8 @@ def _tell_what_is_left(setup: TrainingSetup, done: Progress, *, stopped_early: b
         warn(f"nothing was trained: --budget {config.budget:g} ({why}); the model written is the base")
     elif not stopped_early and budget - done.tokens > longest:  # else too little is left for another sample
         told = f"no eligible sample is left after {done.tokens:,} of {budget:,} tokens"
-        say(f"{told} (--selection.max-visits {config.selection.max_visits})")
+        visits = getattr(config.options, "max_visits", None)
+        say(f"{told} (--{config.method}.max-visits {visits})" if visits else told)
 
 
 def _write(ranks: Ranks, path: Path, write: Callable[[], None]) -> None:

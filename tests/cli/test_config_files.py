@@ -63,10 +63,10 @@ def test_a_written_config_reads_back_the_same(parsed, tmp_path: Path) -> None:
 
 
 def test_a_partly_given_group_keeps_the_command_s_own_defaults() -> None:
-    config = from_mapping(PretrainConfig, {"text": ["t"], "out": "o", "optimizer": {"eps": 1e-6}}, source="test")
+    config = from_mapping(PretrainConfig, {"text": ["t"], "out": "o", "optimizer": {"warmup": 0.2}}, source="test")
     default = PretrainConfig(text=(Path("t"),), out=Path("o")).optimizer
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (default.lr, default.weight_decay)
-    assert config.optimizer.eps == 1e-6
+    assert config.optimizer.warmup == 0.2
 
 
 @pytest.mark.parametrize(

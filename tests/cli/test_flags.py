@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lead_engine.cli.commands import FIRST_OF_PREPARE, FIRST_OF_TRAIN
+
 pytestmark = pytest.mark.slow
 
 COMMANDS = ["make-pool", "pretrain", "prepare", "train", "eval", "compare", "report", "merge", "doctor"]
 TRAIN = ["train", "--pool", "pool", "--model", "model", "--out", "run"]
+PREPARE = ["prepare", "--pool", "pool", "--model", "model", "--out", "run"]
 
 
 def said(result: subprocess.CompletedProcess[str]) -> str:
@@ -50,13 +54,52 @@ def test_every_command_has_help(run_cli, command: str) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], [*TRAIN, "--budget", "-1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["prepare", "--help"], [*PREPARE, "--tasks", "-1"]]
+)
 def test_help_and_flag_errors_need_no_torch(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lead_engine.cli import main; sys.exit(main())"
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == (0 if "--help" in arguments else 2), result.stderr
     assert "torch was imported" not in result.stderr
+
+
+@pytest.mark.parametrize(("command", "first"), [("train", FIRST_OF_TRAIN), ("prepare", FIRST_OF_PREPARE)])
+def test_help_shows_what_matters_and_help_all_the_rest(run_cli, command: str, first: tuple[str, ...]) -> None:
+    screen, everything = (run_cli(command, flag).stdout for flag in ("--help", "--help-all"))
+    shown = re.findall(r"^  (--[\w.-]+)", screen, flags=re.MULTILINE)
+    assert shown == [f"--{name.replace('_', '-')}" for name in first]
+    assert len(shown) <= 10
+    assert "--help-all" in screen
+    listed = set(re.findall(r"--[\w.-]+", everything))
+    assert set(shown) < listed
+    assert "--optimizer.weight-decay" in listed
+
+
+def test_help_all_shows_the_options_of_the_method_that_is_named(run_cli) -> None:
+    lead, iterit = (run_cli("train", *more, "--help-all").stdout for more in ((), ("--method", "iterit")))
+    assert "--lead.gamma" in lead
+    assert "--iterit." not in lead
+    assert "--iterit.epochs" in iterit
+    assert "--lead." not in iterit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--selection.gamma", "0.2"], "--selection.gamma: is now --lead.gamma"),
+        (["--selection.match=r"], "--selection.match: is now --random-matched.match"),
+        (["--selection.inner-form", "exact"], "--selection.inner-form: is now part of --lead.sketch-dim, where 0 is"),
+        (["--selection.no-use-tasks"], "--selection.no-use-tasks: is now part of --lead.task-quotas"),
+        (["--selection.prior", "size"], "--selection.prior: is no option any more: uniform with --lead.draw cluster"),
+        (["--optimizer.eps", "1e-6"], "--optimizer.eps: is no option any more: 1e-8"),
+        (["--epochs", "2"], "--epochs: is now --full.epochs"),
+        (["--method", "random", "--lead.gamma", "0.2"], "--lead.gamma: is read only with --method lead, not random"),
+    ],
+)
+def test_old_flags_are_refused_with_the_new_ones(run_cli, arguments: list[str], told: str) -> None:
+    assert_refused(run_cli(*TRAIN, *arguments), told)
 
 
 def test_no_command(run_cli) -> None:
@@ -102,9 +145,9 @@ def test_required_flags_are_named(run_cli, command: str, flags: list[str]) -> No
         ("--optimizer.lr", "-1"),
         ("--optimizer.betas", "0.9"),
         ("--optimizer.warmup", "1"),
-        ("--selection.gamma", "0"),
-        ("--selection.bandit", "best"),
-        ("--selection.max-visits", "0"),
+        ("--lead.gamma", "0"),
+        ("--lead.bandit", "best"),
+        ("--lead.max-visits", "0"),
         ("--lora.rank", "-1"),
         ("--runtime.precision", "fp8"),
     ],

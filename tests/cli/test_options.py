@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from lead_engine import config
 from lead_engine.base.errors import UserError
-from lead_engine.config import BatchConfig, EvalConfig, OptimizerConfig, PretrainConfig, SelectionConfig, TrainConfig
+from lead_engine.config import BatchConfig, EvalConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from lead_engine.config.bounds import Bounds
 from lead_engine.config.convert import field_hints
 from lead_engine.config.options import Options
+from lead_engine.selection.methods.random_matched import RandomMatchedOptions
 from lead_engine.study.variants import VariantOptions
 
 SMALLEST: dict[type, dict[str, Any]] = {
@@ -33,7 +34,7 @@ SMALLEST: dict[type, dict[str, Any]] = {
     config.StudyConfig: {"pool": "p", "model": "m", "heldout": "h"},
     config.CompareConfig: {"config": "c", "out": "o"},
     config.MakePoolConfig: {"out": "o"},
-    VariantOptions: {"pool": "p", "budgets": 0.1, "seeds": 0, "epochs": 1},
+    VariantOptions: {"pool": "p", "budgets": 0.1, "seeds": 0},
 }
 CLASSES = [c for c in vars(config).values() if inspect.isclass(c) and issubclass(c, Options) and c is not Options]
 CLASSES.append(VariantOptions)
@@ -161,8 +162,8 @@ def test_every_number_has_bounds_and_every_default_keeps_them(cls: type[Options]
         (lambda: build(TrainConfig, seed=-1), "--seed -1: must be between 0 and 4294967295"),
         (lambda: build(config.PrepareConfig, seed=99999999999), "--seed 99999999999: must be between 0 and"),
         (lambda: build(TrainConfig, seed=18446744073709551616), "--seed 18446744073709551616: must be"),
-        (lambda: OptimizerConfig(eps=math.nan), "--optimizer.eps nan: must be in"),
-        (lambda: OptimizerConfig(eps=-1), "--optimizer.eps -1: must be in"),
+        (lambda: OptimizerConfig(warmup=math.nan), "--optimizer.warmup nan: must be in"),
+        (lambda: OptimizerConfig(warmup=-1), "--optimizer.warmup -1: must be in"),
         (lambda: OptimizerConfig(lr=math.inf), "--optimizer.lr inf: must be finite"),
         (lambda: OptimizerConfig(betas=(0.9, 1)), r"--optimizer.betas \(0.9, 1\): must be two numbers in \[0, 1\)"),
         (lambda: OptimizerConfig(betas=0.9), "--optimizer.betas 0.9: must be a list"),
@@ -204,7 +205,7 @@ def test_what_loses_nothing_is_converted() -> None:
     )
     assert (made.out, made.seed, made.budget, made.batch.capacity) == (Path("run"), 7, 1.0, 64)
     assert (made.optimizer.lr, made.optimizer.betas) == (1e-4, (0.5, 0.0))
-    assert SelectionConfig(match="other").match == Path("other")
+    assert RandomMatchedOptions(match="other").match == Path("other")
     assert OptimizerConfig(betas=np.array([0.5, 0.6])).betas == (0.5, 0.6)
     # a mapping leaves the rest of this field's own default
     assert build(PretrainConfig, optimizer={"eps": 1e-6}).optimizer == OptimizerConfig(

@@ -105,7 +105,12 @@ def test_what_is_written_is_what_is_meant(tmp_path: Path, text: str, option: str
         ("wandb: ~", "wandb: expected text, found nothing"),
         ("resume: 1", "resume: expected true or false, found 1"),
         ("x: &x [*x]\nbatch: *x", "x: unknown key"),
-        ("epochs: 3", "epochs 3: is read only with --method full"),
+        ("epochs: 3", "epochs: is now full.epochs"),
+        ("selection: {gamma: 0.2}", "selection.gamma: is now lead.gamma"),
+        ("selection: {use_tasks: no}", "selection.use_tasks: is now part of lead.task_quotas, where none is without"),
+        ("lead: {gama: 0.2}", r"lead.gama: unknown key; did you mean gamma\?"),
+        ("method: random\nlead: {gamma: 0.2}", "lead: is read only with method: lead, not random; leave it out"),
+        ("method: laed", "method: expected one of lead, iterit, rescore, .*; found 'laed'"),
     ],
 )
 def test_what_is_meant_for_no_option_names_its_key(tmp_path: Path, text: str, told: str) -> None:

@@ -28,9 +28,9 @@ BASE = [
     "8",
     "--selection.round-steps",
     "2",
-    "--selection.sketch-dim",
+    "--lead.sketch-dim",
     "8",
-    "--selection.calibrate-every",
+    "--lead.calibrate-every",
     "2",
     "--optimizer.lr",
     "1e-3",
@@ -50,7 +50,7 @@ LORA = [
 ]
 VARIANTS = {
     "full weights, sketch": [],
-    "LoRA, exact": ["--lora.rank", "4", "--selection.inner-form", "exact", *LORA],
+    "LoRA, exact": ["--lora.rank", "4", "--lead.sketch-dim", "0", *LORA],
     "paper, tied embedding": ["--recipe", "paper"],
 }
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lead_engine.config import RECIPES, SelectionConfig
 from lead_engine.pool.state import PoolState
 from lead_engine.selection import counter_rng
+from lead_engine.selection.methods.lead import LeadOptions
 from lead_engine.selection.plan import Layout
 from lead_engine.selection.replicas import check_replicas, gather_statistics
 from lead_engine.selection.selector import Selector
@@ -29,7 +29,7 @@ LAYOUT = Layout(steps=2, micro_batches=8, slots=5, capacity=64)
 BUDGET = 3300
 """Tokens: it ends inside a step, so that ranks have nothing to do in the last ones."""
 MIXTURE = {"draw": "mixture", "ranking": "soft", "unseen": "drift"}
-PAPER = RECIPES["paper"]["selection"]
+PAPER = LeadOptions.recipe("paper")
 SELECTIONS = {"paper": ("lead", PAPER), "mixture, soft, drift": ("lead", MIXTURE), "random": ("random", {})}
 
 
@@ -51,7 +51,7 @@ def make_selector(method: str, options: dict) -> Selector:
         lengths,
         lengths // 2,
         method=method,
-        config=SelectionConfig(**options),
+        options=options,
         layout=LAYOUT,
         seed=7,
         device="cpu",
@@ -167,9 +167,9 @@ def test_two_real_ranks_agree(selection: str, make_pool, make_model, tmp_path: P
         method,
     ]
     line += ["--budget", "0.4", "--batch.capacity", "64", "--batch.micro-batches", "8", "--selection.round-steps", "2"]
-    line += ["--selection.sketch-dim", "8"] if method == "lead" else []
+    line += ["--lead.sketch-dim", "8"] if method == "lead" else []
     line += ["--runtime.precision", "fp32", "--checkpoint-every", "1"]
-    line += [part for name, value in options.items() for part in (f"--selection.{name}", value)]
+    line += [part for name, value in options.items() for part in (f"--lead.{name}", value)]
     done = subprocess.run([str(part) for part in line], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -32,7 +32,7 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.selection.plan import Layout
 from lead_engine.selection.selector import Selector
 from ranks import free_port
-from runs import selection_for
+from runs import options_for
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +99,6 @@ class Case:
     slots: int = 5
     q: int = 8
     method: str = "lead"
-    inner_form: str = "sketch"
     steps: int = 4
     checkpoint_every: int = 2
 
@@ -113,16 +112,15 @@ class Case:
             budget=tokens / (self.samples * LENGTH),
             checkpoint_every=self.checkpoint_every,
             batch=BatchConfig(capacity=self.slots * LENGTH, micro_batches=self.micro_batches, slots=self.slots),
-            selection=selection_for(
-                self.method, sketch_dim=self.q, inner_form=self.inner_form, round_steps=2, calibrate_every=3
-            ),
+            selection=SelectionConfig(round_steps=2),
+            options=options_for(self.method, sketch_dim=self.q, calibrate_every=3),
             optimizer=OptimizerConfig(lr=1e-3),
             runtime=RuntimeConfig(precision="fp32"),
         )
 
     def expected(self, world: int) -> dict[str, int]:
         """Bytes a rank sends in the whole run, by the formulas of docs/SCALE.md."""
-        reduced = 0 if self.method == "random" else self.q**2 if self.inner_form == "sketch" else HIDDEN**2
+        reduced = 0 if self.method == "random" else self.q**2 or HIDDEN**2
         slots = self.micro_batches // world * self.slots
         measured = 0 if self.method == "random" else -(-self.steps // 3)
         rounds = self.steps // 2
@@ -206,7 +204,7 @@ def in_ranks(world: int, cases: dict[str, Case], pools: Path, model: Path, out: 
 
 POOLS = {f"pool of {samples:,}": Case(samples=samples) for samples in (1_000, 10_000, 100_000)}
 MORE = {"more of everything": Case(micro_batches=8, slots=9, q=16, steps=8)}
-OTHERS = {"exact": Case(inner_form="exact"), "random": Case(method="random")}
+OTHERS = {"exact": Case(q=0), "random": Case(method="random")}
 RESCORE = {f"rescore, pool of {samples:,}": Case(samples=samples, method="rescore") for samples in (250, 500)}
 
 
@@ -256,7 +254,6 @@ def test_bytes_a_sample(method: str, kept: int) -> None:
         places + 16,
         places + 8,
         method=method,
-        config=SelectionConfig(),
         layout=Layout(2, 4, 5, 80),
         seed=0,
         device="cpu",

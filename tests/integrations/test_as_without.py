@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 from lead_engine.integrations.loop import steps_in_epoch
 from needs import TRAINERS
@@ -263,7 +262,7 @@ def test_the_model_afterwards_is_the_models(sft, make_model, make_args, load, te
     from transformers import BitsAndBytesConfig
 
     options, given = {"max_steps": 3, "learning_rate": 1e-2}, {}
-    trainer = sft(lead(options=SelectionConfig(round_steps=2)).trainer(SFTTrainer), text, given=given, **options)
+    trainer = sft(lead(round_steps=2).trainer(SFTTrainer), text, given=given, **options)
     if bits:
         quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         model = load(

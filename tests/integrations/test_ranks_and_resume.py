@@ -11,7 +11,6 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 from lead_engine.integrations.rounds import FILE
 from lead_engine.pool.state import PoolState
@@ -35,8 +34,8 @@ def test_two_ranks_are_one_with_twice_the_accumulation(
     )  # a budget that ends with a step too short for the second rank
     # The paper's change from exact gradients shows their scale, which DDP's mean over ranks would change; `inner`, a
     # ratio, would not.
-    chosen = {"loss_change": "paper", "inner_form": "exact", "draw": "cluster"} if pool_given else {}
-    one = lead(pool if pool_given else None, budget, options=SelectionConfig(**chosen)).trainer(Trainer)(
+    chosen = {"loss_change": "paper", "sketch_dim": 0, "draw": "cluster"} if pool_given else {}
+    one = lead(pool if pool_given else None, budget, options=chosen).trainer(Trainer)(
         model=load(model),
         args=make_args(max_steps=steps, gradient_accumulation_steps=4),
         data_collator=collator(model),
@@ -93,7 +92,7 @@ def test_a_resumed_run_is_the_run_bit_for_bit(make_pool, make_model, make_args, 
     second epoch, which ends at step 10 as it would have.
     """
     pool, model = make_pool(samples=40), make_model()
-    selection = lead(pool, options=SelectionConfig(calibrate_every=3, unseen="drift"))
+    selection = lead(pool, options={"calibrate_every": 3, "unseen": "drift"})
 
     class Epochs(TrainerCallback):
         def on_epoch_end(self, args, state, control, **_):

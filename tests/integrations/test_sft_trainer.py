@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import SelectionConfig
 from lead_engine.integrations import lead
 from needs import TRAINERS
 
@@ -156,7 +155,7 @@ def test_a_model_with_adapters(make_trainer, make_pool) -> None:
 
 
 def test_rows_are_scored_where_there_is_no_pool(make_trainer, records, make_model) -> None:
-    trainer = make_trainer(lead(budget=0.6, options=SelectionConfig(round_steps=2)), records, max_steps=-1)
+    trainer = make_trainer(lead(budget=0.6, round_steps=2), records, max_steps=-1)
     assert trainer.args.max_steps == 4  # 0.6 x 60 rows at 8 a step, rounded
     trainer.train()
     from lead_engine.pool.state import PoolState

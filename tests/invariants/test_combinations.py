@@ -15,7 +15,6 @@ import torch
 
 from lead_engine.base.errors import UserError
 from lead_engine.config import (
-    RECIPES,
     BatchConfig,
     LoraConfig,
     OptimizerConfig,
@@ -26,7 +25,7 @@ from lead_engine.config import (
 from lead_engine.training import combinations, train
 from lead_engine.training.combinations import AXES, check_combination, pairs, refusal, table
 from ranks import free_port
-from runs import selection_for
+from runs import options_for
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +33,7 @@ CPU = torch.device("cpu")
 SECTIONS = {"lora": LoraConfig, "optimizer": OptimizerConfig, "runtime": RuntimeConfig, "selection": SelectionConfig}
 SMALL = {
     "optimizer": {"lr": 1e-3},
-    "selection": {"sketch_dim": 8, "round_steps": 2, "epochs": 1, "max_visits": 1},
+    "selection": {"round_steps": 2},
     "runtime": {"precision": "fp32"},
 }
 MODELS = {
@@ -67,11 +66,14 @@ def covering_rows() -> list[tuple[str, ...]]:
 def options_of(row: tuple[str, ...]) -> dict[str, Any]:
     """TrainConfig's arguments: SMALL, the recipe, then what the row's values say."""
     chosen = [AXES[axis][value] for axis, value in zip(AXES, row, strict=True)]
-    layers = [SMALL, *(RECIPES[each["recipe"]] for each in chosen if "recipe" in each), *chosen]
+    layers = [SMALL, *chosen]
     plain = {name: value for layer in layers for name, value in layer.items() if name not in SECTIONS}
     sections = {name: {k: v for layer in layers for k, v in layer.get(name, {}).items()} for name in SECTIONS}
-    made = {name: kind(**sections[name]) for name, kind in SECTIONS.items() if name != "selection"}
-    return {**plain, **made, "selection": selection_for(plain.get("method", "lead"), **sections["selection"])}
+    made = {name: kind(**sections[name]) for name, kind in SECTIONS.items()}
+    small = {"sketch_dim": 8, "max_visits": 1}
+    method = plain.get("method", "lead")
+    own = {"epochs": 1} if method == "iterit" else options_for(method, **{**small, **plain.get("options", {})})
+    return {**plain, **made, "options": own}
 
 
 def train_forked(config: TrainConfig, ranks: int, log: Path) -> list[str]:

@@ -145,7 +145,7 @@ OPTIONS = [
     "--lora.rank",
     "4",
     "--lora.head",
-    "--selection.calibrate-every",
+    "--lead.calibrate-every",
     "2",
     "--optimizer.lr",
     "1e-3",
@@ -194,8 +194,7 @@ def test_an_adapter_is_trained_on_as_it_is(make_model, make_pool, run_ranks, tmp
 @pytest.mark.parametrize("form", ["sketch", "exact"])
 def test_ranks_do_not_matter(form: str, make_model, make_pool, run_ranks, tmp_path: Path) -> None:
     pool, base = make_pool(samples=200), make_model("llama")
-    extra = ["--runtime.precision", "fp32", "--selection.inner-form", form]
-    extra += ["--selection.sketch-dim", "8"] if form == "sketch" else []
+    extra = ["--runtime.precision", "fp32", "--lead.sketch-dim", "8" if form == "sketch" else "0"]
     outs = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
     for ranks, out in outs.items():
         run_ranks("train", "--pool", pool, "--model", base, "--out", out, *OPTIONS, *extra, ranks=ranks)

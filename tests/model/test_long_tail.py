@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
-from lead_engine.config import BatchConfig, RuntimeConfig, TrainConfig
+from lead_engine.config import BatchConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.model import attention
 from lead_engine.model.attention import Held, Packing, packed_attention, split_tail
 from lead_engine.model.load import build_model
@@ -22,7 +22,6 @@ from lead_engine.pool.store import TokenStore
 from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
 from lead_engine.training.rounds import read_header
-from runs import selection_for
 
 pytestmark = pytest.mark.slow
 
@@ -156,7 +155,8 @@ def test_kernels_are_launched_for_what_is_there(make_model, make_pool, flash_lik
         out=Path("unused"),
         method="lead",
         batch=batch,
-        selection=selection_for("lead", sketch_dim=8, round_steps=2),
+        selection=SelectionConfig(round_steps=2),
+        options={"sketch_dim": 8},
         runtime=RuntimeConfig(precision="fp32"),
     )
     losses, scores = [], []

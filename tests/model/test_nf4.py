@@ -51,7 +51,7 @@ OPTIONS = [
     "4",
     "--lora.quantize",
     "nf4",
-    "--selection.sketch-dim",
+    "--lead.sketch-dim",
     "8",
     "--optimizer.lr",
     "1e-3",

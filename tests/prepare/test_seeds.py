@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import SelectionConfig, TrainConfig
+from lead_engine.config import TrainConfig
 from lead_engine.model.adapter import initialise
 from lead_engine.prepare.difficulty import cluster_by_difficulty, tasks_by_topic
 from lead_engine.selection import counter_rng
@@ -27,7 +27,7 @@ def test_every_generator_takes_the_first_and_last_seeds(seed: int) -> None:
     ids = torch.arange(9)
     assert float(counter_rng.uniform(seed, ids).min()) >= 0
     assert len(set(counter_rng.order_keys(seed, ids).tolist())) == 9
-    assert make_loss_change(SelectionConfig(sketch_dim=2), 4, 1, "cpu", seed).signature is not None
+    assert make_loss_change("inner", 4, 1, "cpu", seed, sketch_dim=2).signature is not None
     zeros = np.zeros(9, dtype=np.int64)
     assert sorted(like_permutation(zeros, zeros + 1, zeros + 2, zeros > 0, seed)) == list(range(9))
     initialise(torch.nn.Linear(2, 2), seed, skip=False)

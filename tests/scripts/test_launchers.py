@@ -37,7 +37,7 @@ OPTIONS = [
     "2",
     "--selection.round-steps",
     "2",
-    "--selection.sketch-dim",
+    "--lead.sketch-dim",
     "8",
     "--optimizer.lr",
     "1e-3",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lead_engine.config import RECIPES, Method, SelectionConfig
+from lead_engine.config.methods import options_of
 from lead_engine.pool.state import PoolState
+from lead_engine.selection.methods.lead import LeadOptions
 from lead_engine.selection.plan import Layout
 from lead_engine.selection.selector import Selector
 
+OFTEN = {field.name for field in fields(LeadOptions)} | {"match"}
+"""Options that a test may name for all methods: those that have none leave them out."""
 SelectorFactory = Callable[..., Selector]
 
 
@@ -56,13 +60,13 @@ def make_lengths() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def make_selector(make_state, make_lengths) -> SelectorFactory:
-    """A selector on a random pool; keyword arguments of Layout and SelectionConfig are taken apart by name.
+    """A selector on a random pool; keyword arguments of Layout and of the method's options are taken apart by name.
 
     What is not said is the published setting, so that a new default changes no test.
     """
 
     def make(
-        samples: int = 120, *, method: Method = "lead", seed: int = 0, state: PoolState | None = None, **options
+        samples: int = 120, *, method: str = "lead", seed: int = 0, state: PoolState | None = None, **options
     ) -> Selector:
         shape = {"steps": 2, "micro_batches": 2, "slots": 4, "capacity": 40}
         layout = Layout(**{name: options.pop(name, default) for name, default in shape.items()})
@@ -72,9 +76,12 @@ def make_selector(make_state, make_lengths) -> SelectorFactory:
         state = state or make_state(samples, seed=seed, **pool_options)
         lengths = make_lengths(state.num_samples, longest, seed)
         rows = (lengths // 2).clamp(min=1)
-        published = {k: v for k, v in RECIPES["paper"]["selection"].items() if k != "loss_change"}
-        config = SelectionConfig(**{**published, **options})
-        return Selector(state, lengths, rows, method=method, config=config, layout=layout, seed=seed, device=device)
+        own = options_of(method)
+        published = {name: value for name, value in own.recipe("paper").items() if name != "loss_change"}
+        there = {field.name for field in fields(own)}
+        options = {name: value for name, value in options.items() if name in there or name not in OFTEN}
+        chosen = {**published, **options}
+        return Selector(state, lengths, rows, method=method, options=chosen, layout=layout, seed=seed, device=device)
 
     return make
 

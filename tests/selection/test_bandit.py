@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from lead_engine.config import SelectionConfig
 from lead_engine.selection.bandit import Bandit, RewardScale
 
 pytestmark = pytest.mark.slow
@@ -33,9 +32,9 @@ def test_an_empty_round_is_no_reward():
 @pytest.mark.parametrize("kind", ["exp3", "exp3s"])
 def test_long_run_equals_the_published_algorithm(kind):
     """500 rounds of Auer et al. with their own weights, in float64; arm 3 pays most, and half-way arm 1 does."""
-    config = SelectionConfig(bandit=kind, gamma=0.2, exp3s_alpha=0.02)
     arms, rng = 5, np.random.default_rng(0)
-    bandit, weights = Bandit(config, torch.full((arms,), 1 / arms)), np.ones(arms)
+    bandit, weights = Bandit(kind, 0.2, torch.full((arms,), 1 / arms)), np.ones(arms)
+    bandit.alpha *= 2  # 0.02
     everything, worst = torch.ones(arms, dtype=torch.bool), 0.0
     pulls = np.zeros((2, arms))
     for t in range(500):
@@ -58,7 +57,7 @@ def test_long_run_equals_the_published_algorithm(kind):
 
 
 def test_uniform_never_learns():
-    bandit = Bandit(SelectionConfig(bandit="uniform"), torch.full((4,), 0.25))
+    bandit = Bandit("uniform", 0.1, torch.full((4,), 0.25))
     available = torch.tensor([True, False, True, True])
     for _ in range(10):
         arm, probabilities = bandit.draw(available, torch.tensor(0.9))
@@ -68,7 +67,7 @@ def test_uniform_never_learns():
 
 
 def test_a_round_without_samples_teaches_nothing():
-    bandit = Bandit(SelectionConfig(bandit="exp3s"), torch.full((3,), 1 / 3))
+    bandit = Bandit("exp3s", 0.1, torch.full((3,), 1 / 3))
     everything = torch.ones(3, dtype=torch.bool)
     arm, probabilities = bandit.draw(everything, torch.tensor(0.5))
     bandit.update(arm, probabilities, torch.tensor(1.0), YES)
@@ -92,8 +91,13 @@ def regret(kind, seed, switches, everything_seen):
     mean = np.where(np.arange(ARMS) == best[:, None], GOOD, BAD).astype(np.float32)
     rewards = torch.from_numpy(np.clip(mean + 0.2 * rng.standard_normal(mean.shape), -1, 1).astype(np.float32))
     uniform = torch.from_numpy(rng.random(ROUNDS).astype(np.float32))
-    config = SelectionConfig(bandit=kind, gamma=0.2, exp3s_alpha=1 / ROUNDS)  # alpha as in Auer et al., corollary 8.2
-    bandit, everybody, missed = Bandit(config, torch.full((ARMS,), 1 / ARMS)), torch.ones(ARMS, dtype=torch.bool), 0.0
+    bandit, everybody, missed = (
+        Bandit(kind, 0.2, torch.full((ARMS,), 1 / ARMS)),
+        torch.ones(ARMS, dtype=torch.bool),
+        0.0,
+    )
+    if kind == "exp3s":
+        bandit.alpha = 1 / ROUNDS  # as in Auer et al., corollary 8.2
     for t in range(ROUNDS):
         arm, probabilities = bandit.draw(everybody, uniform[t])
         missed += GOOD - float((probabilities.numpy() * mean[t]).sum())

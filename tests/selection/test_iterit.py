@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lead_engine.config import SelectionConfig
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.greedy_tfidf import token_tfidf
-from lead_engine.selection.methods.iterit import Iterit, answer_tokens
+from lead_engine.selection.methods.iterit import Iterit, IteritOptions, answer_tokens
 from lead_engine.selection.samples import Samples
 
 PLACES = 3
@@ -57,7 +56,7 @@ class Run:
 
     def fresh(self) -> Iterit:
         samples = Samples(self.state, self.store.lengths, self.store.response_rows, "cpu")
-        return Iterit(samples, self.state, SelectionConfig(**self.options), PLACES, seed=0)
+        return Iterit(samples, self.state, IteritOptions(**self.options), PLACES, seed=0)
 
     def round(self, spent: float, count: int = PLACES, method: Iterit | None = None) -> list[int]:
         """Refresh, and train the first `count` of the order."""

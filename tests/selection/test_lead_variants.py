@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lead_engine.selection.methods import lead
 from lead_engine.selection.methods.lead import RANK
 
 LOTS = 10**9
@@ -30,15 +31,17 @@ def test_a_mixture_shares_a_round_as_the_bandit_says_and_small_clusters_give_all
     """Probabilities 0.25 each: of 40 places 10 each, but cluster 3 has 4 samples; its other 6 go to the three others, 2 each."""
     state = pool(make_state, [0] * 60 + [1] * 50 + [2] * 20 + [3] * 4)
     selector = make_selector(state=state, clusters=4, draw="mixture", steps=5, slots=4, capacity=80, micro_batches=2)
+    selector.method.bandit.prior.fill_(0.25)
+    selector.method.bandit.log_weights.zero_()
     for round in range(20):
         assert Counter(state.cluster[first_of(selector, 40, round)].tolist()) == {0: 12, 1: 12, 2: 12, 3: 4}
 
 
-def test_a_mixture_with_prior_size_is_the_pool_in_small(make_state, make_selector):
+def test_a_mixture_is_the_pool_in_small(make_state, make_selector):
     """Clusters of 80, 40 and 20, each of two tasks 3 : 1: of 28 places 12 + 4, 6 + 2 and 3 + 1."""
     cluster = [0] * 80 + [1] * 40 + [2] * 20
     state = pool(make_state, cluster, [int(i % 4 == 3) for i in range(140)])
-    selector = make_selector(state=state, draw="mixture", prior="size", steps=4, micro_batches=2, capacity=80)
+    selector = make_selector(state=state, draw="mixture", steps=4, micro_batches=2, capacity=80)
     chosen = first_of(selector, 28)
     cells = zip(state.cluster[chosen].tolist(), state.task[chosen].tolist(), strict=True)
     got, want = Counter(cells), {(0, 0): 12, (0, 1): 4, (1, 0): 6, (1, 1): 2, (2, 0): 3, (2, 1): 1}
@@ -56,36 +59,32 @@ def test_small_tasks_come_in_as_many_rounds_as_they_are_due(make_state, make_sel
 
 
 @pytest.mark.parametrize(
-    ("power", "want"), [(1.0, [25.6, 5.12, 1.28]), (0.5, [19.15, 8.57, 4.28]), (0.0, [10.67, 10.67, 10.67])]
+    ("quotas", "want"),
+    [("proportional", [25.6, 5.12, 1.28]), ("sqrt", [19.15, 8.57, 4.28]), ("equal", [10.67, 10.67, 10.67])],
 )
 @pytest.mark.parametrize("draw", ["cluster", "mixture"])
-def test_task_power_stands_between_the_tasks_sizes_and_equal_quotas(make_state, make_selector, draw, power, want):
-    """Tasks of 500, 100 and 25 samples in 32 places: shares in proportion to size ** power. A fourth task has none."""
+def test_task_quotas(make_state, make_selector, draw, quotas, want):
+    """Tasks of 500, 100 and 25 samples in 32 places: shares by size, its square root, or alike. A fourth task has none."""
     three = pool(make_state, [0] * 625, [0] * 500 + [1] * 100 + [2] * 25)
     state = replace(three, task=torch.tensor([0, 1, 3])[three.task], task_names=list("abcd"))
-    selector = make_selector(state=state, draw=draw, task_power=power, bandit="none", steps=4)
+    selector = make_selector(state=state, draw=draw, task_quotas=quotas, bandit="none", steps=4)
     for round in range(5):
         got = Counter(state.task[first_of(selector, 32, round)].tolist())
         assert set(got) <= {0, 1, 3}
         assert all(abs(got[task] - share) < 1.5 for task, share in zip((0, 1, 3), want, strict=True))
 
 
-def test_ranking_by_answers_looks_at_their_share_of_the_tokens_alone(make_state, make_selector):
-    state = pool(make_state, [0] * 3, utility=torch.tensor([9.0, 1.0, 5.0]))
-    selector = make_selector(state=state, rank_by="answers", bandit="none")
-    selector.method.answer_share = torch.tensor([0.2, 0.9, 0.5])
-    assert first_of(selector, 3) == [1, 2, 0]
-
-
 @pytest.mark.parametrize("power", [1.0, 3.0])
-def test_soft_ranking_draws_in_proportion_to_a_power(make_state, make_selector, power):
+def test_soft_ranking_draws_in_proportion_to_a_power(make_state, make_selector, monkeypatch, power):
     """Who comes first, over 600 seeds: chi-squared against U ** power; and who comes second, given the first."""
     value = [1.0, 2.0, 3.0, 2.0]
     state = pool(make_state, [0] * 4, utility=torch.tensor(value))
-    orders = [
-        first_of(make_selector(state=state, ranking="soft", soft_power=power, bandit="none", seed=s), 2)
-        for s in range(600)
-    ]
+    monkeypatch.setattr(lead, "SOFT_POWER", power)
+    orders = []
+    for seed in range(600):
+        selector = make_selector(state=state, ranking="soft", bandit="none", seed=seed)
+        selector.method.answer_share.fill_(1)
+        orders.append(first_of(selector, 2))
     weight = [v**power for v in value]
     first, total = Counter(order[0] for order in orders), sum(weight)
     want = [600 * w / total for w in weight]
@@ -109,7 +108,7 @@ def test_random_ranking_does_not_look_at_utility(make_state, make_selector):
 def test_a_sample_keeps_its_place_until_it_is_trained(make_state, make_selector, ranking):
     """Untrained samples follow each other in the same order in every round; one that was trained gets another place."""
     selector = make_selector(
-        state=pool(make_state, [0] * 40), ranking=ranking, bandit="none", use_tasks=False, steps=10, capacity=80
+        state=pool(make_state, [0] * 40), ranking=ranking, bandit="none", task_quotas="none", steps=10, capacity=80
     )
     first = first_of(selector, 40)
     assert first_of(selector, 40, round=1) == first
@@ -131,17 +130,17 @@ def test_the_ends_of_the_noise_are_finite(make_state, make_selector, monkeypatch
     assert rank[3] > rank[0] == rank[1] == rank[2]
 
 
-def test_density_is_what_a_token_of_the_budget_teaches(make_state, make_selector):
+def test_soft_ranking_is_by_what_a_token_of_the_budget_teaches(make_state, make_selector, monkeypatch):
     """U x answer tokens / tokens: a long answer to a short question is worth more than the same U in a few tokens of many."""
     state = pool(make_state, [0] * 3, utility=torch.tensor([2.0, 2.1, 0.9]))
-    selector = make_selector(state=state, rank_by="density", bandit="none")
-    selector.method.answer_share = None
+    monkeypatch.setattr(lead, "SOFT_POWER", 1e4)  # so steep that the noise decides nothing
+    selector = make_selector(state=state, ranking="soft", bandit="none")
+    selector.method.answer_share = torch.ones(3)
     assert first_of(selector, 3) == [1, 0, 2]
-    selector = make_selector(state=state, rank_by="density", bandit="none")
     selector.method.answer_share = torch.tensor([0.5, 0.4, 1.0])
     assert first_of(selector, 3) == [0, 2, 1]
     lengths, rows = selector.samples.lengths, selector.samples.rows[:-1]
-    fresh = make_selector(state=state, rank_by="density").method.answer_share
+    fresh = make_selector(state=state, ranking="soft").method.answer_share
     assert torch.equal(fresh, torch.tensor([r / n for r, n in zip(rows.tolist(), lengths.tolist(), strict=True)]))
 
 
@@ -149,7 +148,7 @@ NAN_VARIANTS = [
     {},
     {"ranking": "soft"},
     {"draw": "mixture", "bandit": "exp3s"},
-    {"rank_by": "density", "unseen": "drift"},
+    {"ranking": "soft", "unseen": "drift"},
     {"draw": "mixture", "unseen": "estimate"},
     {"method": "rescore"},
 ]
@@ -208,6 +207,7 @@ def test_a_loss_that_is_no_number_stays_with_its_sample(make_selector, options):
 def test_nothing_but_bad_losses(make_selector):
     """The run ends as any other: rewards are 0, nothing is learned."""
     selector = make_selector(40, max_visits=2, draw="mixture", unseen="drift")
+    before = selector.method.bandit.log_weights.tolist()
     for round in range(60):
         plan = selector.plan(round, LOTS)
         for ids in plan.sample_ids:
@@ -218,7 +218,7 @@ def test_nothing_but_bad_losses(make_selector):
             break
     assert round < 59
     assert not selector.method.open_samples().any()
-    assert selector.method.bandit.log_weights.tolist() == [0.0] * 4
+    assert selector.method.bandit.log_weights.tolist() == before
 
 
 def test_equal_utilities_go_by_id(make_state, make_selector):

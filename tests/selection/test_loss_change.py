@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from lead_engine.config import SelectionConfig
 from lead_engine.selection.loss_change import KEEP, make_loss_change
 from lead_engine.selection.step_gradient import SketchGradient
 from lead_kernels import HeadLoss, linear_cross_entropy
@@ -109,8 +108,8 @@ def close(ours: Tensor, exact: Tensor, rounded: Tensor) -> None:
 
 
 def make(change="inner", form="sketch", clusters=3, device="cpu", every=3, seed=0):
-    config = SelectionConfig(draw="cluster", loss_change=change, inner_form=form, sketch_dim=Q, calibrate_every=every)
-    return make_loss_change(config, H, clusters, device, seed)
+    sketch_dim = 0 if form == "exact" else Q
+    return make_loss_change(change, H, clusters, device, seed, sketch_dim=sketch_dim, calibrate_every=every)
 
 
 ARM = torch.tensor(0)

@@ -227,15 +227,15 @@ def test_matched_depends_on_the_seed_alone(make_selector, make_state, make_lengt
     assert Counter(runs[1]) == Counter(runs[2])
     lengths = make_lengths(N, 20)
     options = {"method": "random-matched", "layout": Layout(4, 1, 1, 40), "seed": 1, "device": "cpu"}
-    config = matched(make_selector, run, state=state).config
-    other = Selector(state, lengths, (lengths // 2).clamp(min=1), config=config, **options)
+    chosen = matched(make_selector, run, state=state).method.options
+    other = Selector(state, lengths, (lengths // 2).clamp(min=1), options=chosen, **options)
     assert sequence(other) != runs[1]
 
 
 def test_matched_says_what_is_wrong_with_the_run(make_selector, finished_run, picks, tmp_path):
-    with pytest.raises(UserError, match=r"--selection\.match.*needs the folder"):
+    with pytest.raises(UserError, match=r"--random-matched\.match.*needs the folder"):
         matched(make_selector, None)
-    with pytest.raises(UserError, match=r"--selection\.match.*nothing: not a finished run \(no summary\.json"):
+    with pytest.raises(UserError, match=r"--random-matched\.match.*nothing: not a finished run \(no summary\.json"):
         matched(make_selector, tmp_path / "nothing")
     with pytest.raises(UserError, match=r"a pool of 70 samples, this one has 60"):
         matched(make_selector, finished_run(70, picks))

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import SelectionConfig
 from lead_engine.selection.plan import Layout
 from lead_engine.selection.selector import Selector
 from lead_kernels import backend
@@ -44,16 +43,16 @@ def sequence(selector, rounds, max_tokens=LOTS):
 
 VARIANTS = [
     {},
-    {"bandit": "exp3s", "rank_by": "density"},
-    {"bandit": "none", "use_tasks": False},
+    {"bandit": "exp3s"},
+    {"bandit": "none", "task_quotas": "none"},
     {"max_visits": 1, "drop_misaligned": False},
-    {"ranking": "soft", "prior": "size"},
+    {"ranking": "soft"},
     {"ranking": "random", "bandit": "uniform"},
     {"unseen": "drift"},
-    {"unseen": "estimate", "use_tasks": False},
+    {"unseen": "estimate", "task_quotas": "none"},
     {"draw": "mixture"},
     {"draw": "mixture", "bandit": "none", "max_visits": 1, "ranking": "soft", "unseen": "estimate"},
-    {"draw": "mixture", "bandit": "exp3s", "prior": "size", "rank_by": "density", "unseen": "drift"},
+    {"draw": "mixture", "bandit": "exp3s", "ranking": "soft", "unseen": "drift"},
     {"method": "rescore", "draw": "mixture"},
     {"method": "loss"},
     {"method": "ifd"},
@@ -79,7 +78,11 @@ def make_variant(make_selector, finished_run):
 
 def arms(selector):
     """Every sample's arm."""
-    return [0] * selector.samples.num_samples if selector.config.bandit == "none" else selector.samples.cluster.tolist()
+    return (
+        [0] * selector.samples.num_samples
+        if selector.method.options.bandit == "none"
+        else selector.samples.cluster.tolist()
+    )
 
 
 def follows_quotas(selector, ids, eligible, plan):
@@ -87,13 +90,15 @@ def follows_quotas(selector, ids, eligible, plan):
 
     Shares are p_k n_kj / n_k in a mixture, n_kj in a round of one cluster; whole numbers round them.
     """
-    task = selector.samples.task.tolist() if selector.config.use_tasks else [0] * selector.samples.num_samples
+    task = selector.samples.task.tolist()
+    if selector.method.options.task_quotas == "none":
+        task = [0] * selector.samples.num_samples
     cell = dict(enumerate(zip(arms(selector), task, strict=True)))
     have, got, in_arm = (
         Counter(found)
         for found in ([cell[i] for i in eligible], [cell[i] for i in ids], [cell[i][0] for i in eligible])
     )
-    mixture, low, high = selector.config.draw == "mixture", 0.0, float("inf")
+    mixture, low, high = selector.method.options.draw == "mixture", 0.0, float("inf")
     for c in have if mixture else (c for c in have if c[0] == int(plan.cluster)):
         share = float(plan.probabilities[c[0]]) * have[c] / in_arm[c[0]] if mixture else have[c] / in_arm[c[0]]
         low = max(low, (got[c] - 1) / share)
@@ -135,17 +140,15 @@ def test_promises_for_any_pool_and_layout(make_selector, make_state, finished_ru
         longest=whole(2, capacity),
         max_visits=max_visits,
         bandit=one_of("exp3", "exp3s", "uniform", "none"),
-        use_tasks=one_of(True, False),
+        task_quotas=one_of("proportional", "none"),
         draw=one_of("cluster", "mixture"),
         ranking=one_of("hard", "soft", "random"),
-        prior=one_of("uniform", "size"),
-        rank_by=one_of("utility", "density"),
         unseen=one_of("initial", "drift", "estimate"),
         drop_misaligned=one_of(True, True, False),
         match=finished_run(n, picks) if method == "random-matched" else None,
     )
     shape, visits, generator = selector.layout, Counter(), torch.Generator().manual_seed(seed)
-    bad_losses, arm = one_of(0.0, 0.0, 0.3, 1.0), torch.tensor(arms(selector))
+    bad_losses, arm = one_of(0.0, 0.0, 0.3, 1.0), torch.tensor(arms(selector) if lead else [0])
     for round in range(10):
         max_tokens = one_of(LOTS, LOTS, 2 * capacity, 5)
         selector.refresh(round, round / 10, made_up_losses(round))
@@ -164,13 +167,13 @@ def test_promises_for_any_pool_and_layout(make_selector, make_state, finished_ru
         left = torch.ones(n, dtype=torch.bool)
         if lead:
             left = selector.samples.visits[:-1] < max_visits
-            if selector.config.drop_misaligned:
+            if selector.method.options.drop_misaligned:
                 left &= ~state.dropped
             assert bool(left[ids].all())
             per_arm = torch.stack([(left & (arm == k)).any() for k in range(selector.method.num_arms)])
             assert torch.equal(plan.probabilities > 0, per_arm)
             assert float(plan.probabilities.sum()) == pytest.approx(1 if per_arm.any() else 0)
-            if selector.config.draw == "cluster":
+            if selector.method.options.draw == "cluster":
                 assert all(arm[i] == plan.cluster for i in ids)
             else:
                 assert int(plan.cluster) == -1
@@ -361,7 +364,7 @@ def test_state_of_another_pool_is_refused_and_changes_nothing(make_selector):
     before = {name: value.clone() for name, value in selector.state_dict().items()}
     with pytest.raises(UserError, match=r"--resume.*utility.*32.*31"):
         selector.load_state_dict(other.state_dict())
-    with pytest.raises(UserError, match=r"--selection\.bandit"):
+    with pytest.raises(UserError, match=r"--lead\.bandit"):
         selector.load_state_dict(make_selector(30, bandit="none").state_dict())
     assert all(torch.equal(before[name], value) for name, value in selector.state_dict().items())
 
@@ -374,7 +377,6 @@ def test_a_sample_longer_than_a_micro_batch_is_refused(make_state):
             lengths,
             lengths,
             method="lead",
-            config=SelectionConfig(),
             layout=Layout(1, 1, 4, 16),
             seed=0,
             device="cpu",
@@ -451,7 +453,7 @@ def test_narrow_types_hold_every_cluster_and_task(make_selector, clusters, tasks
     not os.environ.get("TRITON_INTERPRET"), reason="CPU tensors reach the kernels in Triton's interpreter only"
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"bandit": "none", "use_tasks": False}, {"max_visits": 1, "steps": 1}], ids=str
+    "options", [{}, {"bandit": "none", "task_quotas": "none"}, {"max_visits": 1, "steps": 1}], ids=str
 )
 def test_plans_of_the_kernels_are_those_of_the_host(make_selector, monkeypatch, options):
     """Bit by bit: the state after training too, so that no later plan can differ."""

@@ -24,19 +24,25 @@ class SlowLead:
     """
 
     def __init__(self, selector, dtype):
-        self.config, self.layout, self.seed, self.dtype = selector.config, selector.layout, selector.method.seed, dtype
-        self.n, self.tasks = selector.samples.num_samples, selector.samples.num_tasks if self.config.use_tasks else 1
+        self.config, self.layout, self.seed, self.dtype = (
+            selector.method.options,
+            selector.layout,
+            selector.method.seed,
+            dtype,
+        )
+        with_tasks = self.config.task_quotas != "none"
+        self.n, self.tasks = selector.samples.num_samples, selector.samples.num_tasks if with_tasks else 1
         self.lengths, self.rows = selector.samples.lengths.tolist(), selector.samples.rows.tolist()
         self.dropped = selector.samples.dropped.tolist() if self.config.drop_misaligned else [False] * self.n
         one_arm = self.config.bandit == "none"
         self.arms = 1 if one_arm else selector.samples.num_clusters
         self.arm = [0] * self.n if one_arm else selector.samples.cluster.tolist()
-        self.task = selector.samples.task.tolist() if self.config.use_tasks else [0] * self.n
+        self.task = selector.samples.task.tolist() if with_tasks else [0] * self.n
         self.cell = list(zip(selector.samples.cluster.tolist(), selector.samples.task.tolist(), strict=True))
         self.utility = selector.samples.utility[:-1].numpy().astype(dtype)
         self.visits = [0] * self.n
         sizes = np.array([sum(self.arm[i] == k for i in self.eligible()) for k in range(self.arms)], dtype)
-        self.prior = sizes / sizes.sum() if self.config.prior == "size" else np.full(self.arms, 1 / self.arms, dtype)
+        self.prior = sizes / sizes.sum() if self.config.draw == "mixture" else np.full(self.arms, 1 / self.arms, dtype)
         self.weights = self.prior.copy()
         self.rewards, self.first_visits = [], []
 
@@ -89,20 +95,20 @@ class SlowLead:
             weight, total = self.weighted([[v for c, v in step if c == cell] for step in self.first_visits], 0.95)
             estimate[cell] = total + (1 - weight) * mean
             if self.config.unseen == "estimate":
-                estimate[cell] += self.config.optimism * deviation * (1 - weight)
+                estimate[cell] += deviation * (1 - weight)
         for i in range(self.n):
             if self.visits[i] == 0:
                 utility[i] = estimate[self.cell[i]] + (self.utility[i] if self.config.unseen == "drift" else 0)
         return utility
 
     def rank(self, i, utility):
-        value = utility[i] * self.rows[i] / self.lengths[i] if self.config.rank_by == "density" else utility[i]
+        value = utility[i] * self.rows[i] / self.lengths[i] if self.config.ranking == "soft" else utility[i]
         if self.config.ranking == "hard":
             return value
         noise = self.uniform(RANK, self.visits[i], i)
         if self.config.ranking == "random":
             return noise
-        return self.config.soft_power * math.log(max(value, 1e-6)) - math.log(-math.log(noise + 2.0**-25))
+        return 2 * math.log(max(value, 1e-6)) - math.log(-math.log(noise + 2.0**-25))
 
     def ranking(self, cluster, p, round):
         """The next place goes to the cell c with the least (places so far + u_c) / share_c, u_c drawn anew each round."""
@@ -175,7 +181,7 @@ class SlowLead:
         for k in raw if self.config.bandit in ("exp3", "exp3s") else ():
             self.weights[k] *= np.exp(gamma * reward[k] * (1 if cluster < 0 else self.prior[k] / p[k]))
         if self.config.bandit == "exp3s":
-            self.weights += np.e * self.config.exp3s_alpha * self.prior * old.sum()
+            self.weights += np.e * 0.01 * self.prior * old.sum()
         mean_reward = sum(len(trained[k]) * reward[k] for k in reward) / len(fall)
         return np.mean(list(fall.values()), dtype=self.dtype), mean_reward, high - low
 
@@ -223,24 +229,22 @@ def fp32_stays_fp32():
     "options",
     [
         {"bandit": "exp3"},
-        {"bandit": "exp3s", "exp3s_alpha": 0.05},
+        {"bandit": "exp3s"},
         {"bandit": "uniform"},
         {"bandit": "none"},
-        {"use_tasks": False},
+        {"task_quotas": "none"},
         {"smoothing": 0.0},
         {"gamma": 1.0, "max_visits": 1},
         {"micro_batches": 1, "steps": 1, "slots": 3},
         {"drop_misaligned": False, "max_visits": 2},
-        {"prior": "size"},
-        {"rank_by": "density"},
         {"ranking": "soft"},
-        {"ranking": "random", "bandit": "uniform", "prior": "size"},
+        {"ranking": "random", "bandit": "uniform"},
         {"unseen": "drift"},
-        {"unseen": "estimate", "optimism": 0.5},
+        {"unseen": "estimate"},
         {"draw": "mixture"},
-        {"draw": "mixture", "bandit": "exp3s", "exp3s_alpha": 0.05, "prior": "size"},
-        {"draw": "mixture", "ranking": "soft", "soft_power": 3.0, "rank_by": "density", "unseen": "drift"},
-        {"draw": "mixture", "ranking": "random", "use_tasks": False, "max_visits": 2},
+        {"draw": "mixture", "bandit": "exp3s"},
+        {"draw": "mixture", "ranking": "soft", "unseen": "drift"},
+        {"draw": "mixture", "ranking": "random", "task_quotas": "none", "max_visits": 2},
         {"draw": "mixture", "bandit": "none", "unseen": "estimate"},
     ],
     ids=str,
@@ -285,4 +289,6 @@ def test_runs_equal_the_transcription_until_nothing_is_left(make_selector, optio
         assert selector.samples.visits[:-1].tolist() == exact.visits
         round += 1
     assert rewards > 15
-    assert all(v == selector.config.max_visits for v, out in zip(exact.visits, exact.dropped, strict=True) if not out)
+    assert all(
+        v == selector.method.options.max_visits for v, out in zip(exact.visits, exact.dropped, strict=True) if not out
+    )

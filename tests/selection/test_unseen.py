@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import SelectionConfig
 from lead_engine.selection.samples import Samples
 from lead_engine.selection.unseen import KEEP_ALL, KEEP_CELL, CellEstimates
 from lead_kernels import idu_update
@@ -21,7 +20,7 @@ N = 80
 def make_estimates(make_state):
     def make(kind, optimism=1.0, **options):
         samples = Samples(make_state(N, **options), torch.full((N,), 8), torch.full((N,), 4), "cpu")
-        return samples, CellEstimates(SelectionConfig(unseen=kind, optimism=optimism), samples)
+        return samples, CellEstimates(kind, samples, optimism)
 
     return make
 

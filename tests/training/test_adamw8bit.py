@@ -230,7 +230,8 @@ def test_the_loop_skips_a_step_that_is_not_finite(make_model, make_pool, tmp_pat
         str(folder),
         tmp_path,
         batch=BatchConfig(capacity=64, micro_batches=2),
-        selection=SelectionConfig(sketch_dim=8, round_steps=3),
+        selection=SelectionConfig(round_steps=3),
+        options={"sketch_dim": 8},
         optimizer=OptimizerConfig(kind="adamw8bit"),
     )
     found = []

@@ -81,7 +81,7 @@ def test_steps_without_a_response_token(which: str, make_pool, run) -> None:
         "lead": [],
         "random": ["--method", "random"],
         "paper": ["--recipe", "paper"],
-        "exact": ["--selection.inner-form", "exact"],
+        "exact": ["--lead.sketch-dim", "0"],
     }
     pool = without_answers(make_pool(samples=40), slice(None, None, 3))
     steps, _, _ = run(pool, *options[which], "--batch.capacity", "41", "--budget", "1.5")

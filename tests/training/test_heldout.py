@@ -71,7 +71,8 @@ def config(make_pool, make_model, tmp_path: Path) -> TrainConfig:
         out=tmp_path / "run",
         budget=0.6,
         batch=BatchConfig(capacity=64, micro_batches=2),
-        selection=SelectionConfig(round_steps=2, calibrate_every=3, sketch_dim=8),
+        selection=SelectionConfig(round_steps=2),
+        options={"calibrate_every": 3, "sketch_dim": 8},
         optimizer=OptimizerConfig(lr=1e-3),
         runtime=FP32,
     )

@@ -12,23 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from lead_engine.config import RECIPES, BatchConfig, TrainConfig
+from lead_engine.config import BatchConfig, SelectionConfig, TrainConfig
+from lead_engine.selection.methods.lead import LeadOptions
 from lead_engine.selection.plan import Plan
 from lead_engine.selection.selector import Selector
 from lead_engine.training.build import build
 from lead_engine.training.distributed import process_group
 from lead_engine.training.rounds import Header, Progress, read_header
-from runs import selection_for
+from runs import options_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is here")
 
 
 SELECTIONS = {
     "lead": ("lead", {}),
-    "paper": ("lead", RECIPES["paper"]["selection"]),
+    "paper": ("lead", LeadOptions.recipe("paper")),
     "mixture, soft, drift": ("lead", {"draw": "mixture", "ranking": "soft", "unseen": "drift"}),
-    "estimate, size": ("lead", {"unseen": "estimate", "prior": "size", "rank_by": "density", "bandit": "exp3s"}),
-    "random order": ("lead", {"ranking": "random", "bandit": "none", "use_tasks": False}),
+    "estimate": ("lead", {"unseen": "estimate", "bandit": "exp3s"}),
+    "random order": ("lead", {"ranking": "random", "bandit": "none", "task_quotas": "none"}),
     "random": ("random", {}),
 }
 
@@ -54,7 +55,8 @@ def test_rounds_do_not_synchronise(selection: str, capacity: int, make_model, ma
         out=Path("unused"),
         method=method,
         batch=BatchConfig(capacity=capacity, micro_batches=2),
-        selection=selection_for(method, sketch_dim=8, round_steps=3, calibrate_every=2, **options),
+        selection=SelectionConfig(round_steps=3),
+        options=options_for(method, sketch_dim=8, calibrate_every=2, **options),
     )
 
     def read(plan: Plan, selector: Selector) -> Header:

@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lead_engine.config import RECIPES, BatchConfig, SelectionConfig, TrainConfig
+from lead_engine.config import BatchConfig, SelectionConfig, TrainConfig
+from lead_engine.selection.methods.lead import LeadOptions
 from lead_engine.training.build import TrainingSetup, build
 from lead_engine.training.distributed import process_group
 from lead_engine.training.rounds import read_header
@@ -52,8 +53,8 @@ def poison(pool: Path, token: int, sample: int) -> None:
 
 CHANGES = {
     "inner": {},
-    "inner exact": {"inner_form": "exact"},
-    "paper": RECIPES["paper"]["selection"],
+    "inner exact": {"sketch_dim": 0},
+    "paper": LeadOptions.recipe("paper"),
     "mixture, drift": {"draw": "mixture", "unseen": "drift"},
 }
 
@@ -66,11 +67,19 @@ def session(make_pool, model: Path, tmp_path: Path):
 
         def make(options: dict) -> TrainingSetup:
             read = {} if options.get("loss_change") == "paper" else {"calibrate_every": 1}
-            read |= {"sketch_dim": 8} if read and options.get("inner_form") != "exact" else {}
-            selection = SelectionConfig(round_steps=3, **read, **options)
+            read |= {"sketch_dim": 8} if read else {}
+            selection = SelectionConfig(round_steps=3)
             batch = BatchConfig(capacity=64, micro_batches=2)
             return build(
-                TrainConfig(pool=pool, model=str(model), out=tmp_path, batch=batch, selection=selection), ranks
+                TrainConfig(
+                    pool=pool,
+                    model=str(model),
+                    out=tmp_path,
+                    batch=batch,
+                    selection=selection,
+                    options={**read, **options},
+                ),
+                ranks,
             )
 
         yield make
@@ -155,7 +164,7 @@ RUNS = {
     "lead, 2 replicas": (2, ["--runtime.replicate", "2"]),
     "random": (0, ["--method", "random"]),
     "loss": (0, ["--method", "loss"]),
-    "iterit": (0, ["--method", "iterit", "--selection.epochs", "1"]),
+    "iterit": (0, ["--method", "iterit", "--iterit.epochs", "1"]),
 }
 
 

@@ -9,14 +9,14 @@ from lead_engine.training.optimizer import clip_gradients, inner_product, learni
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_learning_rate_rises_to_the_peak_and_falls_to_its_end(schedule: str) -> None:
-    config = OptimizerConfig(lr=2.0, warmup=0.1, schedule=schedule, final_lr=0.25)
+    config = OptimizerConfig(lr=2.0, warmup=0.1, schedule=schedule)
     assert learning_rate(config, 0.0) == pytest.approx(0.2)
     assert learning_rate(config, 0.05) == pytest.approx(1.1)
     assert learning_rate(config, 0.1) == pytest.approx(2.0)
-    assert learning_rate(config, 1.0) == pytest.approx(2.0 if schedule == "constant" else 0.5)
-    middle = {"cosine": 1.25, "linear": 1.25, "constant": 2.0}[schedule]
+    assert learning_rate(config, 1.0) == pytest.approx(2.0 if schedule == "constant" else 0.2)
+    middle = {"cosine": 1.1, "linear": 1.1, "constant": 2.0}[schedule]
     assert learning_rate(config, 0.55) == pytest.approx(middle)
-    quarter = {"cosine": 0.5 + 1.5 * 0.8535533905932737, "linear": 0.5 + 1.5 * 0.75, "constant": 2.0}[schedule]
+    quarter = {"cosine": 0.2 + 1.8 * 0.8535533905932737, "linear": 0.2 + 1.8 * 0.75, "constant": 2.0}[schedule]
     assert learning_rate(config, 0.325) == pytest.approx(quarter)
 
 

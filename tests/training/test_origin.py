@@ -22,7 +22,6 @@ from lead_engine.config import (
     PrepareConfig,
     PretrainConfig,
     RuntimeConfig,
-    SelectionConfig,
     TrainConfig,
 )
 from lead_engine.model.merge import run as merge
@@ -259,9 +258,9 @@ def test_a_run_that_is_imitated_had_the_same_pool(mine: TrainConfig, tmp_path: P
         model=str(mine.pool.with_name("PB") / "model"),
         out=tmp_path / "matched",
         method="random-matched",
-        selection=SelectionConfig(match=mine.out),
+        options={"match": mine.out},
     )
-    with pytest.raises(UserError, match=r"--selection\.match .*: was trained on another pool"):
+    with pytest.raises(UserError, match=r"--random-matched\.match .*: was trained on another pool"):
         train(matched)
 
 

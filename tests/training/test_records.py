@@ -29,7 +29,8 @@ def rounds(make_pool, make_model) -> tuple:
         model=str(make_model("llama")),
         out=Path("unused"),
         batch=BatchConfig(capacity=64, micro_batches=2),
-        selection=SelectionConfig(sketch_dim=8, round_steps=2),
+        selection=SelectionConfig(round_steps=2),
+        options={"sketch_dim": 8},
         runtime=RuntimeConfig(precision="fp32"),
     )
     with process_group() as ranks:

@@ -12,7 +12,7 @@ from runs import OPTIONS, assert_same_run, fitting, kill_after_checkpoint, lines
 
 pytestmark = pytest.mark.slow
 
-MIXTURE = ["--selection.draw", "mixture", "--selection.ranking", "soft", "--selection.unseen", "drift"]
+MIXTURE = ["--lead.draw", "mixture", "--lead.ranking", "soft", "--lead.unseen", "drift"]
 PAPER = ["--recipe", "paper"]
 LORA = [
     "--lora.rank",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +19,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lead_engine.config import RECIPES, OptimizerConfig, SelectionConfig
+from lead_engine.config import MethodOptions, OptimizerConfig
 from lead_engine.model.attention import NAME, Held
 from lead_engine.model.packed import PackedLM
 from lead_engine.pool.state import PoolState
-from lead_engine.selection.loss_change import make_loss_change
+from lead_engine.selection.methods.lead import LeadOptions
 from lead_engine.selection.plan import Layout, Plan
 from lead_engine.selection.selector import Selector
 from lead_engine.training.optimizer import make_optimizer
 from lead_engine.training.rounds import Header, Progress
 from lead_engine.training.trainer import Trainer
 from lead_kernels import gather_batch
+from runs import options_for
 
 DEVICE, SAMPLES, LENGTH = "cpu", 50, 12
 LAYOUT = Layout(steps=3, micro_batches=2, slots=4, capacity=64)
@@ -60,12 +62,12 @@ def blind(thing: object, mode: FakeTensorMode) -> object:
         return tuple(blind(part, mode) for part in thing)
     if type(thing).__module__.startswith("lead_engine") and not isinstance(thing, torch.nn.Module):
         for name, value in vars(thing).items():
-            if not isinstance(value, (SelectionConfig, Layout)):
+            if not isinstance(value, (MethodOptions, Layout)):
                 setattr(thing, name, blind(value, mode))
     return thing
 
 
-def make_trainer(folder: Path, options: SelectionConfig, mode: FakeTensorMode, world: int = 1) -> Trainer:
+def make_trainer(folder: Path, options: dict[str, Any], mode: FakeTensorMode, world: int = 1) -> Trainer:
     """Built on real tensors (a constructor may check values), then blinded."""
     places, dropped = torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.bool)
     state = PoolState(
@@ -73,10 +75,10 @@ def make_trainer(folder: Path, options: SelectionConfig, mode: FakeTensorMode, w
     )
     lengths = torch.full((SAMPLES,), LENGTH)
     selector = Selector(
-        state, lengths, lengths - 1, method="lead", config=options, layout=LAYOUT, seed=0, device=DEVICE
+        state, lengths, lengths - 1, method="lead", options=options, layout=LAYOUT, seed=0, device=DEVICE
     )
     config = AutoConfig.from_pretrained(folder)
-    change = make_loss_change(options, config.hidden_size, selector.method.num_arms, DEVICE, 0)
+    change = selector.loss_change(config.hidden_size)
     selector, change = blind(selector, mode), blind(change, mode)
     with mode:
         hf = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
@@ -100,13 +102,13 @@ def make_trainer(folder: Path, options: SelectionConfig, mode: FakeTensorMode, w
 
 CHANGES = {
     "inner": {},
-    "inner exact": {"inner_form": "exact"},
-    "paper": RECIPES["paper"]["selection"],
+    "inner exact": {"sketch_dim": 0},
+    "paper": {**LeadOptions.recipe("paper"), "sketch_dim": 8},
     "none": {"loss_change": "none"},
     "mixture, soft, drift": {"draw": "mixture", "ranking": "soft", "unseen": "drift"},
-    "mixture, density, estimate": {"draw": "mixture", "rank_by": "density", "unseen": "estimate", "prior": "size"},
+    "mixture, estimate": {"draw": "mixture", "ranking": "soft", "unseen": "estimate"},
     "cluster, estimate, exp3s": {"draw": "cluster", "ranking": "soft", "unseen": "estimate", "bandit": "exp3s"},
-    "random, no bandit, no tasks": {"ranking": "random", "bandit": "none", "use_tasks": False},
+    "random, no bandit, no tasks": {"ranking": "random", "bandit": "none", "task_quotas": "none"},
 }
 
 
@@ -124,7 +126,7 @@ def test_nothing_in_a_round_reads_the_device(change: str, make_model, two_ranks:
     the logs.
     """
     folder = make_model("llama")
-    options = SelectionConfig(sketch_dim=8, round_steps=LAYOUT.steps, calibrate_every=2, **CHANGES[change])
+    options = options_for("lead", **{"sketch_dim": 8, "calibrate_every": 2, **CHANGES[change]})
     each = [Held(slots=4, tokens=4 * LENGTH, longest=LENGTH)] * LAYOUT.micro_batches
     header = Header([100] * LAYOUT.steps, [[128] * LAYOUT.micro_batches] * LAYOUT.steps, [each] * LAYOUT.steps)
 
@@ -153,7 +155,7 @@ def test_the_proof_can_fail(make_model) -> None:
     """The header's read is the one data-dependent step, and FakeTensorMode does refuse it."""
     folder = make_model("llama")
     mode = FakeTensorMode()
-    trainer = make_trainer(folder, SelectionConfig(sketch_dim=8), mode)
+    trainer = make_trainer(folder, {"sketch_dim": 8}, mode)
     with mode:
         plan = trainer.selector.plan(0, 10_000)
         with pytest.raises(DataDependentOutputException):

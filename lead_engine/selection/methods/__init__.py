@@ -1,25 +1,10 @@
-"""Who is trained next: one method a file, all behind the small interface of `base.py`."""
+"""What is trained next: a method is one file here, with its options, its order, its state and its checks.
 
+A method of yours is a class made of `Method` under `@register("name")`; docs/METHODS.md adds one step by step. The names
+of those that are here stand in lead_engine/config/methods.py; a module is imported when its method is chosen.
+"""
+
+from lead_engine.config.methods import MethodOptions, find_method, method_names, register
 from lead_engine.selection.methods.base import Draw, Method, Order, Scorer
-from lead_engine.selection.methods.full import Full
-from lead_engine.selection.methods.ifd import Ifd
-from lead_engine.selection.methods.iterit import Iterit
-from lead_engine.selection.methods.lead import Lead
-from lead_engine.selection.methods.loss import Loss
-from lead_engine.selection.methods.random import Random
-from lead_engine.selection.methods.random_matched import RandomMatched
-from lead_engine.selection.methods.rescore import Rescore
 
-METHODS: dict[str, type[Method]] = {
-    "lead": Lead,
-    "iterit": Iterit,
-    "rescore": Rescore,
-    "loss": Loss,
-    "ifd": Ifd,
-    "random": Random,
-    "random-matched": RandomMatched,
-    "full": Full,
-}
-"""The names of `--method`."""
-
-__all__ = ["METHODS", "Draw", "Method", "Order", "Scorer"]
+__all__ = ["Draw", "Method", "MethodOptions", "Order", "Scorer", "find_method", "method_names", "register"]

@@ -6,15 +6,16 @@ visits, is the selector's. See docs/METHODS.md for a method added step by step.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lead_engine.config import SelectionConfig
+from lead_engine.config.methods import MethodOptions
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection import counter_rng
+from lead_engine.selection.loss_change import LossChange
 from lead_engine.selection.plan import Plan
 from lead_engine.selection.samples import Samples
 from lead_kernels import select_topk
@@ -61,22 +62,34 @@ class Method:
     on with it.
     """
 
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    """The class of its own options: `--NAME.*`."""
     needs_scores: ClassVar[bool] = True
     """Whether `prepare` must have measured the pool's losses."""
-    uses_loss_change: ClassVar[bool] = False
-    """Whether the training loop shall estimate what a step does to its own samples (dL)."""
-    whole_pool: ClassVar[bool] = False
-    """Whether the budget is all of the pool, `--epochs` times."""
+    smoothing: float = 0.1
+    """b of U <- (1 - b) (loss + change) + b U, by which the selector keeps U."""
 
-    def __init__(
-        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
-    ) -> None:
-        self.samples, self.config, self.order_length, self.seed = samples, config, order_length, seed
+    def __init__(self, samples: Samples, state: PoolState, options: Any, order_length: int, seed: int) -> None:
+        self.samples, self.options, self.order_length, self.seed = samples, options, order_length, seed
+
+    @classmethod
+    def describe(cls, options: Any) -> str:
+        """The method and its options in a line, for a run's first screen."""
+        return (cls.__doc__ or cls.__name__).strip().splitlines()[0]
+
+    @classmethod
+    def budget(cls, options: Any, share: float, pool_tokens: int) -> int:
+        """Tokens to train; `share` is `--budget`."""
+        return round(share * pool_tokens)
 
     @property
     def num_arms(self) -> int:
         """Clusters that a round's draw is among."""
         return 1
+
+    def loss_change(self, hidden_size: int) -> LossChange:
+        """The estimator of what a step does to its own samples (dL); this one says 0 and costs nothing."""
+        return LossChange()
 
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
         """Before a round is planned; `spent` is the share of the budget that is trained.

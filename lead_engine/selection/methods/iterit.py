@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lead_engine.config import SelectionConfig
+from lead_engine.config.bounds import Bounds
+from lead_engine.config.methods import MethodOptions
+from lead_engine.config.reads import Need, Table
 from lead_engine.pool.state import PoolState
 from lead_engine.pool.store import TokenStore
 from lead_engine.selection.greedy_tfidf import choose, token_tfidf
@@ -20,9 +24,24 @@ from lead_engine.selection.samples import Samples
 NEVER = torch.iinfo(torch.int32).max
 
 
+@dataclass(frozen=True)
+class IteritOptions(MethodOptions):
+    """IterIT's options (arXiv 2412.17365)."""
+
+    flags: ClassVar[str] = "--iterit."
+    read_with: ClassVar[Table] = {"candidates": {"epochs": Need("above 1", lambda value: value > 1)}}
+
+    epochs: Annotated[int, Bounds(ge=1)] = 3
+    """How often it scores and chooses anew; each time for an equal share of the budget."""
+    candidates: Annotated[float, Bounds(ge=1)] = 3.0
+    """After the first epoch only the best are scored, this many times the samples that an epoch trains."""
+    decay: Annotated[float, Bounds(ge=0, lt=1)] = 0.1
+    """What is left of an n-gram's weight once a chosen answer has used it."""
+
+
 class Iterit(Method):
-    """Epoch e of `--selection.epochs` begins when e / epochs of the budget is trained, at the next round. Its candidates are, at first, the
-    whole pool, IFD as `prepare` measured it; later, the `--selection.candidates` x (samples that the last epoch trained) with the highest
+    """Epoch e of `--iterit.epochs` begins when e / epochs of the budget is trained, at the next round. Its candidates are, at first, the
+    whole pool, IFD as `prepare` measured it; later, the `--iterit.candidates` x (samples that the last epoch trained) with the highest
     IFD below 1 by what was last known, measured again. Those that have an IFD below 1 are put in greedy order of IFD x TF-IDF
     (greedy_tfidf.py) and trained in that order; if the list ends before the epoch does, it begins again. No candidate: the run ends.
 
@@ -30,10 +49,13 @@ class Iterit(Method):
     wanted, so the list is made as long as the next rounds need, and longer when they have used it.
     """
 
+    Options = IteritOptions
+    options: IteritOptions
+
     def __init__(
-        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
+        self, samples: Samples, state: PoolState, options: IteritOptions, order_length: int, seed: int
     ) -> None:
-        super().__init__(samples, state, config, order_length, seed)
+        super().__init__(samples, state, options, order_length, seed)
         n, device = samples.num_samples, samples.device
         self.epoch = torch.full((), -1, dtype=torch.int64, device=device)
         self.ifd = state.ifd.to(device)
@@ -42,9 +64,14 @@ class Iterit(Method):
         self.visits_before = samples.visits.clone()
         self.tfidf: sp.csr_matrix | None = None  # of the candidates; made again after a resume, if it is needed
 
+    @classmethod
+    def describe(cls, options: IteritOptions) -> str:
+        measured = f"IFD of the best {options.candidates:g} x an epoch's samples is measured again"
+        return f"{options.epochs} epochs; {measured}; n-grams keep {options.decay:g}"
+
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
         """Begin an epoch if it is time to; keep at least a round's samples on the list. The scorer's `store` is the pool's TokenStore."""
-        epoch = min(int(spent * self.config.epochs), self.config.epochs - 1)
+        epoch = min(int(spent * self.options.epochs), self.options.epochs - 1)
         if epoch > int(self.epoch):
             self._begin(epoch, scorer)
         if int((self._seen() == 0).sum()) < self.order_length:
@@ -77,7 +104,7 @@ class Iterit(Method):
             best = (
                 torch.where(self.ifd < 1, self.ifd, -1.0).cpu().sort(descending=True, stable=True)
             )  # NaN is not below 1
-            ids = best.indices[best.values >= 0][: math.ceil(self.config.candidates * max(trained, 1))]
+            ids = best.indices[best.values >= 0][: math.ceil(self.options.candidates * max(trained, 1))]
             if len(ids):
                 self.ifd[ids.to(self.ifd.device)] = torch.exp(scorer.given(ids) - scorer.alone(ids))
             self.candidates[ids.to(self.ifd.device)] = True
@@ -97,7 +124,7 @@ class Iterit(Method):
         if self.tfidf is None:
             self.tfidf = token_tfidf(*answer_tokens(store, ids))
         quality = self.ifd.cpu()[ids].double().numpy()
-        rows = choose(self.tfidf, quality, np.ones(len(ids)), wanted, self.config.decay)
+        rows = choose(self.tfidf, quality, np.ones(len(ids)), wanted, self.options.decay)
         self.sequence[:wanted] = ids[torch.from_numpy(rows)].to(self.sequence.device)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lead_engine.base.errors import UserError
-from lead_engine.config import SelectionConfig
+from lead_engine.config.methods import MethodOptions
 from lead_engine.pool.state import PoolState
 from lead_engine.selection.methods.base import Draw, Method, Order
 from lead_engine.selection.samples import Samples
@@ -25,28 +27,44 @@ LIKE = 16
 """Samples among which one is as good as another: neighbours by length within a task."""
 
 
+@dataclass(frozen=True)
+class RandomMatchedOptions(MethodOptions):
+    """Another run's picks, imitated."""
+
+    flags: ClassVar[str] = "--random-matched."
+
+    match: Path | None = None
+    """Folder of the finished run whose picks it imitates in length and task."""
+
+
 class RandomMatched(Method):
     """Every sample is renamed by a random permutation among `LIKE` samples of its task that are next to it by response tokens, then tokens,
-    and the run of `--selection.match` is followed under these names: as many visits, lengths and tasks as there, in the same order.
+    and the run of `--random-matched.match` is followed under these names: as many visits, lengths and tasks as there, in the same order.
 
     Only samples that are not dropped are renamed, and only to each other, so that dropping is common to both.
     """
 
+    Options = RandomMatchedOptions
+
     def __init__(
-        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
+        self, samples: Samples, state: PoolState, options: RandomMatchedOptions, order_length: int, seed: int
     ) -> None:
-        super().__init__(samples, state, config, order_length, seed)
-        if config.match is None:
+        super().__init__(samples, state, options, order_length, seed)
+        if options.match is None:
             raise UserError(
-                "--selection.match: random-matched needs the folder of the finished run whose picks it imitates"
+                "--random-matched.match: random-matched needs the folder of the finished run whose picks it imitates"
             )
-        picks = _picks(config.match, samples.num_samples)
+        picks = _picks(options.match, samples.num_samples)
         rows = samples.rows[:-1].cpu().numpy()
         renamed = like_permutation(
             state.task.numpy(), rows, samples.lengths.cpu().numpy(), state.dropped.numpy(), seed
         )[picks]
         self.sequence = torch.from_numpy(renamed).to(samples.device)
         self.occurrence = torch.from_numpy(_occurrences(renamed)).to(samples.device)
+
+    @classmethod
+    def describe(cls, options: RandomMatchedOptions) -> str:
+        return f"the picks of {options.match}, each replaced by one of like length and task"
 
     def order(self, round: int, drawn: Draw) -> Order:
         """The next of the sequence: an entry is due when its sample was trained as often as it occurs before the entry."""
@@ -84,11 +102,11 @@ def _picks(run: Path, num_samples: int) -> np.ndarray:
     log = run / "selection.jsonl"
     for name in ("summary.json", "selection.jsonl"):
         if not (run / name).exists():
-            raise UserError(f"--selection.match {run}: not a finished run (no {name} in it)")
+            raise UserError(f"--random-matched.match {run}: not a finished run (no {name} in it)")
     records = Path(json.loads((run / "summary.json").read_text(encoding="utf-8"))["pool"]) / "records.parquet"
     if not records.exists():
         raise UserError(
-            f"--selection.match {run}: was trained on the pool {records.parent}, which has no records.parquet; was it moved?"
+            f"--random-matched.match {run}: was trained on the pool {records.parent}, which has no records.parquet; was it moved?"
         )
     names = pq.read_table(records, columns=["id"]).column("id").to_pylist()
     number = {name: i for i, name in enumerate(names)}
@@ -96,7 +114,7 @@ def _picks(run: Path, num_samples: int) -> np.ndarray:
         picked = [number[name] for line in lines for name in json.loads(line)["ids"]]
     if len(names) != num_samples:
         raise UserError(
-            f"--selection.match {run}: was trained on a pool of {len(names)} samples, this one has {num_samples}"
+            f"--random-matched.match {run}: was trained on a pool of {len(names)} samples, this one has {num_samples}"
         )
     return np.array(picked, dtype=np.int64)
 

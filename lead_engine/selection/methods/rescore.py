@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from lead_engine.config import SelectionConfig
-from lead_engine.pool.state import PoolState
+from dataclasses import dataclass
+from typing import ClassVar
+
 from lead_engine.selection.methods.base import Scorer
-from lead_engine.selection.methods.lead import Lead
-from lead_engine.selection.samples import Samples
+from lead_engine.selection.methods.lead import ClusterOptions, Clusters
 
 
-class Rescore(Lead):
-    """Bandit, quotas and ranking are LEAD's, and its options apply; U is the true loss under the model of the round's start."""
+@dataclass(frozen=True)
+class RescoreOptions(ClusterOptions):
+    """LEAD's clusters, quotas and ranking; U is the true loss."""
 
-    uses_loss_change = False
+    flags: ClassVar[str] = "--rescore."
 
-    def __init__(
-        self, samples: Samples, state: PoolState, config: SelectionConfig, order_length: int, seed: int
-    ) -> None:
-        super().__init__(samples, state, config, order_length, seed)
-        self.unseen = None  # nothing is estimated for samples that were not trained: they are measured
+
+class Rescore(Clusters):
+    """LEAD's clusters, quotas and ranking; U is the true loss under the model of the round's start."""
+
+    Options = RescoreOptions
+
+    @classmethod
+    def describe(cls, options: ClusterOptions) -> str:
+        return f"{super().describe(options)}; U: measured before every round"
 
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
         if round == 0 and bool((self.samples.visits == 0).all()):
