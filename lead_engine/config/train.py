@@ -59,7 +59,7 @@ class TrainConfig(WithMethod):
     batch: BatchConfig = field(default_factory=BatchConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     options: MethodOptions = field(default_factory=MethodOptions)
-    """The method's own: `--lead.*`, and in YAML `lead: {...}`."""
+    """The method's own, under its name."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
