@@ -160,7 +160,6 @@ VARIANTS: dict[str, Callable[[Inputs], Loss]] = {
 }
 """What others do not have; and "ours, frozen head", which is the same loss with a weight that needs no gradient."""
 GPU_VARIANTS: dict[str, Callable[[Inputs], Loss]] = {
-    "ours, no host read": lambda inputs: ours(
-        inputs, max_rows=inputs.shape.rows
-    ),  # the number of counted rows is not read either
+    # The number of counted rows is not read either.
+    "ours, no host read": lambda inputs: ours(inputs, max_rows=inputs.shape.rows),
 }

@@ -367,9 +367,8 @@ def make_environment(work: Path) -> dict[str, str]:
     paths = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "bench")]
     if folder := os.environ.get("LEAD_ENGINE_WHEELS"):
         target = work / "wheels"
-        for wheel in sorted(
-            Path(folder).glob("*.whl")
-        ):  # one by one: a wheel for another Python must not lose the others
+        # One by one: a wheel for another Python must not lose the others.
+        for wheel in sorted(Path(folder).glob("*.whl")):
             done = target / f".{wheel.name}.done"
             if not done.exists():
                 command = [

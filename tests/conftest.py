@@ -13,7 +13,8 @@ import pytest
 
 # Before torch is imported anywhere: tests are small, and several processes on few cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before triton is imported: where there is no GPU (torch, which would know, is not to be imported yet), its kernels run in its interpreter.
+# Before triton is imported: where there is no GPU (torch, which would know, is not to be imported yet), its kernels run
+# in its interpreter.
 if shutil.which("nvidia-smi") is None and shutil.which("rocm-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"

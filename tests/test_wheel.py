@@ -1,7 +1,7 @@
 """What users install: a wheel built from the sources, alone in an environment of its own, works and holds what it must.
 
-The dependencies are not downloaded: the environment sees those of the tests' own, by a .pth file. So the first test shows
-that the wheel needs nothing of the checkout, and the last that what the packages import is declared.
+The dependencies are not downloaded: the environment sees those of the tests' own, by a .pth file. So the first test
+shows that the wheel needs nothing of the checkout, and the last that what the packages import is declared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`--help` of commands with many options: those that matter, on one screen. `--help-all` lists all, by the flag parser."""
+"""`--help` of commands with many options: the ten that matter, on one screen. `--help-all` lists all of them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from lead_engine.config.old_names import moved_option
 
 
 def named_in(arguments: list[str], mapping: Mapping[str, Any], last_value: Any) -> dict[str, Any]:
-    """The YAML file's values with the method and the recipe that flags name: other options have their defaults from these."""
+    """The YAML file's values with the method and recipe that flags name; these set the defaults of other options."""
     chosen = dict(mapping)
     method, recipe = last_value(arguments, "--method"), last_value(arguments, "--recipe")
     if method is not None:

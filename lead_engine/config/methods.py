@@ -159,7 +159,7 @@ class WithMethod(Options):
 
 
 def method_options(method: str, value: Any = None, recipe: str = "default", place: str = "options") -> MethodOptions:
-    """The method's options from None, a mapping of them, or themselves. UserError "PLACE ...: ..." for anything else."""
+    """The method's options from None, a mapping, or an instance. UserError "PLACE ...: ..." for anything else."""
     cls = options_of(method)
     if value is None or type(value) is MethodOptions:
         value = {}

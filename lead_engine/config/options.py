@@ -28,9 +28,9 @@ _NO_DEFAULT = object()
 class Options:
     """Base of the configs, which are frozen dataclasses.
 
-    Raises UserError "FLAG VALUE: must be ..." for the first field whose value is neither of its type nor convertible without
-    loss. Converted are: text to Path and back, text and whole floats to numbers, NumPy's scalars, lists and single values to
-    tuples, mappings to nested configs.
+    Raises UserError "FLAG VALUE: must be ..." for the first field whose value is neither of its type nor convertible
+    without loss. Converted are: text to Path and back, text and whole floats to numbers, NumPy's scalars, lists and
+    single values to tuples, mappings to nested configs.
     """
 
     flags: ClassVar[str] = "--"
@@ -90,7 +90,7 @@ class Options:
 
 
 def argument(hint: Any, value: Any, name: str) -> Any:
-    """A Python caller's `value` as `hint`, which may hold `Bounds`. UserError "NAME VALUE: must be ..." if it is none."""
+    """A Python caller's `value` as `hint`, which may hold `Bounds`. UserError "NAME VALUE: must be ..." otherwise."""
     try:
         return convert(hint, value, strict=False)
     except Unfit as unfit:

@@ -1,8 +1,8 @@
 """Which options are read only together with others: the tables, and the error for one that would be ignored.
 
-`TRAIN` and its like say what an option needs in order to be read: other options, and their values. An option whose needs
-fail, or hang on an option that is itself not read, would change nothing: giving it is an error. Given is what differs from
-its default, and what a flag says.
+`TRAIN` and its like say what an option needs in order to be read: other options, and their values. An option whose
+needs fail, or hang on an option that is itself not read, would change nothing: giving it is an error. Given is what
+differs from its default, and what a flag says.
 """
 
 from __future__ import annotations

@@ -43,11 +43,11 @@ class TrainConfig(WithMethod):
     keep_checkpoints: Annotated[int, Bounds(ge=1)] = 2
     """How many checkpoints to keep."""
     max_skipped_steps: Annotated[int, Bounds(ge=0)] = 10
-    """Steps with a loss or gradient that is not finite are skipped and counted; after more of them than this the run stops."""
+    """Steps whose loss or gradient is not finite are skipped and counted; more of them than this stop the run."""
     eval_data: tuple[PathText, ...] = ()
     """Held-out files, in any form that `prepare` reads: their loss is measured before training and at its end."""
     eval_every: Annotated[int, Bounds(ge=0, zero="only before training and at its end")] = 0
-    """Measure it every so many optimizer steps, too (0: not in between), at a round's end; keep the best model in OUT/best."""
+    """Measure it every N optimizer steps too, at a round's end (0: not in between); keep the best model in OUT/best."""
     patience: Annotated[int, Bounds(ge=0, zero="never stop early")] = 0
     """Stop after so many measurements in a row without a lower held-out loss; 0 never does."""
     skip_bad: bool = False

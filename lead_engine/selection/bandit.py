@@ -31,7 +31,7 @@ class RewardScale:
         self.high = torch.full((), float("-inf"), device=device)
 
     def scale(self, reward: Tensor, counts: Tensor) -> Tensor:
-        """The scaled rewards, fp32 like `reward`. Where `counts` (bool) is false one is not looked at and the result is 0."""
+        """The scaled rewards, fp32 like `reward`; 0 where `counts` (bool) is false, whatever the reward is there."""
         self.low.copy_(torch.minimum(self.low, torch.where(counts, reward, torch.inf).amin()))
         self.high.copy_(torch.maximum(self.high, torch.where(counts, reward, -torch.inf).amax()))
         span = self.high - self.low
@@ -43,9 +43,9 @@ class RewardScale:
 class Bandit:
     """EXP3 or EXP3.S over K arms; `uniform` is EXP3 that never learns, `none` has one arm.
 
-    prior: fp32 [K], the probabilities that it starts from and with which it explores. With q_k for the prior, p = (1 - gamma) w / sum w +
-    gamma q, and the drawn arm's weight is multiplied by exp(gamma q_k r / p_k); with q_k = 1 / K that is EXP3. The exponent is at most 1 in
-    size for any prior, as p_k >= gamma q_k.
+    prior: fp32 [K], the probabilities that it starts from and with which it explores. With q_k for the prior, p = (1 -
+    gamma) w / sum w + gamma q, and the drawn arm's weight is multiplied by exp(gamma q_k r / p_k); with q_k = 1 / K
+    that is EXP3. The exponent is at most 1 in size for any prior, as p_k >= gamma q_k.
     """
 
     def __init__(self, kind: BanditKind, gamma: float, prior: Tensor) -> None:
@@ -63,17 +63,17 @@ class Bandit:
     def update(self, arm: Tensor, probabilities: Tensor, reward: Tensor, counts: Tensor) -> None:
         """Learn from a scaled reward (0-d, in [-1, 1]); nothing changes where `counts` (0-d bool) is false."""
         if self.learns:
-            scaled = (
-                reward * self.prior.gather(0, arm.view(1))[0] * self.prior.shape[0]
-            )  # indexing by a 0-d tensor reads it
+            prior = self.prior.gather(0, arm.view(1))[0]  # indexing by a 0-d tensor would read it on the host
+            scaled = reward * prior * self.prior.shape[0]
             learned = exp3_update(self.log_weights, probabilities, arm, scaled, self.gamma, alpha=self.alpha)
             self.log_weights.copy_(torch.where(counts, learned, self.log_weights))
 
     def update_all(self, reward: Tensor, counts: Tensor) -> None:
-        """Learn from the rewards of all arms at once (fp32 [K], in [-1, 1]; `counts` bool [K]: whose are known), as a mixture sees them.
+        """Learn from the rewards of all arms at once (fp32 [K], in [-1, 1]; `counts` bool [K]: whose are known), as a
+        mixture sees them.
 
-        Where every arm's reward is seen, r_k is its own unbiased estimate, and EXP3 becomes Hedge: w_k *= exp(gamma r_k), the step that
-        EXP3 takes at p_k = 1 / K (Auer et al., section 3).
+        Where every arm's reward is seen, r_k is its own unbiased estimate, and EXP3 becomes Hedge: w_k *= exp(gamma
+        r_k), the step that EXP3 takes at p_k = 1 / K (Auer et al., section 3).
         """
         if self.learns:
             new = self.log_weights + torch.where(counts, self.gamma * reward, 0.0)

@@ -29,7 +29,8 @@ def _shift_right(bits: Tensor, by: int) -> Tensor:
 def mix64(bits: Tensor) -> Tensor:
     """SplitMix64's finalizer on int64 tensors of any shape: a bijection; each input bit flips half the output bits.
 
-    In place on what the shifts allocate: for a whole pool, a fresh tensor for every operation costs more than the operations.
+    In place on what the shifts allocate: for a whole pool, a fresh tensor for every operation costs more than the
+    operations.
     """
     bits = _shift_right(bits, 30).bitwise_xor_(bits).mul_(_signed(0xBF58476D1CE4E5B9))
     bits = _shift_right(bits, 27).bitwise_xor_(bits).mul_(_signed(0x94D049BB133111EB))

@@ -1,4 +1,4 @@
-"""IterIT's greedy choice (arXiv 2412.17365): good answers whose n-grams the answers chosen before them have not used up."""
+"""IterIT's greedy choice (arXiv 2412.17365): good answers whose n-grams the earlier choices have not used up."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def choose(
 ) -> np.ndarray:
     """Row numbers, int64 [m], in the order chosen, until their costs reach `budget` or no row is left.
 
-    Each choice is the row i with the greatest quality_i * sum_c tfidf[i, c] * w_c among those not chosen yet, the lowest of equals; then
-    w_c *= decay for every column c that it uses. w starts as 1. tfidf: [n, V], nothing below 0; quality: float [n], nothing below 0 (IFD);
-    costs: [n], above 0 (tokens). ValueError otherwise.
+    Each choice is the row i with the greatest quality_i * sum_c tfidf[i, c] * w_c among those not chosen yet, the
+    lowest of equals; then w_c *= decay for every column c that it uses. w starts as 1. tfidf: [n, V], nothing below 0;
+    quality: float [n], nothing below 0 (IFD); costs: [n], above 0 (tokens). ValueError otherwise.
 
-    Weights only fall, so scores only fall (also when rounded: every row is summed in one fixed order), so a score computed earlier bounds
-    what it is now. A row whose score, computed now, is no lower than all others' bounds is therefore the greatest, and nobody else need be
-    scored: the lazy greedy algorithm of Minoux (1978), "CELF" of Leskovec et al. (KDD 2007).
+    Weights only fall, so scores only fall (also when rounded: every row is summed in one fixed order), so a score
+    computed earlier bounds what it is now. A row whose score, computed now, is no lower than all others' bounds is
+    therefore the greatest, and nobody else need be scored: the lazy greedy algorithm of Minoux (1978), "CELF" of
+    Leskovec et al. (KDD 2007).
     """
     matrix = _checked(tfidf, quality, costs, decay)
     score = _Scores(matrix, quality, decay)
@@ -57,7 +58,8 @@ def choose(
 
 
 def answer_tfidf(texts: Sequence[str]) -> sp.csr_matrix:
-    """TF-IDF over words and their 2- and 3-grams, as the published code has it: float64 [n, V], rows of length 1 (0 for a text of no word).
+    """TF-IDF over words and their 2- and 3-grams, as the published code has it: float64 [n, V], rows of length 1 (0 for
+    a text of no word).
 
     A word is two letters or more, in lower case (scikit-learn's default).
     """
@@ -72,7 +74,8 @@ def answer_tfidf(texts: Sequence[str]) -> sp.csr_matrix:
 def token_tfidf(tokens: np.ndarray, offsets: np.ndarray) -> sp.csr_matrix:
     """TF-IDF over token ids and their 2- and 3-grams: float64 [n, V], rows of length 1 (0 for an empty answer).
 
-    Answer i is tokens[offsets[i] : offsets[i + 1]]; tokens: integers of 0 and more [total], offsets: int64 [n + 1]. The formula is
+    Answer i is tokens[offsets[i] : offsets[i + 1]]; tokens: integers of 0 and more [total], offsets: int64 [n + 1]. The
+    formula is
     `answer_tfidf`'s, with tokens for words: no text need be at hand, and no dictionary of strings is built.
     """
     count = len(offsets) - 1
@@ -105,7 +108,8 @@ class _Scores:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         scores: np.ndarray = self.matrix[rows] @ self.weight  # each row from left to right, however many there are
-        return self.quality[rows] * scores
+        weighted: np.ndarray = self.quality[rows] * scores
+        return weighted
 
     def use(self, row: int) -> None:
         self.weight[self.matrix.indices[self.matrix.indptr[row] : self.matrix.indptr[row + 1]]] *= self.decay

@@ -44,16 +44,16 @@ def make_loss_change(
     kind = argument(LossChangeKind, kind, "make_loss_change(kind)")
     hidden_size = argument(Count, hidden_size, "make_loss_change(hidden_size)")
     num_clusters = argument(Count, num_clusters, "make_loss_change(num_clusters)")
-    device, seed = device_argument(device, "make_loss_change(device)"), argument(Seed, seed, "make_loss_change(seed)")
+    at, seed = device_argument(device, "make_loss_change(device)"), argument(Seed, seed, "make_loss_change(seed)")
     if kind == "none":
         return LossChange()
     if sketch_dim == 0:
         gradient: SketchGradient | ExactGradient = ExactGradient(hidden_size)
     else:
-        gradient = SketchGradient(hidden_size, sketch_dim, device, seed)
+        gradient = SketchGradient(hidden_size, sketch_dim, at, seed)
     if kind == "paper":
-        return PaperLossChange(gradient, num_clusters, device)
-    return InnerLossChange(gradient, calibrate_every, device)
+        return PaperLossChange(gradient, num_clusters, at)
+    return InnerLossChange(gradient, calibrate_every, at)
 
 
 class LossChange:
@@ -92,10 +92,10 @@ class LossChange:
     ) -> Tensor:
         """Estimated change of each sample's mean loss, fp32 [A, B]; 0 in empty slots.
 
-        `cluster` 0-d int64, the round's arm; `lr` the step's learning rate; `all_reduce` sums over the ranks in
-        place; `first_order` 0-d, <gradient, parameter update> of this step, the same on all ranks, or None; `grad_norm` 0-d, the
-        norm of the whole model's gradient before clipping. Where that is not finite the step was not taken: every change is 0, and
-        nothing of the step enters later estimates.
+        `cluster` 0-d int64, the round's arm; `lr` the step's learning rate; `all_reduce` sums over the ranks in place;
+        `first_order` 0-d, <gradient, parameter update> of this step, the same on all ranks, or None; `grad_norm` 0-d,
+        the norm of the whole model's gradient before clipping. Where that is not finite the step was not taken: every
+        change is 0, and nothing of the step enters later estimates.
         """
         change, self._zeros = torch.stack(self._zeros), []
         return change
@@ -146,7 +146,8 @@ class InnerLossChange(_FromGradient):
     def __init__(self, gradient: SketchGradient | ExactGradient, calibrate_every: int, device: torch.device) -> None:
         super().__init__(gradient)
         self.calibrate_every = calibrate_every
-        self._measured = False  # what the host knows of it: whether there was a measurement, though it may have been of a skipped step
+        # What the host knows of it: whether there was a measurement, though it may have been of a skipped step.
+        self._measured = False
         self.measured = torch.zeros((), dtype=torch.bool, device=device)  # the same, for checkpoints
         self.ratio_sum = torch.zeros((), device=device)  # exponentially weighted sum of the measured ratios
         self.ratio_weight = torch.zeros((), device=device)  # and of their weights, 1 - KEEP**measurements
@@ -159,25 +160,25 @@ class InnerLossChange(_FromGradient):
         self, cluster: Tensor, lr: float, all_reduce: AllReduce, first_order: Tensor | None, grad_norm: Tensor
     ) -> Tensor:
         step_D, s_AB, _ = self.gradient.take(all_reduce, per_sample=True)
+        assert s_AB is not None  # asked for
         norm = step_D.dot(step_D)
-        happened = (
-            norm > 0
-        ) & grad_norm.isfinite()  # an empty step has no change and measures nothing, nor has one that was skipped
+        # A step that is empty or was skipped has no change, and measures nothing.
+        happened = (norm > 0) & grad_norm.isfinite()
         if first_order is None or lr == 0:
-            first_order = lr * grad_norm * self.ratio_sum / torch.where(self.ratio_weight > 0, self.ratio_weight, 1.0)
+            weight = torch.where(self.ratio_weight > 0, self.ratio_weight, 1.0)
+            expected = lr * grad_norm * self.ratio_sum / weight
         else:
             ratio = first_order / (lr * torch.where(grad_norm > 0, grad_norm, 1.0))
             measured_sum = KEEP * self.ratio_sum + (1 - KEEP) * ratio
             measured_weight = KEEP * self.ratio_weight + (1 - KEEP)
-            counts = (
-                happened & first_order.isfinite()
-            )  # it is not where a weight is not, though the gradient there is 0
+            # It is not finite where a weight is not, though the gradient there is 0.
+            counts = happened & first_order.isfinite()
             self.ratio_sum.copy_(torch.where(counts, measured_sum, self.ratio_sum))
             self.ratio_weight.copy_(torch.where(counts, measured_weight, self.ratio_weight))
-            first_order = torch.where(counts, first_order, 0.0)
+            expected = torch.where(counts, first_order, 0.0)
             self.measured.fill_(True)
             self._measured = True
-        return torch.where(happened, first_order / torch.where(happened, norm, 1.0) * s_AB, 0.0)
+        return torch.where(happened, expected / torch.where(happened, norm, 1.0) * s_AB, 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"ratio_sum": self.ratio_sum, "ratio_weight": self.ratio_weight, "measured": self.measured}

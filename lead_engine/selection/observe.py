@@ -22,10 +22,10 @@ def observe_step(
 ) -> tuple[Tensor, Tensor]:
     """Gather one optimizer step's losses over the ranks and update every rank's selector by them; a collective.
 
-    A = this rank's micro-batches, M = all ranks', B = slots. sample_ids: int64 [M, B] of the plan. losses: A tensors fp32 [B], means over
-    each sample's response tokens. change: fp32 [A, B], what the step is estimated to have changed in them. skipped: 0-d bool, whether
-    the step was not taken; then nothing is learned from it, and samples whose loss is not finite are barred. Returns loss and change, fp32
-    [M, B] each.
+    A = this rank's micro-batches, M = all ranks', B = slots. sample_ids: int64 [M, B] of the plan. losses: A tensors
+    fp32 [B], means over each sample's response tokens. change: fp32 [A, B], what the step is estimated to have changed
+    in them. skipped: 0-d bool, whether the step was not taken; then nothing is learned from it, and samples whose loss
+    is not finite are barred. Returns loss and change, fp32 [M, B] each.
     """
     loss, change = gather_statistics(torch.stack([torch.stack(list(losses)), change]), world)
     # A first-order estimate may overshoot; a cross-entropy cannot fall below zero.

@@ -41,6 +41,7 @@ def check_replicas(selector: Selector, world: int, step: int) -> None:
     different = [str(rank) for rank, other in enumerate(others, 1) if other != first]
     if different:
         raise RuntimeError(
-            f"the selection's state of ranks {', '.join(different)} differs from rank 0's after step {step}, though it is a function of "
-            "what all ranks see: a machine that computes wrongly, or a defect here; checkpoints up to now agree, go on with --resume"
+            f"the selection's state of ranks {', '.join(different)} differs from rank 0's after step {step}, though it "
+            "is a function of what all ranks see: a machine computes wrongly, or lead_engine has a defect. Checkpoints "
+            "up to now agree; go on with --resume"
         )

@@ -1,7 +1,7 @@
 """The pool as a selection sees it: vectors over its samples, on the training device.
 
-In bytes a sample: utility 4, visits 4, tokens 8, response tokens 4, dropped and barred 1 each, cluster, task and cell 1 each (2 where there
-are more than 256 of them). That is 25: 15 MB for 600 thousand samples, 2.5 GB for 100 million.
+In bytes a sample: utility 4, visits 4, tokens 8, response tokens 4, dropped and barred 1 each, cluster, task and cell 1
+each (2 where there are more than 256 of them). That is 25: 15 MB for 600 thousand samples, 2.5 GB for 100 million.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from lead_engine.pool.state import PoolState
 
 
 class Samples:
-    """N samples. Sample id N is the dummy of empty slots; vectors that are indexed by planned ids have an entry for it, at their end.
+    """N samples. Sample id N is the dummy of empty slots; vectors that are indexed by planned ids have an entry for it,
+    at their end.
 
-    lengths int64 [N], tokens; rows int32 [N+1], counted response tokens; cluster, task [N], of the smallest integer type that holds them;
-    dropped bool [N]; utility fp32 [N+1], U, at first as `prepare` measured it; visits int32 [N+1], how often a
-    sample was trained; barred bool [N+1], whose loss was not finite once: no method names them again.
+    lengths int64 [N], tokens; rows int32 [N+1], counted response tokens; cluster, task [N], of the smallest integer
+    type that holds them; dropped bool [N]; utility fp32 [N+1], U, at first as `prepare` measured it; visits int32
+    [N+1], how often a sample was trained; barred bool [N+1], whose loss was not finite once: no method names them
+    again.
 
     A *cell* is a cluster's part of a task: cell = cluster x num_tasks + task.
     """

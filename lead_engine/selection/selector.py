@@ -3,9 +3,10 @@
 Shapes: N samples, K arms (clusters), S steps a round, M micro-batches a step over all ranks, B slots a micro-batch.
 Sample id N is the dummy of empty slots; vectors that are indexed by planned ids have an entry for it, at their end.
 
-The pool's vectors (samples.py) lie on the device. Every rank holds the same state and computes the same plan: random numbers are functions
-of (seed, round) or of (seed, pass, sample id), and statistics arrive gathered in one fixed order. Between construction and `state_dict`
-the host reads nothing from the device, but in `refresh`, where a method may have the pool scored.
+The pool's vectors (samples.py) lie on the device. Every rank holds the same state and computes the same plan: random
+numbers are functions of (seed, round) or of (seed, pass, sample id), and statistics arrive gathered in one fixed order.
+Between construction and `state_dict` the host reads nothing from the device, but in `refresh`, where a method may have
+the pool scored.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Selector:
         return self.method.loss_change(hidden_size)
 
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
-        """Let the method look at the pool before round `round` is planned; `spent` is the share of the budget that is trained."""
+        """Let the method look at the pool before round `round` is planned; `spent` is the share of the budget that is
+        trained.
+        """
         self.method.refresh(round, spent, scorer)
 
     def plan(self, round: int, max_tokens: int | Tensor) -> Plan:
@@ -90,8 +93,8 @@ class Selector:
         return Plan(drawn.cluster, drawn.probabilities, ids, tokens, rows, order.utility[ids], samples.visits[ids])
 
     def sizes(self, plan: Plan) -> Tensor:
-        """int64 [4, S, M]: of each micro-batch its tokens, response tokens, slots up to the last sample, and tokens of the
-        longest sample.
+        """int64 [4, S, M]: of each micro-batch its tokens, response tokens, slots up to the last sample, and tokens of
+        the longest sample.
         """
         pool, ids = self.samples, plan.sample_ids
         real = ids < pool.num_samples
@@ -100,13 +103,16 @@ class Selector:
         return torch.stack([plan.tokens, plan.rows, slots, longest])
 
     def observe(self, sample_ids: Tensor, loss: Tensor, loss_change: Tensor) -> None:
-        """Update U and visits by one optimizer step: ids, losses and their estimated changes of all ranks, [M, B] each."""
+        """Update U and visits by one optimizer step: ids, losses and their estimated changes of all ranks, [M, B]
+        each.
+        """
         ids, loss, loss_change = sample_ids.reshape(-1), loss.reshape(-1), loss_change.reshape(-1)
         self.method.observe(ids, loss, loss_change)
         idu_update(self.samples.utility, self.samples.visits, ids, loss, loss_change, self.method.smoothing)
 
     def bar(self, sample_ids: Tensor, loss: Tensor, skipped: Tensor) -> Tensor:
-        """The ids to observe a step by, which `skipped` (0-d bool) says was not taken: then none, so that nothing is learned from it.
+        """The ids to observe a step by, which `skipped` (0-d bool) says was not taken: then none, so that nothing is
+        learned from it.
 
         Of a step that was not taken, samples whose own loss is not finite are never planned again.
         """
@@ -157,7 +163,9 @@ class Selector:
         self.method.loaded()
 
     def fingerprint(self) -> Tensor:
-        """int64 []: a hash of the state's bits. Replicas that agree have the same; it does not depend on device or rank."""
+        """int64 []: a hash of the state's bits. Replicas that agree have the same; it does not depend on device or
+        rank.
+        """
         total = torch.zeros((), dtype=torch.int64, device=self.samples.device)
         for place, tensor in enumerate(self.state_dict().values()):
             bits = (

@@ -1,8 +1,9 @@
 """What is believed of samples that no step has touched yet, from the losses of those it has.
 
-LEAD's U of a sample stays what the base model's loss was until the sample is trained for the first time. But every step moves the losses of
-all others too: the older a U, the more it overestimates. And without a pass over the pool before training there is no U at all.
-Both are mended by running means over a *cell*, a cluster's part of a task (Samples.cell), of what a sample's first step sees.
+LEAD's U of a sample stays what the base model's loss was until the sample is trained for the first time. But every step
+moves the losses of all others too: the older a U, the more it overestimates. And without a pass over the pool before
+training there is no U at all. Both are mended by running means over a *cell*, a cluster's part of a task
+(Samples.cell), of what a sample's first step sees.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ MOST_CELLS = 4096
 class CellEstimates:
     """U of unseen samples; C cells.
 
-    drift:     U_i = U0_i + m_c, m the mean of L - U0 at first visits in i's cell c: how far the cell has come without being trained;
-    estimate:  U_i = m_c + optimism s (1 - a_c), m the mean of L at first visits, s the standard deviation of L over all of them.
+    drift:     U_i = U0_i + m_c, m the mean of L - U0 at first visits in i's cell c: how far the cell has come without
+    being trained; estimate:  U_i = m_c + optimism s (1 - a_c), m the mean of L at first visits, s the standard
+    deviation of L over all of them.
 
-    A cell's mean is shrunk to that of all samples by how little is known of it: m_c = sum_c + (1 - a_c) m, where sum_c is the
-    exponentially weighted sum of its observations and a_c, in [0, 1), the sum of their weights. Losses that are not finite are left out.
+    A cell's mean is shrunk to that of all samples by how little is known of it: m_c = sum_c + (1 - a_c) m, where sum_c
+    is the exponentially weighted sum of its observations and a_c, in [0, 1), the sum of their weights. Losses that are
+    not finite are left out.
 
-    Estimates stand in for U only where samples are ranked and rewarded: a first visit smooths with U as `prepare` measured it.
+    Estimates stand in for U only where samples are ranked and rewarded: a first visit smooths with U as `prepare`
+    measured it.
     """
 
     def __init__(self, kind: Unseen, samples: Samples, optimism: float = 1.0) -> None:

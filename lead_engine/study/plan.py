@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,6 @@ def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | N
         out=folder,
         method=options.method,
         recipe=options.recipe,
-        **({} if budget is None else {"budget": budget}),
         seed=seed,
         batch=options.batch,
         selection=options.selection,
@@ -127,6 +126,8 @@ def _make_run(study: StudyConfig, out: Path, variant: Variant, budget: float | N
         lora=options.lora,
         runtime=options.runtime,
     )
+    if budget is not None:  # methods that train the whole pool read no budget
+        train = replace(train, budget=budget)
     return StudyRun(
         variant.name, options.method, budget, seed, folder, train, eval_config(study, str(folder), folder / "eval")
     )

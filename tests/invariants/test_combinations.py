@@ -1,4 +1,6 @@
-"""Options of `train` that go together train together; those that do not are refused at the start, for the reason that the docs give."""
+"""Options of `train` that go together train together; those that do not are refused at the start, for the reason that
+the docs give.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""What only changes where and in which order a run is computed leaves every step as it was: one table, through the real command line.
+"""What only changes where and in which order a run is computed leaves every step as it was: one table, through the real
+command line.
 
-Ranks, accumulation, packing, recomputation, compilation, offload, replicas (HSDP) and a resumed run. Steps train the same samples in all of
-them: slots bind before capacity does, so a step is 8 samples however they are packed.
+Ranks, accumulation, packing, recomputation, compilation, offload, replicas (HSDP) and a resumed run. Steps train the
+same samples in all of them: slots bind before capacity does, so a step is 8 samples however they are packed.
 
-TOLERANCE is a few times what the plain run itself is off by, which the run in float64 shows. Measured, the largest relative difference over
-the steps of (loss, gradient norm): all classes from the plain run (8e-8, 3e-7), the plain run from float64 (1.3e-7, 2.7e-7). Estimates of
-mean change: 5e-6 between classes. They rest on a difference of two inner products that agree in four or five digits.
+TOLERANCE is a few times what the plain run itself is off by, which the run in float64 shows. Measured, the largest
+relative difference over the steps of (loss, gradient norm): all classes from the plain run (8e-8, 3e-7), the plain run
+from float64 (1.3e-7, 2.7e-7). Estimates of mean change: 5e-6 between classes. They rest on a difference of two inner
+products that agree in four or five digits.
 """
 
 from __future__ import annotations

@@ -1,16 +1,20 @@
-"""The losses of every step and the samples of every round, through the real command line, are those written down in golden_losses.json.
+"""The losses of every step and the samples of every round, through the real command line, are those written down in
+golden_losses.json.
 
-Other tests compare two forms of the same thing, and pass when both change. This one notices any change of the numbers: of the model's
-passes, the optimizer, the schedule, packing, the selection or its estimates. A change that was meant is written anew with
+Other tests compare two forms of the same thing, and pass when both change. This one notices any change of the numbers:
+of the model's passes, the optimizer, the schedule, packing, the selection or its estimates. A change that was meant is
+written anew with
 
     LEAD_GOLDEN=write python -m pytest tests/invariants/test_golden_losses.py
 
-and the commit says why the numbers moved. Numbers are fp32 on a CPU. Ids must be equal; losses and gradient norms to 1e-5 of their size, as
-other machines and versions of torch add in another order. Measured over these runs between AVX-512, AVX2 and plain C++ kernels: 1.6e-7 in
-losses, 1.4e-6 in norms. A learning rate that is 1 % off moves them by 1e-4 and more.
+and the commit says why the numbers moved. Numbers are fp32 on a CPU. Ids must be equal; losses and gradient norms to
+1e-5 of their size, as other machines and versions of torch add in another order. Measured over these runs between
+AVX-512, AVX2 and plain C++ kernels: 1.6e-7 in losses, 1.4e-6 in norms. A learning rate that is 1 % off moves them by
+1e-4 and more.
 
-Model, pool and utilities are functions of integers alone (a hash written out below), so that no library's random stream is in the file, but
-for two that the engine itself draws from torch: the sketch's projections and the adapters' A. `stream` tells when that is what changed.
+Model, pool and utilities are functions of integers alone (a hash written out below), so that no library's random stream
+is in the file, but for two that the engine itself draws from torch: the sketch's projections and the adapters' A.
+`stream` tells when that is what changed.
 """
 
 from __future__ import annotations
@@ -196,11 +200,15 @@ def keep(name: str, found: dict[str, Any]) -> None:
 def compare(name: str, found: dict[str, Any], golden: dict[str, Any]) -> None:
     """Fail with the first difference and the way out."""
     way_out = (
-        f"\n{name}: written with torch {golden.get('torch')}, this is {torch.__version__}. If the change was meant, write the file anew:"
-        "\n  LEAD_GOLDEN=write python -m pytest tests/invariants/test_golden_losses.py\nand say in the commit why the numbers moved."
+        f"\n{name}: written with torch {golden.get('torch')}, this is {torch.__version__}. "
+        "If the change was meant, write the file anew:"
+        "\n  LEAD_GOLDEN=write python -m pytest tests/invariants/test_golden_losses.py"
+        "\nand say in the commit why the numbers moved."
     )
     if golden.get("stream") != pytest.approx(stream(), rel=1e-6):
-        way_out += "\ntorch's own random stream is another than the file's: the sketch and the adapters start from other numbers."
+        way_out += (
+            "\ntorch's own random stream is another than the file's: sketch and adapters start from other numbers."
+        )
     assert name in golden, "not in the file yet" + way_out
     expected = golden[name]
     assert found.keys() == expected.keys(), way_out
@@ -212,7 +220,8 @@ def compare(name: str, found: dict[str, Any], golden: dict[str, Any]) -> None:
             error = np.abs(np.array(found[key]) - values) / np.abs(values)
             worst = int(error.argmax())
             assert error[worst] <= TOLERANCE, (
-                f"{key}[{worst}]: {found[key][worst]!r}, {values[worst]!r} is written down, {error[worst]:.2g} of it away{way_out}"
+                f"{key}[{worst}]: {found[key][worst]!r}, {values[worst]!r} is written down, "
+                f"{error[worst]:.2g} of it away{way_out}"
             )
         else:
             first = next((i for i, (a, b) in enumerate(zip(found[key], values, strict=True)) if a != b), None)

@@ -219,7 +219,9 @@ def has_trained(out: Path) -> bool:
 def test_a_job_gives_way_and_goes_on(
     number: signal.Signals, slurm: Slurm, make_pool: Any, make_model: Any, run_ranks: Any, tmp_path: Path
 ) -> None:
-    """First start, signal -> checkpoint -> queued again; second start -> the run that was never stopped, bit for bit."""
+    """First start, signal -> checkpoint -> queued again; second start -> the run that was never stopped, bit for
+    bit.
+    """
     out = tmp_path / "run"
     arguments = ["--pool", make_pool(samples=500), "--model", make_model("llama"), *OPTIONS]
     # torchrun may start workers again, but not those that have stopped for the signal.

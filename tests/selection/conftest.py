@@ -102,7 +102,9 @@ class MadeUpLosses:
 
 @pytest.fixture
 def finished_run(tmp_path) -> Callable[..., Path]:
-    """A function that writes the folder of a run which trained `rounds`, lists of samples, of a pool of `samples`; and the pool's names."""
+    """A function that writes the folder of a run which trained `rounds`, lists of samples, of a pool of `samples`; and
+    the pool's names.
+    """
 
     def write(samples: int, rounds: Sequence[Sequence[int]], name: str = "imitated") -> Path:
         pool, run = tmp_path / f"{name}-pool", tmp_path / name
@@ -135,9 +137,9 @@ class Blind(NamedTuple):
 def blind(request) -> Blind:
     """Two proofs that the host reads nothing, each of which sees what the other does not.
 
-    `meta`: tensors without values on a device of their own. Reading one, copying one to the host, or computing with it and a
-    CPU vector raises. `fake`: FakeTensorMode, where every data-dependent value or shape raises. Its device is `cuda`
-    where this torch knows CUDA; a CPU build cannot index fake CUDA tensors, there it is `cpu`.
+    `meta`: tensors without values on a device of their own. Reading one, copying one to the host, or computing with it
+    and a CPU vector raises. `fake`: FakeTensorMode, where every data-dependent value or shape raises. Its device is
+    `cuda` where this torch knows CUDA; a CPU build cannot index fake CUDA tensors, there it is `cpu`.
     """
     if request.param == "meta":
         return Blind("meta", nullcontext, lambda thing: _replace_tensors(thing, "meta"))

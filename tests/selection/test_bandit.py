@@ -81,10 +81,11 @@ ROUNDS, ARMS, GOOD, BAD = 1500, 4, 0.3, -0.3
 
 
 def regret(kind, seed, switches, everything_seen):
-    """What a bandit misses of the best sequence of arms, in rewards expected under its probabilities; `uniform` misses 1.
+    """What a bandit misses of the best sequence of arms, in rewards expected under its probabilities; `uniform` misses
+    1.
 
-    The best arm pays GOOD on average, all others BAD; which it is changes `switches` times. With `everything_seen` it learns from the
-    rewards of all arms, as a mixture does.
+    The best arm pays GOOD on average, all others BAD; which it is changes `switches` times. With `everything_seen` it
+    learns from the rewards of all arms, as a mixture does.
     """
     rng = np.random.default_rng([seed, switches])
     best = rng.permutation(ARMS)[: switches + 1].repeat(ROUNDS // (switches + 1))
@@ -114,7 +115,9 @@ def regret(kind, seed, switches, everything_seen):
     [(False, 0.27, 0.52, 0.85), (True, 0.24, 0.31, 0.85)],  # measured: 0.24, 0.46, 0.90 and 0.22, 0.28, 0.91
 )
 def test_regret(everything_seen, fixed, switching, without_forgetting, seed):
-    """EXP3 finds the one best arm. EXP3.S follows the best of a sequence with two switches, which EXP3 loses sight of."""
+    """EXP3 finds the one best arm. EXP3.S follows the best of a sequence with two switches, which EXP3 loses sight
+    of.
+    """
     assert regret("exp3", seed, 0, everything_seen) < fixed
     assert regret("exp3s", seed, 2, everything_seen) < switching
     assert regret("exp3", seed, 2, everything_seen) > without_forgetting

@@ -28,7 +28,9 @@ def slow(tfidf: np.ndarray, quality: np.ndarray, costs: np.ndarray, budget: floa
 
 
 def dyadic(random: np.random.Generator, rows: int, columns: int, filled: float) -> np.ndarray:
-    """Multiples of 1/8: with a decay of 1/2 every sum is exact, so that equal scores are equal in any order of summation."""
+    """Multiples of 1/8: with a decay of 1/2 every sum is exact, so that equal scores are equal in any order of
+    summation.
+    """
     return random.integers(1, 9, (rows, columns)) / 8 * (random.random((rows, columns)) < filled)
 
 
@@ -135,7 +137,9 @@ def test_refuses_what_breaks_the_bound(name: str, change: dict) -> None:
 
 
 def test_answer_tfidf_by_hand() -> None:
-    """Two answers; "red" in both: idf ln(3/3) + 1 = 1, all else ln(3/2) + 1; lower case, words of two letters and more."""
+    """Two answers; "red" in both: idf ln(3/3) + 1 = 1, all else ln(3/2) + 1; lower case, words of two letters and
+    more.
+    """
     matrix = answer_tfidf(["Red a fox", "red"])
     rare = math.log(1.5) + 1
     length = math.sqrt(1 + 2 * rare**2)  # red, fox, "red fox"

@@ -1,4 +1,6 @@
-"""What LEAD's options promise beside the transcription of test_selector_reference.py: chances, limits, and losses that are no numbers."""
+"""What LEAD's options promise beside the transcription of test_selector_reference.py: chances, limits, and losses that
+are no numbers.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def first_of(selector, count, round=0):
 
 
 def test_a_mixture_shares_a_round_as_the_bandit_says_and_small_clusters_give_all_they_have(make_state, make_selector):
-    """Probabilities 0.25 each: of 40 places 10 each, but cluster 3 has 4 samples; its other 6 go to the three others, 2 each."""
+    """Probabilities 0.25 each: of 40 places 10 each, but cluster 3 has 4 samples; its other 6 go to the three others, 2
+    each.
+    """
     state = pool(make_state, [0] * 60 + [1] * 50 + [2] * 20 + [3] * 4)
     selector = make_selector(state=state, clusters=4, draw="mixture", steps=5, slots=4, capacity=80, micro_batches=2)
     selector.method.bandit.prior.fill_(0.25)
@@ -64,7 +68,9 @@ def test_small_tasks_come_in_as_many_rounds_as_they_are_due(make_state, make_sel
 )
 @pytest.mark.parametrize("draw", ["cluster", "mixture"])
 def test_task_quotas(make_state, make_selector, draw, quotas, want):
-    """Tasks of 500, 100 and 25 samples in 32 places: shares by size, its square root, or alike. A fourth task has none."""
+    """Tasks of 500, 100 and 25 samples in 32 places: shares by size, its square root, or alike. A fourth task has
+    none.
+    """
     three = pool(make_state, [0] * 625, [0] * 500 + [1] * 100 + [2] * 25)
     state = replace(three, task=torch.tensor([0, 1, 3])[three.task], task_names=list("abcd"))
     selector = make_selector(state=state, draw=draw, task_quotas=quotas, bandit="none", steps=4)
@@ -131,7 +137,9 @@ def test_the_ends_of_the_noise_are_finite(make_state, make_selector, monkeypatch
 
 
 def test_soft_ranking_is_by_what_a_token_of_the_budget_teaches(make_state, make_selector, monkeypatch):
-    """U x answer tokens / tokens: a long answer to a short question is worth more than the same U in a few tokens of many."""
+    """U x answer tokens / tokens: a long answer to a short question is worth more than the same U in a few tokens of
+    many.
+    """
     state = pool(make_state, [0] * 3, utility=torch.tensor([2.0, 2.1, 0.9]))
     monkeypatch.setattr(lead, "SOFT_POWER", 1e4)  # so steep that the noise decides nothing
     selector = make_selector(state=state, ranking="soft", bandit="none")
@@ -156,7 +164,9 @@ NAN_VARIANTS = [
 
 @pytest.mark.parametrize("options", NAN_VARIANTS, ids=str)
 def test_a_loss_that_is_no_number_stays_with_its_sample(make_selector, options):
-    """Next to a run in which the same samples' losses are numbers: U elsewhere is the same, rewards and weights stay numbers."""
+    """Next to a run in which the same samples' losses are numbers: U elsewhere is the same, rewards and weights stay
+    numbers.
+    """
     bad, good = make_selector(90, max_visits=3, **options), make_selector(90, max_visits=3, **options)
     plan = bad.plan(0, LOTS)
     assert torch.equal(plan.sample_ids, good.plan(0, LOTS).sample_ids)

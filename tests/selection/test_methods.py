@@ -23,7 +23,9 @@ N, ROUNDS = 60, 14
 
 
 def rounds_of(selector, count=ROUNDS, max_tokens=10**9, scorer=None):
-    """Train `count` rounds with losses that grow with the round; yields the bins of every round, samples only, empty ones left out."""
+    """Train `count` rounds with losses that grow with the round; yields the bins of every round, samples only, empty
+    ones left out.
+    """
     for round in range(count):
         if scorer is not None:
             selector.refresh(round, round / count, scorer(round))
@@ -200,7 +202,9 @@ def test_matched_follows_the_run_under_other_names(make_selector, make_state, fi
 
 
 def test_matched_samples_are_of_like_length(make_selector, make_state, finished_run, make_lengths):
-    """Within a task, no two of a pair are further apart than 16 places by answer tokens, in steps of an eighth, and then tokens."""
+    """Within a task, no two of a pair are further apart than 16 places by answer tokens, in steps of an eighth, and
+    then tokens.
+    """
     n = 2000
     state = make_state(n)
     run = finished_run(n, [list(range(n))])
@@ -220,7 +224,9 @@ def test_matched_samples_are_of_like_length(make_selector, make_state, finished_
 
 
 def test_matched_depends_on_the_seed_alone(make_selector, make_state, make_lengths, finished_run, picks):
-    """Rounds of another length train the same. Where they hold more than the run's, a sample's second visit waits for the next round."""
+    """Rounds of another length train the same. Where they hold more than the run's, a sample's second visit waits for
+    the next round.
+    """
     run, state = finished_run(N, picks), make_state(N)
     runs = [sequence(matched(make_selector, run, state=state, **{**ONE_BY_ONE, "steps": s})) for s in (1, 4, 9)]
     assert runs[0] == runs[1][: len(runs[0])]

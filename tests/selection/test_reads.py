@@ -1,4 +1,6 @@
-"""What a method says is read only with what (its `Options.read_with`), against what methods and estimators really read."""
+"""What a method says is read only with what (its `Options.read_with`), against what methods and estimators really
+read.
+"""
 
 from __future__ import annotations
 

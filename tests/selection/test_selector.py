@@ -65,7 +65,9 @@ VARIANTS = [
 
 @pytest.fixture
 def make_variant(make_selector, finished_run):
-    """A selector of VARIANTS; `random-matched` imitates a run that trained samples 0 to 119 in steps of 7, then every third."""
+    """A selector of VARIANTS; `random-matched` imitates a run that trained samples 0 to 119 in steps of 7, then every
+    third.
+    """
 
     def make(samples=120, **options):
         if options.get("method") == "random-matched":
@@ -86,7 +88,8 @@ def arms(selector):
 
 
 def follows_quotas(selector, ids, eligible, plan):
-    """Whether there is a level x such that every arm's every task has min(all it has, x share) samples among `ids`, to within 1.
+    """Whether there is a level x such that every arm's every task has min(all it has, x share) samples among `ids`, to
+    within 1.
 
     Shares are p_k n_kj / n_k in a mixture, n_kj in a round of one cluster; whole numbers round them.
     """
@@ -338,7 +341,9 @@ def test_restored_selector_goes_on_alike(make_variant, made_up_losses, options):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_fingerprint_sees_every_bit(make_variant, options):
-    """One bit turned, lowest or highest, at the first, the last or a middle place of any tensor: another hash; turned back: the same."""
+    """One bit turned, lowest or highest, at the first, the last or a middle place of any tensor: another hash; turned
+    back: the same.
+    """
     selector = make_variant(30, **options)
     train(selector, selector.plan(0, LOTS))
     seen = {int(selector.fingerprint())}

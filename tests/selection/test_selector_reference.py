@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 
 
 class SlowLead:
-    """Section by section what LEAD says, with loops, Python lists and EXP3's weights as they stand in its paper; and its variants.
+    """Section by section what LEAD says, with loops, Python lists and EXP3's weights as they stand in its paper; and
+    its variants.
 
     `dtype` is the precision of U, rewards and weights: in float64 it is the truth, in float32 it shows what rounding
     alone does.
@@ -111,7 +112,9 @@ class SlowLead:
         return 2 * math.log(max(value, 1e-6)) - math.log(-math.log(noise + 2.0**-25))
 
     def ranking(self, cluster, p, round):
-        """The next place goes to the cell c with the least (places so far + u_c) / share_c, u_c drawn anew each round."""
+        """The next place goes to the cell c with the least (places so far + u_c) / share_c, u_c drawn anew each
+        round.
+        """
         utility, eligible, cells, shares, first = self.believed(), self.eligible(), {}, {}, {}
         for k in range(self.arms) if cluster < 0 else [cluster]:
             arm = [i for i in eligible if self.arm[i] == k]
@@ -151,7 +154,9 @@ class SlowLead:
         return bins
 
     def plan(self, round, max_tokens, probabilities):
-        """`probabilities`: those of the selector; where they were rounded is not what a mixture's shares shall differ by."""
+        """`probabilities`: those of the selector; where they were rounded is not what a mixture's shares shall differ
+        by.
+        """
         p = self.probabilities()
         cluster, utility = self.draw(p, round), self.believed()
         bins = self.pack(self.ranking(cluster, probabilities, round), max_tokens)

@@ -28,8 +28,8 @@ def make_estimates(make_state):
 def weighted_sums(steps, keep):
     """Weighted sums of 1, x and x^2 over the observations x of a list of steps, the last one newest.
 
-    An observation's weight falls by `keep` with every one that a later step makes. Those of one step share equally what they would have got
-    one after the other.
+    An observation's weight falls by `keep` with every one that a later step makes. Those of one step share equally what
+    they would have got one after the other.
     """
     total, later = [0.0, 0.0, 0.0], 0
     for step in reversed(steps):
@@ -107,7 +107,9 @@ def test_nothing_seen(make_estimates):
 
 
 def test_drift_follows_a_model_that_got_better(make_estimates):
-    """Every loss is 1 lower than at first in one cell and as it was in the others: unseen U moves there, and hardly elsewhere."""
+    """Every loss is 1 lower than at first in one cell and as it was in the others: unseen U moves there, and hardly
+    elsewhere.
+    """
     samples, estimates = make_estimates("drift", clusters=2, tasks=1)
     before = samples.utility.clone()
     for ids in torch.arange(60).view(20, 3):

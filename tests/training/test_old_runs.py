@@ -1,4 +1,6 @@
-"""Runs whose config.yaml was written before methods had options of their own: resumed, compared and reported as they are."""
+"""Runs whose config.yaml was written before methods had options of their own: resumed, compared and reported as they
+are.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a selection method is: an order of the pool's samples, asked for once a round, and what it learns from the round.
+"""What a selection method is: it orders the pool's samples once a round, and learns from the round.
 
-A method says who comes next, best first. How many of them fit into the round's micro-batches and the budget, and the keeping of U and
-visits, is the selector's. See docs/METHODS.md for a method added step by step.
+A method says who comes next, best first. How many of them fit into the round's micro-batches and the budget, and the
+keeping of U and visits, is the selector's. See docs/METHODS.md for a method added step by step.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lead_kernels import select_topk
 
 
 class Scorer(Protocol):
-    """Measures losses under the model as it is now, over packed micro-batches on all ranks; nothing of model or optimizer changes."""
+    """Measures losses under the model as it is now, on all ranks; model and optimizer do not change."""
 
     store: TokenStore
     """The pool's tokens."""
 
     def given(self, ids: Tensor) -> Tensor:
-        """Mean NLL of the answers given their instructions: fp32 [n], on the training device, for ids int64 [n] on the host."""
+        """Mean NLL of the answers given their instructions: fp32 [n], on the device, for ids int64 [n] on the host."""
         ...
 
     def alone(self, ids: Tensor) -> Tensor:
@@ -112,7 +112,8 @@ class Method:
         """
 
     def learn(self, plan: Plan, trained: Tensor, loss_drop: Tensor) -> Tensor:
-        """After a round's last step: the reward in [-1, 1] that the method makes of it, fp32 []; 0 for methods that do not learn.
+        """After a round's last step: the reward in [-1, 1] that the method makes of it, fp32 []; 0 for methods that do
+        not learn.
 
         `trained` bool [S, M, B]: which planned samples were trained; `loss_drop` fp32 [S, M, B]: how far their U fell
         since they were planned.
@@ -120,7 +121,7 @@ class Method:
         return torch.zeros((), device=self.samples.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors, of fixed shapes and not copied, on which later orders depend besides U, visits and the constructor's arguments."""
+        """The tensors, of fixed shapes and not copied, on which later orders depend, besides U and visits."""
         return {}
 
     def loaded(self) -> None:
@@ -133,7 +134,9 @@ class Method:
         return Order(sample_ids, self.samples.utility)
 
     def best_by(self, score: Tensor, candidates: Tensor) -> Tensor:
-        """The candidates (bool [N]) with the highest score (fp32 [N]; NaN last), those trained least often first: int64 [order_length]."""
+        """The candidates (bool [N]) with the highest score (fp32 [N]; NaN last), those trained least often first: int64
+        [order_length].
+        """
         visits = self.samples.visits[:-1]
         candidates = candidates & ~self.samples.barred[:-1]
         least = torch.where(candidates, visits, torch.iinfo(torch.int32).max).amin()

@@ -10,7 +10,9 @@ from lead_engine.selection.samples import Samples
 
 
 class Ifd(Loss):
-    """Highest instruction-following difficulty first, among those below 1 (Li et al., "From Quantity to Quality", arXiv 2308.12032)."""
+    """Highest instruction-following difficulty first, among those below 1 (Li et al., "From Quantity to Quality", arXiv
+    2308.12032).
+    """
 
     def _ranking(self, samples: Samples, state: PoolState) -> tuple[Tensor, Tensor]:
         ifd = state.ifd.to(samples.device)

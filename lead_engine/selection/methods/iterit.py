@@ -40,13 +40,14 @@ class IteritOptions(MethodOptions):
 
 
 class Iterit(Method):
-    """Epoch e of `--iterit.epochs` begins when e / epochs of the budget is trained, at the next round. Its candidates are, at first, the
-    whole pool, IFD as `prepare` measured it; later, the `--iterit.candidates` x (samples that the last epoch trained) with the highest
-    IFD below 1 by what was last known, measured again. Those that have an IFD below 1 are put in greedy order of IFD x TF-IDF
-    (greedy_tfidf.py) and trained in that order; if the list ends before the epoch does, it begins again. No candidate: the run ends.
+    """Epoch e of `--iterit.epochs` begins when e / epochs of the budget is trained, at the next round. Its candidates
+    are, at first, the whole pool, IFD as `prepare` measured it; later, the `--iterit.candidates` x (samples that the
+    last epoch trained) with the highest IFD below 1 by what was last known, measured again. Those that have an IFD
+    below 1 are put in greedy order of IFD x TF-IDF (greedy_tfidf.py) and trained in that order; if the list ends before
+    the epoch does, it begins again. No candidate: the run ends.
 
-    The n-grams are of the answers' token ids: the store has no text. The beginning of a greedy order does not depend on how much of it is
-    wanted, so the list is made as long as the next rounds need, and longer when they have used it.
+    The n-grams are of the answers' token ids: the store has no text. The beginning of a greedy order does not depend on
+    how much of it is wanted, so the list is made as long as the next rounds need, and longer when they have used it.
     """
 
     Options = IteritOptions
@@ -70,7 +71,7 @@ class Iterit(Method):
         return f"{options.epochs} epochs; {measured}; n-grams keep {options.decay:g}"
 
     def refresh(self, round: int, spent: float, scorer: Scorer) -> None:
-        """Begin an epoch if it is time to; keep at least a round's samples on the list. The scorer's `store` is the pool's TokenStore."""
+        """Begin an epoch if it is time to; keep at least a round's samples on the list."""
         epoch = min(int(spent * self.options.epochs), self.options.epochs - 1)
         if epoch > int(self.epoch):
             self._begin(epoch, scorer)
@@ -92,7 +93,7 @@ class Iterit(Method):
         self.tfidf = None
 
     def _seen(self) -> Tensor:
-        """How often every place of the list was trained in this epoch: int32 [N], NEVER behind its end and where a sample is barred."""
+        """How often each sample of the list was trained in this epoch: int32 [N]; NEVER behind its end or if barred."""
         seen = self.samples.visits[self.sequence] - self.visits_before[self.sequence]
         gone = (self.sequence == self.samples.num_samples) | self.samples.barred[self.sequence]
         return torch.where(gone, NEVER, seen)
@@ -101,9 +102,8 @@ class Iterit(Method):
         self.candidates.fill_(epoch == 0)
         if epoch > 0:
             trained = int((self.samples.visits > self.visits_before)[:-1].sum())
-            best = (
-                torch.where(self.ifd < 1, self.ifd, -1.0).cpu().sort(descending=True, stable=True)
-            )  # NaN is not below 1
+            below_1 = torch.where(self.ifd < 1, self.ifd, -1.0)  # NaN is not below 1
+            best = below_1.cpu().sort(descending=True, stable=True)
             ids = best.indices[best.values >= 0][: math.ceil(self.options.candidates * max(trained, 1))]
             if len(ids):
                 self.ifd[ids.to(self.ifd.device)] = torch.exp(scorer.given(ids) - scorer.alone(ids))
@@ -129,7 +129,7 @@ class Iterit(Method):
 
 
 def answer_tokens(store: TokenStore, ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The answers (response tokens that count) of samples ids int64 [n], on the host: tokens int32 [total], offsets int64 [n + 1]."""
+    """The response tokens of samples ids int64 [n], on the host: tokens int32 [total], offsets int64 [n + 1]."""
     lengths = store.lengths[ids]
     first = F.pad(lengths.cumsum(0), (1, 0))
     starts = store.offsets.cpu()[ids] - first[:-1]

@@ -1,4 +1,4 @@
-"""`lead`: a bandit over difficulty clusters, dynamic uncertainty inside them (arXiv 2505.07437), every part on a switch."""
+"""`lead`: a bandit over difficulty clusters, dynamic uncertainty inside them (arXiv 2505.07437)."""
 
 from __future__ import annotations
 
@@ -53,18 +53,21 @@ class ClusterOptions(MethodOptions):
     """`paper`: the setting of arXiv 2505.07437. The defaults are the best measured here, docs/STUDY.md."""
 
     bandit: BanditKind = "exp3"
-    """Who sets the clusters' probabilities: EXP3, EXP3.S (rewards drift), nobody (uniform: they stay as they begin); none takes
-    the pool for one cluster."""
+    """Who sets the clusters' probabilities: EXP3, EXP3.S (rewards drift), nobody (uniform: they stay as they begin);
+    none takes the pool for one cluster.
+    """
     gamma: Annotated[float, Bounds(gt=0, le=1)] = 0.1
     """Exploration share of EXP3."""
     draw: Literal["cluster", "mixture"] = "mixture"
-    """What a round trains: all clusters in the proportions of their probabilities, which begin as the clusters' sizes; or the one
-    that is drawn, all alike at first (the paper's)."""
+    """What a round trains: all clusters in the proportions of their probabilities, which begin as the clusters' sizes;
+    or the one that is drawn, all alike at first (the paper's).
+    """
     ranking: Literal["hard", "soft", "random"] = "soft"
-    """Inside a cluster and task: the highest U first (the paper's); a draw with probability ~ (U x answer tokens / tokens) squared;
-    or any."""
+    """Inside a cluster and task: the highest U first (the paper's); a draw with probability ~ (U x answer tokens /
+    tokens) squared; or any.
+    """
     task_quotas: Literal["sqrt", "proportional", "equal", "none"] = "sqrt"
-    """A task's quota: by the square root of its eligible samples, in proportion to them (the paper's), all alike, or no quotas."""
+    """A task's quota: the square root of its eligible samples, in proportion to them (the paper's), alike, or none."""
     drop_misaligned: bool = False
     """Never train samples whose answer the instruction does not make likelier (the paper's)."""
     max_visits: Annotated[int, Bounds(ge=1)] = 4
@@ -88,14 +91,17 @@ class LeadOptions(ClusterOptions):
     }
 
     loss_change: LossChangeKind = "inner"
-    """How a step's effect on its own samples is estimated: gradient inner product at the last hidden state, the paper's, or not at
-    all."""
+    """How a step's effect on its own samples is estimated: gradient inner product at the last hidden state, the
+    paper's, or not at all.
+    """
     sketch_dim: Annotated[int, Bounds(ge=0, le=2**12, zero="exact")] = 64
-    """q, the width of the random projections of these gradients (q x q numbers a sample); 0 is exact (keeps [T, H] twice)."""
+    """q, width of the random projections of these gradients (q x q numbers a sample); 0: exact, keeps [T, H] twice."""
     calibrate_every: Annotated[int, Bounds(ge=1)] = 8
     """Optimizer steps between two measurements of the step's true first-order loss change."""
     unseen: Unseen = "initial"
-    """U of samples not trained yet: what `prepare` measured; moved by how far cluster and task have come since; or an estimate alone."""
+    """U of samples not trained yet: what `prepare` measured; moved by how far cluster and task have come since; or an
+    estimate alone.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,12 +116,12 @@ class LeadOptions(ClusterOptions):
 class Clusters(Method):
     """A bandit over clusters, quotas for tasks, and a ranking by U: what `lead` and `rescore` share.
 
-    Eligible are samples that were trained less than max_visits times, are not barred and, with drop_misaligned, not dropped.
-    Coarse stage: the bandit's probabilities p over the clusters with eligible samples. `draw=cluster`: a round trains the
-    one cluster that is drawn. `draw=mixture`: it trains all of them, cluster k's share of the samples being p_k.
-    Fine stage: inside a cluster every task gets a quota by its eligible samples; in it, `ranking` by the rank value. Quotas
-    are rounded up or down at random, since a round has few samples for many cells: rounded to the nearest, small tasks
-    would never be trained.
+    Eligible are samples that were trained less than max_visits times, are not barred and, with drop_misaligned, not
+    dropped. Coarse stage: the bandit's probabilities p over the clusters with eligible samples. `draw=cluster`: a round
+    trains the one cluster that is drawn. `draw=mixture`: it trains all of them, cluster k's share of the samples being
+    p_k. Fine stage: inside a cluster every task gets a quota by its eligible samples; in it, `ranking` by the rank
+    value. Quotas are rounded up or down at random, since a round has few samples for many cells: rounded to the
+    nearest, small tasks would never be trained.
     """
 
     options: ClusterOptions
@@ -179,7 +185,9 @@ class Clusters(Method):
         return Order(order, utility)
 
     def learn(self, plan: Plan, trained: Tensor, loss_drop: Tensor) -> Tensor:
-        """The reward of an arm is the mean fall of U of its samples that were trained; those whose loss is not a number do not count."""
+        """The reward of an arm is the mean fall of U of its samples that were trained; those whose loss is not a number
+        do not count.
+        """
         ids = self.samples.real(plan.sample_ids)
         closed = trained & (self.samples.visits[plan.sample_ids] == self.options.max_visits)
         closed |= self.samples.barred[plan.sample_ids]  # in this round: none of these would have been planned
@@ -187,9 +195,8 @@ class Clusters(Method):
 
         counts = trained & loss_drop.isfinite()
         arm = torch.where(counts, self.arm[ids].long(), -1).reshape(-1)
-        member_KP = (
-            arm == torch.arange(self._num_arms, device=arm.device)[:, None]
-        )  # a sum for each arm, in a fixed order
+        # One sum for each arm, in a fixed order: scatter_add_ would add in any order on a GPU.
+        member_KP = arm == torch.arange(self._num_arms, device=arm.device)[:, None]
         number = member_KP.sum(1)
         raw = torch.where(member_KP, loss_drop.reshape(-1), 0.0).sum(1) / number.clamp(min=1)
         seen = number > 0
@@ -206,8 +213,8 @@ class Clusters(Method):
         return {"open": self.open, "log_weights": self.bandit.log_weights, **rewards}
 
     def count_open(self) -> None:
-        """Eligible samples of every cell, by their visits; from then on they are counted down, at the end of every round. In the middle of
-        one the count is therefore not what the visits say: it is part of the state.
+        """Eligible samples of every cell, by their visits; from then on they are counted down, at the end of every
+        round. In the middle of one the count is therefore not what the visits say: it is part of the state.
         """
         self.open.copy_(count(self.cell, self.open_samples(), self.open.shape[0]))
 
@@ -235,11 +242,13 @@ class Clusters(Method):
     def _rank(self, utility: Tensor) -> Tensor:
         """What the highest of comes first: fp32 [N].
 
-        soft: by log(value^power) + Gumbel noise; the order is then that of draws without replacement with probabilities in proportion to
-        value^power (Gumbel top-k: Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", ICML 2019).
+        soft: by log(value^power) + Gumbel noise; the order is then that of draws without replacement with probabilities
+        in proportion to value^power (Gumbel top-k: Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them",
+        ICML 2019).
 
-        A sample keeps its noise until it is trained. With new noise every round, a sample that did not fit into a round's last micro-batch
-        would not come first in the next, and long samples, which fit more seldom, would be trained less often than they are drawn.
+        A sample keeps its noise until it is trained. With new noise every round, a sample that did not fit into a
+        round's last micro-batch would not come first in the next, and long samples, which fit more seldom, would be
+        trained less often than they are drawn.
         """
         if self.options.ranking == "hard":
             return utility.clone()

@@ -12,7 +12,9 @@ from lead_engine.selection.samples import Samples
 
 
 class Loss(Method):
-    """Highest initial mean loss first (IU before training, arXiv 2505.07437, section on baselines), over the whole pool."""
+    """Highest initial mean loss first (IU before training, arXiv 2505.07437, section on baselines), over the whole
+    pool.
+    """
 
     def __init__(
         self, samples: Samples, state: PoolState, options: MethodOptions, order_length: int, seed: int

@@ -14,8 +14,9 @@ SHUFFLE = 1  # random stream
 class Random(Method):
     """Uniformly random, every sample once before any twice.
 
-    Pass p is the permutation by order_keys(seed, p, id), so the sequence of samples and their packing are the same whatever the length of a
-    round. To keep that, a round never crosses the end of a pass: its last steps are short or empty instead.
+    Pass p is the permutation by order_keys(seed, p, id), so the sequence of samples and their packing are the same
+    whatever the length of a round. To keep that, a round never crosses the end of a pass: its last steps are short or
+    empty instead.
 
     Planning needs about 40 bytes a sample for its keys and what computes them.
     """

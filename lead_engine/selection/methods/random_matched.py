@@ -1,7 +1,8 @@
-"""`random-matched`: another run's picks, each replaced by a random sample of the same task and of like length: the control for IDU.
+"""`random-matched`: another run's picks, each replaced by a random sample of the same task and of like length: the
+control for IDU.
 
-A method may look good because it prefers long answers or certain tasks. Whatever of its gain this control shows too is not due to its
-choice of samples.
+A method may look good because it prefers long answers or certain tasks. Whatever of its gain this control shows too is
+not due to its choice of samples.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class RandomMatchedOptions(MethodOptions):
 
 
 class RandomMatched(Method):
-    """Every sample is renamed by a random permutation among `LIKE` samples of its task that are next to it by response tokens, then tokens,
-    and the run of `--random-matched.match` is followed under these names: as many visits, lengths and tasks as there, in the same order.
+    """Every sample is renamed by a random permutation among `LIKE` samples of its task that are next to it by response
+    tokens, then tokens, and the run of `--random-matched.match` is followed under these names: as many visits, lengths
+    and tasks as there, in the same order.
 
     Only samples that are not dropped are renamed, and only to each other, so that dropping is common to both.
     """
@@ -67,7 +69,9 @@ class RandomMatched(Method):
         return f"the picks of {options.match}, each replaced by one of like length and task"
 
     def order(self, round: int, drawn: Draw) -> Order:
-        """The next of the sequence: an entry is due when its sample was trained as often as it occurs before the entry."""
+        """The next of the sequence: an entry is due when its sample was trained as often as it occurs before the
+        entry.
+        """
         n, length = self.samples.num_samples, self.sequence.shape[0]
         due = (self.occurrence == self.samples.visits[self.sequence]) & ~self.samples.barred[self.sequence]
         place = torch.where(due, torch.arange(length, device=due.device), length)
@@ -79,7 +83,9 @@ class RandomMatched(Method):
 def like_permutation(
     task: np.ndarray, rows: np.ndarray, lengths: np.ndarray, fixed: np.ndarray, seed: int
 ) -> np.ndarray:
-    """A random permutation int64 [N] that keeps tasks, and response tokens and tokens nearly; samples that are `fixed` stay themselves."""
+    """A random permutation int64 [N] that keeps tasks, and response tokens and tokens nearly; samples that are `fixed`
+    stay themselves.
+    """
     random = np.random.default_rng([seed, 0x6D617463])
     renamed = np.arange(len(task))
     free = np.flatnonzero(~fixed)
@@ -94,7 +100,8 @@ def like_permutation(
 
 def _coarse(rows: np.ndarray) -> np.ndarray:
     """Response tokens in steps of an eighth: within a step, samples are ordered by their whole length."""
-    return np.round(np.log2(np.maximum(rows, 1)) * 8)
+    coarse: np.ndarray = np.round(np.log2(np.maximum(rows, 1)) * 8)
+    return coarse
 
 
 def _picks(run: Path, num_samples: int) -> np.ndarray:
@@ -106,7 +113,8 @@ def _picks(run: Path, num_samples: int) -> np.ndarray:
     records = Path(json.loads((run / "summary.json").read_text(encoding="utf-8"))["pool"]) / "records.parquet"
     if not records.exists():
         raise UserError(
-            f"--random-matched.match {run}: was trained on the pool {records.parent}, which has no records.parquet; was it moved?"
+            f"--random-matched.match {run}: was trained on the pool {records.parent}, which has no records.parquet; "
+            "was it moved?"
         )
     names = pq.read_table(records, columns=["id"]).column("id").to_pylist()
     number = {name: i for i, name in enumerate(names)}

@@ -1,4 +1,6 @@
-"""`rescore`: LEAD with the utility that LEAD estimates *measured*, for the whole pool before every round. What LEAD replaces."""
+"""`rescore`: LEAD with the utility that LEAD estimates *measured*, for the whole pool before every round. What LEAD
+replaces.
+"""
 
 from __future__ import annotations
 
