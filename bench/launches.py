@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lead_engine.training.loop import Engine, read_header
-from lead_engine.training.session import build
 from machine import arguments, write
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lead_engine.config import BatchConfig, OptimizerConfig, RuntimeConfig, SelectionConfig, TrainConfig
 from lead_engine.model.load import build_model
+from lead_engine.training.build import build
 from lead_engine.training.distributed import Ranks, process_group
+from lead_engine.training.rounds import read_header
+from lead_engine.training.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
 LAUNCHES = ("LaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch")
@@ -125,41 +126,42 @@ def config_of(flags: Any, compiled: bool) -> TrainConfig:
         model=flags.model,
         out=Path("unused"),
         batch=BatchConfig(capacity=flags.capacity),
-        selection=SelectionConfig(round_steps=flags.round_steps, max_visits=1000),
+        selection=SelectionConfig(round_steps=flags.round_steps),
+        options={"max_visits": 1000},
         optimizer=OptimizerConfig(lr=flags.lr),
         runtime=RuntimeConfig(precision=flags.precision, compile=compiled),
     )
 
 
-def selection(engine: Engine, number: int) -> Callable[[], object]:
+def selection(trainer: Trainer, number: int) -> Callable[[], object]:
     """The selection's work of round `number`: plan, observe losses, learn from them; the model does nothing."""
-    shape = engine.layout
-    loss = torch.ones(shape.micro_batches, shape.slots, device=engine.device)
+    shape = trainer.selector.layout
+    loss = torch.ones(shape.micro_batches, shape.slots, device=trainer.device)
     change = torch.full_like(loss, -0.1)
-    skip = torch.zeros((), dtype=torch.bool, device=engine.device)
+    skip = torch.zeros((), dtype=torch.bool, device=trainer.device)
 
     def run() -> None:
-        plan = engine.selector.plan(number, 1 << 40)
-        engine.selector.sizes(plan)
+        plan = trainer.selector.plan(number, 1 << 40)
+        trainer.selector.sizes(plan)
         for step in range(shape.steps):
-            engine.selector.observe(engine.selector.bar(plan.sample_ids[step], loss, skip), loss, change)
-        engine.selector.learn(plan)
+            trainer.selector.observe(trainer.selector.bar(plan.sample_ids[step], loss, skip), loss, change)
+        trainer.selector.learn(plan)
 
     return run
 
 
 def count_round(flags: Any, ranks: Ranks, compiled: bool) -> dict[str, Any]:
     """Of the third round: what it dispatches, launches and allocates, a step and for the selection."""
-    engine = build(config_of(flags, compiled), ranks).engine
-    steps, done = engine.layout.steps, 0
+    trainer = build(config_of(flags, compiled), ranks).trainer
+    steps, done = trainer.selector.layout.steps, 0
 
     def one_round(number: int) -> None:
-        plan = engine.selector.plan(number, 1 << 40)
-        header = read_header(plan, engine.selector)
+        plan = trainer.selector.plan(number, 1 << 40)
+        header = read_header(plan, trainer.selector)
         for step in range(steps):
-            engine.train_step(plan, header, step, number * steps + step, flags.lr)
-        engine.selector.learn(plan)
-        engine.change.finish_round(plan.cluster)
+            trainer.train_step(plan, header, step, number * steps + step, flags.lr)
+        trainer.selector.learn(plan)
+        trainer.loss_change.finish_round(plan.cluster)
 
     for number in range(2):
         one_round(number)
@@ -169,8 +171,8 @@ def count_round(flags: Any, ranks: Ranks, compiled: bool) -> dict[str, Any]:
     taken = since(before)
     found = {
         "launches a step": (count := launches(lambda: one_round(done + 1))) and count / steps,
-        "launches of a round's selection": launches(selection(engine, done + 2)),
-        "operators of a round's selection": operators(selection(engine, done + 3)),
+        "launches of a round's selection": launches(selection(trainer, done + 2)),
+        "operators of a round's selection": operators(selection(trainer, done + 3)),
         "taken from the device in a round": taken,
     }
     if not compiled:  # in compiled code there are none to count
@@ -180,15 +182,16 @@ def count_round(flags: Any, ranks: Ranks, compiled: bool) -> dict[str, Any]:
 
 def micro_batch(flags: Any, ranks: Ranks, sharded: bool) -> dict[str, Any]:
     """Forward and backward pass of one full micro-batch, always the same."""
-    engine = build(config_of(flags, False), ranks).engine
-    plan = engine.selector.plan(0, 1 << 40)
-    header = read_header(plan, engine.selector)
-    batch, held = engine._batch(plan, header, 0, 0), header.held[0][0]
-    model = engine.model
+    trainer = build(config_of(flags, False), ranks).trainer
+    plan = trainer.selector.plan(0, 1 << 40)
+    header = read_header(plan, trainer.selector)
+    rows, held = header.rows[0][0], header.held[0][0]
+    batch = trainer.store.batch(plan.sample_ids[0, 0], capacity=flags.capacity, num_rows=rows)
+    model = trainer.model
     if not sharded:
         runtime, longest = RuntimeConfig(precision=flags.precision), model.max_length
         model = build_model(Path(flags.model), device=ranks.device, runtime=runtime, max_length=longest)
-    weight = torch.ones((), device=ranks.device) / max(1, header.rows[0][0])
+    weight = torch.ones((), device=ranks.device) / max(1, rows)
 
     def run() -> None:
         model(batch, token_weight=weight, held=held).loss.backward()
@@ -209,7 +212,7 @@ def main() -> None:
 
     with process_group() as ranks:
         keep("eager", lambda: count_round(flags, ranks, False))
-        keep("selection, graph", lambda: as_graph(selection(build(config_of(flags, False), ranks).engine, 0)))
+        keep("selection, graph", lambda: as_graph(selection(build(config_of(flags, False), ranks).trainer, 0)))
         keep("micro-batch, graph", lambda: micro_batch(flags, ranks, False))
         keep("compiled", lambda: count_round(flags, ranks, True))
         keep("micro-batch under FSDP, graph", lambda: micro_batch(flags, ranks, True))

@@ -6,10 +6,12 @@ logging of the loss. All read the same steps: steps.pt holds the ids of the samp
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from training_link import CUDA, Link, Spec, peak_bytes, seconds
@@ -87,13 +89,14 @@ def train_what_all_train(running, steps, spec: Spec, counted: list[int]) -> None
 
     Every round's tokens are added to `counted`.
     """
-    plan_its_own, samples = running.selector.plan, running.selector.samples
+    pack_its_own, samples = running.selector.pack, running.selector.samples
     ids = steps["ids"].to(samples.device)  # [steps, micro-batches, slots]
     sizes = [steps[name].to(samples.device) for name in ("tokens", "rows")]
+    numbers = itertools.count()
 
-    def plan(number: int, max_tokens: int):
-        own = plan_its_own(number, max_tokens)
-        low = number * spec.round_steps % len(ids)
+    def pack(*arguments: Any) -> Any:
+        own = pack_its_own(*arguments)
+        low = next(numbers) * spec.round_steps % len(ids)
         trained, tokens, rows = (x[low : low + spec.round_steps] for x in (ids, *sizes))
         counted.append(int(steps["tokens"][low : low + spec.round_steps].sum()))
         return own._replace(
@@ -104,7 +107,7 @@ def train_what_all_train(running, steps, spec: Spec, counted: list[int]) -> None
             visits=samples.visits[trained],
         )
 
-    running.selector.plan = plan
+    running.selector.pack = pack
 
 
 def profiled_rounds(running, one_round: Callable[[], None], trace: Path) -> list[str]:
