@@ -144,7 +144,7 @@ def _selection(
 
 def _keep_weights_gathered(config: TrainConfig, ranks: Ranks, model: PackedLM) -> None:
     """Let sharded weights stay gathered through a step, where memory allows."""
-    if config.runtime.offload:
+    if ranks.mesh is None or config.runtime.offload:  # a model that is not sharded has nothing to gather
         return
     needed, gathered = estimate(model, config.optimizer.kind), gathered_bytes(model)
     # Units are gathered together: what rank 0 decides holds for all.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import shutil
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,8 @@ def table() -> str:
         f'{number}. **{each.first}** with **{each.second}**: "{each.reason}": {each.instead}.'
         for number, each in enumerate(REFUSED, 1)
     ]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    wrapped = (textwrap.fill(note, 120, subsequent_indent=" " * 3, break_on_hyphens=False) for note in notes)
+    return "\n".join([*lines, "", *wrapped]) + "\n"
 
 
 def _cell(axis: str, value: str, other_axis: str, other: str) -> str:

@@ -42,11 +42,13 @@ SIZES = (250, 500, 1_000, 10_000, 100_000)
 STEP_SITES = {
     "take": "sketch",
     "gather_statistics": "statistics",
-    "train_step": "first order",
+    "_update_weights": "first order",
     "clip_gradients": "norm",
     "check_replicas": "fingerprint",
 }
 """The engine's function that starts a collective -> whose bytes they are."""
+WRAPPERS = ("_sum_over_ranks", "sum_over_ranks", "barrier")
+"""Functions that only start a collective for their caller."""
 BESIDE = ("model", "norm", "whole", "everyone")
 """Not the selection's, for `random` has them too: FSDP's parameters and gradients; the gradient's norm for clipping, a
 number a parameter; writing the model at the end; agreement on what checkpoints wrote.
@@ -84,7 +86,7 @@ def whose() -> str:
         file = frame.f_code.co_filename
         if "torch/distributed/fsdp" in file:
             return "model"
-        if "lead_engine/" in file and frame.f_code.co_name not in ("_all_reduce", "barrier"):
+        if "lead_engine/" in file and frame.f_code.co_name not in WRAPPERS:
             return STEP_SITES.get(frame.f_code.co_name, frame.f_code.co_name)
         frame = frame.f_back
     return "elsewhere"
@@ -239,7 +241,8 @@ def test_scoring_the_pool_again_does_grow_with_it(pools: Path, make_model: Any, 
     """What LEAD replaces, and a sign that the counters see what grows."""
     small, large = in_ranks(2, RESCORE, pools, make_model("llama"), tmp_path).values()
     assert large.sent["_everyone"] > 1.9 * small.sent["_everyone"] > 0
-    assert large.sent["model"] > 1.3 * small.sent["model"]
+    # So small a model stays gathered while it scores: its weights travel once, however many micro-batches there are.
+    assert large.sent["model"] == small.sent["model"] > 0
 
 
 @pytest.mark.parametrize(("method", "kept"), [("lead", 29), ("random", 25)])
