@@ -124,7 +124,7 @@ def test_drift_follows_a_model_that_got_better(make_estimates):
 
 
 def test_too_many_cells_are_refused(make_estimates, make_state):
-    with pytest.raises(UserError, match=r"--selection\.unseen estimate: 41 clusters x 100 tasks are more than 4096"):
+    with pytest.raises(UserError, match=r"--lead\.unseen estimate: 41 clusters x 100 tasks are more than 4096"):
         make_estimates("estimate", clusters=41, tasks=100)
     make_estimates("estimate", clusters=4, tasks=1024)
 

@@ -62,7 +62,8 @@ def test_children_do_not_believe_that_a_launcher_started_them(tmp_path: Path, mo
 def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
     """Ctrl-C in `compare` must not leave a training run behind."""
     pid_file = tmp_path / "pid"
-    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    # It writes late, so that its parent has gone on from starting it to waiting for it.
+    child = f"import os, time; time.sleep(1); open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     parent = (
         "from pathlib import Path; from lead_engine.study.launch import start; "
         "from lead_engine.study.jobs import Task, run_tasks; import sys; "
