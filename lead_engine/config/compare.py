@@ -67,6 +67,6 @@ class CompareConfig(Options):
     """Train several methods at equal token budget over several seeds, with paired intervals."""
 
     config: Path
-    """YAML with the fields of a study (see docs)."""
+    """YAML with the fields of a study (docs/README.md, "Your own data")."""
     out: Path
     """Folder to write; runs that are already complete there are kept."""

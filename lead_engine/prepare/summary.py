@@ -35,7 +35,8 @@ def write_summary(out: Path, store: TokenStore, state: PoolState, centers: list[
         "tasks": tasks,
     }
     say(f"{store.num_samples:,} samples, {store.num_tokens:,} tokens ({response_tokens:,} of answers)")
-    say(f"dropped as misaligned (the instruction does not lower the answer's loss): {dropped:,}")
+    say(f"misaligned (the instruction does not lower the answer's loss): {dropped:,}; in no cluster below")
+    say("misaligned samples are trained all the same, unless the method leaves them out (--lead.drop-misaligned, ifd)")
     for kind in sorted(problems):
         say(f"{kind}: {problems[kind]:,}, named in {out / 'problems.jsonl'}")
     table("Difficulty clusters, easiest first", list(clusters[0]), [list(row.values()) for row in clusters])

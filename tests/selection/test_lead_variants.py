@@ -80,6 +80,7 @@ def test_task_quotas(make_state, make_selector, draw, quotas, want):
         assert all(abs(got[task] - share) < 1.5 for task, share in zip((0, 1, 3), want, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [1.0, 3.0])
 def test_soft_ranking_draws_in_proportion_to_a_power(make_state, make_selector, monkeypatch, power):
     """Who comes first, over 600 seeds: chi-squared against U ** power; and who comes second, given the first."""

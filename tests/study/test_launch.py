@@ -82,6 +82,7 @@ def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
         os.kill(int(pid_file.read_text()), 0)
 
 
+@pytest.mark.slow
 def test_forked_commands_write_to_their_log_and_their_status_decides(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     run_logged([sys.executable, "-m", "lead_engine", "--version"], log, "first")
