@@ -194,6 +194,7 @@ def _on_host(
     inputs[:used], inputs[used:] = tokens[source_U], 0
 
     # Position t predicts t + 1, if that is a response token and not the first of its sample.
+    # All of it lies in host memory here: reading the count waits for no device.
     predicted = (response[source_U] & (positions[:used] > 0)).nonzero().squeeze(1)
     count = len(predicted)
     if count > num_rows:
