@@ -31,9 +31,8 @@ def choose(
     """
     matrix = _checked(tfidf, quality, costs, decay)
     score = _Scores(matrix, quality, decay)
-    heap = [
-        (-value, row) for row, value in enumerate(score(np.arange(len(quality))).tolist())
-    ]  # least first: greatest, then lowest row
+    first = score(np.arange(len(quality))).tolist()  # NumPy throughout: no device is waited for
+    heap = [(-value, row) for row, value in enumerate(first)]  # least first: greatest, then lowest row
     heapq.heapify(heap)
     scored_at = [0] * len(heap)
     chosen: list[int] = []

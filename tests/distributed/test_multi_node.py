@@ -22,32 +22,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import runs
 from ranks import free_port
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = [
-    "--budget",
-    "0.6",
-    "--seed",
-    "3",
-    "--batch.capacity",
-    "64",
-    "--batch.micro-batches",
-    "2",
-    "--selection.round-steps",
-    "2",
-    "--lead.calibrate-every",
-    "3",
-    "--lead.sketch-dim",
-    "8",
-    "--optimizer.lr",
-    "1e-3",
-    "--runtime.precision",
-    "fp32",
-    "--checkpoint-every",
-    "2",
-]
+OPTIONS = [*runs.OPTIONS, "--budget", "0.6", "--checkpoint-every", "2"]
 TIMES = ("seconds", "second", "time", "eta", "mfu", "memory")
 """Parts of the names of what differs from run to run."""
 LIMIT = 100
